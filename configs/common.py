@@ -1,0 +1,95 @@
+"""Every field that the code reads, with the paper's values as defaults.
+
+A recipe is a short file that calls `get_config` and sets what differs. Its
+variants are words after a colon: `--config=configs/resnet18.py:cifar10,large`.
+"""
+
+from collections.abc import Collection
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The settings shared by all recipes (section 4.1 of arXiv 2010.15703)."""
+  config = ml_collections.ConfigDict()
+
+  # What is run: 'compress' does the whole job, 'evaluate' counts the accuracy
+  # of --config.weights, 'plan' prints layers and sizes and stops.
+  config.mode = "compress"
+  config.name = ""  # names the default workdir, runs/<name>
+  config.seed = 0
+
+  # Weights of the trained network (.safetensors with torchvision's names, or a
+  # file of this library). Empty: stage 0 trains the network from scratch.
+  config.weights = ""
+
+  # Arguments of pqf_jax.models.<name>.make, apart from the name itself.
+  config.model = ml_collections.ConfigDict()
+  config.model.name = ""
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = ""
+  config.data.dir = ""  # parent folder of the prepared data set
+
+  # (pattern, num_codes or None, channels a sub-vector, k-means steps); see
+  # pqf_jax.core.plan.Rule. The first that matches a kernel's path decides.
+  config.rules = ()
+
+  # Stage 0, where there are no weights to start from.
+  config.train = ml_collections.ConfigDict()
+  config.train.epochs = 0
+  config.train.batch_size = 128
+  config.train.learning_rate = 1e-3
+  config.train.final_learning_rate = 1e-6
+
+  config.finetune = ml_collections.ConfigDict()
+  config.finetune.epochs = 9
+  config.finetune.batch_size = 128
+  config.finetune.learning_rate = 1e-3
+  config.finetune.final_learning_rate = 1e-6
+
+  # Which weights of the fine-tuning are packed: 'last', as the paper reports,
+  # or 'best' by top-1 on the test images (which then are no longer unseen).
+  config.pack = "last"
+
+  config.eval_batch_size = 256
+  config.checkpoint_steps = 500  # training steps between saves; also each epoch
+  config.tensorboard = False
+  return config
+
+
+def variant_words(variant: str, allowed: Collection[str]) -> set[str]:
+  """The comma-separated words of a config's argument string.
+
+  Raises:
+    ValueError: a word that the recipe does not know.
+  """
+  words = set(filter(None, variant.split(",")))
+  unknown = words - set(allowed)
+  if unknown:
+    raise ValueError(
+        f"this config has no variant {', '.join(sorted(unknown))!r}; its words "
+        f"are {', '.join(sorted(allowed))}"
+    )
+  return words
+
+
+def resnet_rules(
+    *, conv3x3: str, conv1x1: str, large: bool, channels1x1: int, fc_codes: int
+) -> tuple[tuple[str, int | None, int, int], ...]:
+  """The paper's rules for ResNets (its section 4.1).
+
+  Args:
+    conv3x3: pattern of the 3x3 convolutions of a block.
+    conv1x1: pattern of its 1x1 convolutions.
+    large: large blocks, that is two input channels of a 3x3 share a sub-vector.
+    channels1x1: input channels of a 1x1 convolution that share one.
+    fc_codes: codewords of the classifier.
+  """
+  steps = 1000
+  return (
+      ("params/conv1/kernel", None, 1, steps),
+      ("params/fc/kernel", fc_codes, 4, steps),
+      (conv1x1, 256, channels1x1, steps),
+      (conv3x3, 256, 2 if large else 1, steps),
+  )

@@ -1,0 +1,114 @@
+"""Checkpoints of the stages: orbax for the arrays, JSON beside them.
+
+    checkpoints/permute/         arrays, written by orbax (atomic rename)
+    checkpoints/permute.json     the stage's record, written last: it is done
+    checkpoints/finetune@1200/   progress inside a stage, at step 1200
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from pqf_jax import errors
+
+PyTree = Any
+Record = dict[str, Any]
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes JSON whole or not at all."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f"{path.name}.partial")
+  partial.write_text(json.dumps(value, indent=2))
+  partial.replace(path)
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `<workdir>/checkpoints`."""
+
+  def __init__(self, workdir: epath.PathLike):
+    """Args: workdir: any path; orbax itself needs it absolute."""
+    path = epath.Path(workdir)
+    remote = "://" in os.fspath(path)
+    self._root = (path if remote else path.resolve()) / "checkpoints"
+
+  def restore_or_compute(
+      self,
+      stage: str,
+      target: PyTree,
+      compute: Callable[[], tuple[PyTree, Record]],
+  ) -> tuple[PyTree, Record]:
+    """The result of a stage: from its checkpoint if it is done, else computed.
+
+    Args:
+      stage: name, one word.
+      target: arrays or `jax.ShapeDtypeStruct`s of the structure expected.
+      compute: () -> (tree, JSON record), called where nothing is stored.
+
+    Raises:
+      InputError: the checkpoint does not fit the target.
+    """
+    stored = self.restore(stage, target)
+    if stored is not None:
+      return stored
+    tree, record = compute()
+    self.save(stage, tree, record)
+    self.drop_progress(stage)
+    return tree, record
+
+  def restore(self, name: str, target: PyTree) -> tuple[PyTree, Record] | None:
+    """(tree, record) of a finished save, or None."""
+    sidecar = self._root / f"{name}.json"
+    if not sidecar.exists():
+      return None
+    with ocp.StandardCheckpointer() as checkpointer:
+      try:
+        tree = checkpointer.restore(self._root / name, target)
+      except (ValueError, FileNotFoundError, KeyError) as error:
+        raise errors.InputError(
+            f"the checkpoint {self._root / name} does not fit this run or is "
+            f"damaged ({str(error).splitlines()[0]}); delete {self._root} to "
+            "compute it anew, or use another --workdir"
+        ) from error
+    return tree, json.loads(sidecar.read_text())
+
+  def save(self, name: str, tree: PyTree, record: Record) -> None:
+    """Saves arrays, then the record that makes them count."""
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(self._root / name, tree, force=True)
+      checkpointer.wait_until_finished()
+    write_json(self._root / f"{name}.json", record)
+
+  def save_progress(
+      self, stage: str, step: int, tree: PyTree, record: Record
+  ) -> None:
+    """Saves the state inside a stage and drops the older ones."""
+    older = self._progress(stage)
+    self.save(f"{stage}@{step}", tree, record)
+    self._remove(name for at, name in older.items() if at != step)
+
+  def restore_progress(
+      self, stage: str, target: PyTree
+  ) -> tuple[PyTree, Record] | None:
+    """The latest state inside a stage, or None."""
+    steps = self._progress(stage)
+    return self.restore(steps[max(steps)], target) if steps else None
+
+  def drop_progress(self, stage: str) -> None:
+    """Removes the states inside a stage, once the stage itself is saved."""
+    self._remove(self._progress(stage).values())
+
+  def _progress(self, stage: str) -> dict[int, str]:
+    names = [path.stem for path in self._root.glob(f"{stage}@*.json")]
+    return {int(name.partition("@")[2]): name for name in names}
+
+  def _remove(self, names: Any) -> None:
+    for name in names:
+      # The record first: without it the arrays count for nothing.
+      (self._root / f"{name}.json").unlink()
+      (self._root / name).rmtree()

@@ -1,0 +1,130 @@
+"""Which axes of which variables are tied, and permuting them together.
+
+Two axes are tied when reordering one without the other would change the
+function: the output channels of a layer, its norm, and the input channels of
+every layer that reads it (section 3.1 of arXiv 2010.15703).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pqf_jax import errors
+from pqf_jax.core import trees
+
+PyTree = Any
+
+
+class ChannelAxis(NamedTuple):
+  """One array axis that carries the channels of a group.
+
+  The axis is [outer, n, inner] flattened, and only n is permuted: flattening
+  NHWC features before a dense layer gives outer = H * W, inner = 1.
+
+  Attributes:
+    group: axes of one group share one permutation.
+    outer: how many times the channels repeat.
+    inner: how many consecutive entries belong to one channel.
+  """
+
+  group: str
+  outer: int = 1
+  inner: int = 1
+
+
+ChannelAxes = Mapping[str, tuple[ChannelAxis | None, ...]]
+"""{path: one `ChannelAxis` or None for each array axis}; a path that is absent
+is not permuted."""
+
+Permutations = Mapping[str, np.ndarray]
+"""{group: int32 [n]}: new channel i is old channel `permutation[i]`."""
+
+
+def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
+  """{group: number of channels}, checked over all of its axes.
+
+  Raises:
+    InputError: a path that the tree lacks, a row of another rank than its
+      variable, or axes of one group that disagree about its size.
+  """
+  flat = trees.flatten(variables)
+  unknown = axes.keys() - flat.keys()
+  if unknown:
+    raise errors.InputError(
+        f"channel axes name variables that the tree lacks: {sorted(unknown)}"
+    )
+  sizes: dict[str, int] = {}
+  for path, row in axes.items():
+    shape = flat[path].shape
+    if len(row) != len(shape):
+      raise errors.InputError(
+          f"{path} has shape {shape} but {len(row)} channel axes; give one "
+          "entry (None where nothing is permuted) for each array axis"
+      )
+    for axis, length in zip(row, shape, strict=True):
+      if axis is None:
+        continue
+      size, rest = divmod(length, axis.outer * axis.inner)
+      if rest or sizes.setdefault(axis.group, size) != size:
+        raise errors.InputError(
+            f"{path}: group {axis.group!r} has {sizes.get(axis.group)} "
+            f"channels elsewhere, but this axis of length {length} has "
+            f"{length / (axis.outer * axis.inner):g}"
+        )
+  return sizes
+
+
+def apply_permutations(
+    variables: PyTree, axes: ChannelAxes, permutations: Permutations
+) -> PyTree:
+  """Reorders the channels of every group; exact, no arithmetic is done.
+
+  Args:
+    variables: dense variable tree.
+    axes: which axes are tied.
+    permutations: groups that are absent stay as they are.
+
+  Returns:
+    The tree of the same function with its channels reordered.
+
+  Raises:
+    InputError: see `group_sizes`; or a permutation that is not one of its
+      group's channels.
+  """
+  sizes = group_sizes(variables, axes)
+  for group, permutation in permutations.items():
+    expected = np.arange(sizes.get(group, 0))
+    if not np.array_equal(np.sort(permutation), expected):
+      raise errors.InputError(
+          f"group {group!r} needs a permutation of {expected.size} channels, "
+          f"got {len(permutation)} entries that are not one"
+      )
+  flat = trees.flatten(variables)
+  changed = {}
+  for path, row in axes.items():
+    leaf = flat[path]
+    for position, axis in enumerate(row):
+      if axis is not None and axis.group in permutations:
+        leaf = _take(leaf, position, axis, permutations[axis.group])
+    changed[path] = leaf
+  return trees.replace(variables, changed)
+
+
+def invert_permutations(permutations: Permutations) -> dict[str, np.ndarray]:
+  """The permutations that undo the given ones."""
+  return {
+      group: np.argsort(permutation).astype(np.int32)
+      for group, permutation in permutations.items()
+  }
+
+
+def _take(
+    leaf: jax.Array, position: int, axis: ChannelAxis, permutation: np.ndarray
+) -> jax.Array:
+  shape = leaf.shape
+  split = (axis.outer, len(permutation), axis.inner)
+  parts = leaf.reshape(shape[:position] + split + shape[position + 1 :])
+  return jnp.take(parts, permutation, axis=position + 1).reshape(shape)

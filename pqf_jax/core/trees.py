@@ -1,0 +1,86 @@
+"""Variable trees as flat mappings from a path such as `params/conv1/kernel`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import tree_util
+
+from pqf_jax import errors
+
+PyTree = Any
+FlatTree = dict[str, Any]
+
+
+def path_name(key_path: tuple[Any, ...]) -> str:
+  """Joins a JAX key path by '/': ('params', 'fc', 0) -> 'params/fc/0'."""
+  return tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> FlatTree:
+  """Lists the leaves of `tree` by path, in the tree's own order.
+
+  Args:
+    tree: any pytree (Linen variables, an NNX pure dict, Haiku parameters, ...).
+    is_leaf: what counts as one leaf although it is a node, such as a `VQArray`.
+
+  Returns:
+    {path: leaf}.
+
+  Raises:
+    InputError: two leaves have the same path, so that names are ambiguous.
+  """
+  named, _ = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  flat = {path_name(key_path): leaf for key_path, leaf in named}
+  if len(flat) != len(named):
+    raise errors.InputError(
+        f"the tree has {len(named)} leaves but only {len(flat)} different "
+        "paths; rename the keys that contain '/' or look alike as text"
+    )
+  return flat
+
+
+def nest(flat: Mapping[str, Any]) -> PyTree:
+  """Nested dicts from '/'-joined paths: the inverse of `flatten` for dicts."""
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
+
+
+def replace(
+    tree: PyTree,
+    leaves: Mapping[str, Any],
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+  """A copy of `tree` in which the leaves at the given paths are replaced.
+
+  Args:
+    tree: any pytree.
+    leaves: {path: new leaf}; a new leaf may itself be a node.
+    is_leaf: as in `flatten`.
+
+  Raises:
+    InputError: a path is not in the tree.
+  """
+  unknown = leaves.keys() - flatten(tree, is_leaf).keys()
+  if unknown:
+    raise errors.InputError(f"no such leaf in the tree: {sorted(unknown)}")
+  return tree_util.tree_map_with_path(
+      lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
+      tree,
+      is_leaf=is_leaf,
+  )
+
+
+def shapes(tree: PyTree) -> PyTree:
+  """The tree with a `jax.ShapeDtypeStruct` in the place of every array."""
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+  )

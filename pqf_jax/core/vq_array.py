@@ -1,0 +1,164 @@
+"""`VQArray`: a vector-quantized kernel that Flax modules read as an array."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from flax.core import meta
+
+from pqf_jax.core import blocks, trees
+
+PyTree = Any
+
+
+class VQArray(struct.PyTreeNode, meta.AxisMetadata):
+  """A kernel stored as codebook + codes (section 3.2 of arXiv 2010.15703).
+
+  Linen unboxes it because it is `AxisMetadata`, NNX reads it by `[...]`, and
+  `jnp` functions by `__jax_array__`; so no layer class needs to know of it.
+  The gradient of the gather is the codebook gradient of the paper's section
+  3.4: for each codeword, the sum of the gradients of its sub-vectors.
+
+  Invariants (not checked here, because JAX rebuilds nodes with leaves that
+  are no arrays): `codes < K`; `spec.layout(kernel_shape) == (C_out, M, D)`.
+
+  Attributes:
+    codebook: [..., K, D] float, the trainable leaf. Leading axes are those of
+      stacked layers (`nn.scan`), and equal the leading axes of `codes`.
+    codes: [..., C_out, M] uint8 or uint16.
+    kernel_shape: the dense shape of one layer (static).
+    spec: the layout (static).
+  """
+
+  codebook: jax.Array
+  codes: jax.Array
+  kernel_shape: tuple[int, ...] = struct.field(pytree_node=False)
+  spec: blocks.BlockSpec = struct.field(pytree_node=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.codebook.shape[:-2] + self.kernel_shape
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    return int(np.prod(self.shape))
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.codebook.dtype
+
+  def decode(self) -> jax.Array:
+    """The dense kernel, of `shape`."""
+    decode_one = functools.partial(
+        _decode, shape=self.kernel_shape, spec=self.spec
+    )
+    for _ in self.codebook.shape[:-2]:
+      decode_one = jax.vmap(decode_one)
+    return decode_one(self.codebook, self.codes)
+
+  def __jax_array__(self) -> jax.Array:
+    return self.decode()
+
+  def __getitem__(self, index: Any) -> jax.Array:
+    return self.decode()[index]
+
+  def unbox(self) -> jax.Array:
+    return self.decode()
+
+  def replace_boxed(self, val: Any) -> Any:
+    """Linen's write to the variable: a dense value takes the node's place."""
+    return val
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> "VQArray":
+    """`nn.scan` and `nn.vmap` stack the leaves themselves; `shape` follows."""
+    del index, params
+    return self
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> "VQArray":
+    """See `add_axis`."""
+    del index, params
+    return self
+
+
+nnx.register_data_type(VQArray)
+
+
+def _decode(
+    codebook: jax.Array,
+    codes: jax.Array,
+    shape: tuple[int, ...],
+    spec: blocks.BlockSpec,
+) -> jax.Array:
+  # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
+  sub_vectors = jnp.take(codebook, codes, axis=0, mode="clip")
+  return spec.from_blocks(sub_vectors, shape)
+
+
+def is_vq(leaf: Any) -> bool:
+  """Whether a node of a variable tree is a `VQArray`."""
+  return isinstance(leaf, VQArray)
+
+
+def code_dtype(num_codes: int) -> jnp.dtype:
+  """The smallest unsigned type that holds `num_codes - 1`."""
+  return jnp.dtype(np.min_scalar_type(num_codes - 1))
+
+
+def decode_params(variables: PyTree) -> PyTree:
+  """The same tree with every `VQArray` replaced by its dense kernel."""
+  return jax.tree.map(
+      lambda leaf: leaf.decode() if is_vq(leaf) else leaf,
+      variables,
+      is_leaf=is_vq,
+  )
+
+
+def in_params(path: str, leaf: jax.Array) -> bool:
+  """Linen's rule of what learns: the float leaves of the `params` collection."""
+  return path.startswith("params/") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def split_trainable(
+    variables: PyTree,
+    is_trainable: Callable[[str, jax.Array], bool] = in_params,
+) -> tuple[PyTree, PyTree]:
+  """Parts the leaves that learn from those that do not (codes, statistics).
+
+  Integer codes break `jax.grad`, so gradients are taken of the first part.
+
+  Args:
+    variables: a variable tree; a `VQArray` is two leaves of it.
+    is_trainable: (path, leaf) -> bool.
+
+  Returns:
+    (trainable, frozen): two trees of the same structure, each with None where
+    the other has the leaf; `merge_trainable` undoes it.
+  """
+
+  def keep(wanted: bool) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: leaf
+        if is_trainable(trees.path_name(key_path), leaf) == wanted
+        else None,
+        variables,
+    )
+
+  return keep(True), keep(False)
+
+
+def merge_trainable(trainable: PyTree, frozen: PyTree) -> PyTree:
+  """The variable tree of which `split_trainable` made these two parts."""
+  return jax.tree.map(
+      lambda left, right: right if left is None else left,
+      trainable,
+      frozen,
+      is_leaf=lambda leaf: leaf is None,
+  )

@@ -1,0 +1,109 @@
+"""Stage 3: training the leaves that stay continuous; the codes are frozen."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pqf_jax.core import vq_array
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+LossFn = Callable[[PyTree, Batch], tuple[jax.Array, tuple[PyTree, Metrics]]]
+"""(variables, batch) -> (loss, (updated collections, metrics)).
+
+The updated collections, such as `{"batch_stats": ...}`, replace those of the
+variables after the step; `{}` where nothing of the kind exists."""
+
+
+class FinetuneState(NamedTuple):
+  """All that a training step changes.
+
+  Attributes:
+    step: int32 [], steps taken.
+    trainable: codebooks, stem, norm scale and bias, biases; None elsewhere.
+    frozen: codes and norm statistics; None elsewhere.
+    opt_state: of the optimizer, over `trainable` only.
+  """
+
+  step: jax.Array
+  trainable: PyTree
+  frozen: PyTree
+  opt_state: optax.OptState
+
+
+Step = Callable[[FinetuneState, Batch], tuple[FinetuneState, Metrics]]
+
+
+def init_state(
+    variables: PyTree, optimizer: optax.GradientTransformation
+) -> FinetuneState:
+  """The state before the first step.
+
+  Args:
+    variables: with `VQArray`s, or dense (then every parameter is trained).
+    optimizer: of the step that will be taken.
+  """
+  trainable, frozen = vq_array.split_trainable(variables)
+  step = jnp.zeros((), jnp.int32)
+  return FinetuneState(step, trainable, frozen, optimizer.init(trainable))
+
+
+def state_variables(state: FinetuneState) -> PyTree:
+  """The variable tree of a state, as `model.apply` takes it."""
+  return vq_array.merge_trainable(state.trainable, state.frozen)
+
+
+def cosine_adam(
+    *, learning_rate: float, final_learning_rate: float, num_steps: int
+) -> optax.GradientTransformation:
+  """Adam with a cosine schedule per step (section 4.1 of arXiv 2010.15703).
+
+  Args:
+    learning_rate: at step 0.
+    final_learning_rate: at step `num_steps` and after.
+    num_steps: length of the schedule.
+  """
+  schedule = optax.cosine_decay_schedule(
+      learning_rate, num_steps, alpha=final_learning_rate / learning_rate
+  )
+  return optax.adam(schedule)
+
+
+def make_finetune_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation
+) -> Step:
+  """Makes the jitted step of equation 9 of arXiv 2010.15703.
+
+  Args:
+    loss_fn: see `LossFn`.
+    optimizer: any optax transformation.
+
+  Returns:
+    step(state, batch) -> (state, metrics); the state's buffers are donated.
+    `metrics` holds `loss` and whatever `loss_fn` reports.
+  """
+
+  def step(
+      state: FinetuneState, batch: Batch
+  ) -> tuple[FinetuneState, Metrics]:
+    def loss_of(trainable: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+      variables = vq_array.merge_trainable(trainable, state.frozen)
+      return loss_fn(variables, batch)
+
+    (loss, (collections, metrics)), gradients = jax.value_and_grad(
+        loss_of, has_aux=True
+    )(state.trainable)
+    updates, opt_state = optimizer.update(
+        gradients, state.opt_state, state.trainable
+    )
+    trainable = optax.apply_updates(state.trainable, updates)
+    frozen = {**state.frozen, **collections}
+    new_state = FinetuneState(state.step + 1, trainable, frozen, opt_state)
+    return new_state, {"loss": loss, **metrics}
+
+  return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,239 @@
+"""Stage 4: one `.safetensors` file that really is as small as the plan says.
+
+Per compressed kernel the file holds `<path>.codes` (uint8, exactly
+ceil(N * log2(K) / 8) bytes, codes little-endian bit by bit) and
+`<path>.codebook` (float16 [K, D]); per batch norm `<path>.norm` (float32
+[2, C]: scale and bias with mean and variance folded in); every other variable
+as it is, in float32. The JSON under the metadata key `pqf_jax` says the rest.
+Loading needs no training code and no pickle.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pqf_jax import errors
+from pqf_jax.core import blocks, plan as plans, trees, vq_array
+
+PyTree = Any
+FORMAT_VERSION = 1
+METADATA_KEY = "pqf_jax"
+
+
+class PackedModel(NamedTuple):
+  """What the file holds.
+
+  Attributes:
+    header: {format, architecture, norm_epsilon, layers: {path: [shape,
+      channels, K]}, sha256 of the buffers}.
+    buffers: {name: array} as described at the head of this module.
+  """
+
+  header: dict[str, Any]
+  buffers: dict[str, np.ndarray]
+
+  @property
+  def payload_bytes(self) -> int:
+    return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+def pack_model(
+    variables: PyTree, *, norm_epsilon: float, architecture: Mapping[str, Any]
+) -> PackedModel:
+  """Packs a variable tree; see the head of this module for the layout.
+
+  Args:
+    variables: Linen variables with `VQArray`s, or all dense.
+    norm_epsilon: the batch norms' own epsilon, which goes inside the root.
+    architecture: JSON data by which a reader finds the model again.
+
+  Raises:
+    InputError: a value that float16 or float32 cannot hold.
+  """
+  flat = trees.flatten(jax.device_get(variables), vq_array.is_vq)
+  layers = {path: leaf for path, leaf in flat.items() if vq_array.is_vq(leaf)}
+  norms = plans.foldable_norms(flat)
+  buffers = {}
+  for path, node in layers.items():
+    num_codes = node.codebook.shape[-2]
+    buffers[f"{path}.codes"] = pack_codes(node.codes, num_codes)
+    buffers[f"{path}.codebook"] = _cast(path, node.codebook, np.float16)
+  for norm, members in norms.items():
+    scale, bias, mean, var = (np.float64(flat[path]) for path in members)
+    slope = scale / np.sqrt(var + norm_epsilon)
+    folded = np.stack([slope, bias - mean * slope])
+    buffers[f"{norm}.norm"] = _cast(norm, folded, np.float32)
+  done = {path for members in norms.values() for path in members} | set(layers)
+  for path in flat.keys() - done:
+    buffers[path] = _cast(path, flat[path], np.float32)
+  header = {
+      "format": FORMAT_VERSION,
+      "architecture": dict(architecture),
+      "norm_epsilon": norm_epsilon,
+      "layers": {
+          path: [node.kernel_shape, node.spec.channels, node.codebook.shape[-2]]
+          for path, node in layers.items()
+      },
+      "sha256": _digest(buffers),
+  }
+  return PackedModel(header, buffers)
+
+
+def unpack_model(packed: PackedModel) -> PyTree:
+  """The variable tree of a packed model, with float32 codebooks.
+
+  Norms come back with mean 0 and variance 1 - epsilon, so that the layer's own
+  root is 1 and nothing of the fold is lost.
+  """
+  header, buffers = packed
+  layers, epsilon = header["layers"], header["norm_epsilon"]
+  flat: dict[str, Any] = {}
+  for name, buffer in buffers.items():
+    path, _, kind = name.rpartition(".")
+    if kind == "codes":
+      codebook = buffers[f"{path}.codebook"].astype(np.float32)
+      flat[path] = _node(buffer, codebook, layers[path])
+    elif kind == "norm":
+      scale, bias = buffer
+      flat[f"params/{path}/scale"], flat[f"params/{path}/bias"] = scale, bias
+      flat[f"batch_stats/{path}/mean"] = np.zeros_like(scale)
+      flat[f"batch_stats/{path}/var"] = np.full_like(scale, 1 - epsilon)
+    elif kind != "codebook":
+      flat[name] = buffer
+  return trees.nest(flat)
+
+
+def save(
+    path: str | os.PathLike[str],
+    variables: PyTree,
+    *,
+    norm_epsilon: float = 1e-5,
+    architecture: Mapping[str, Any] | None = None,
+) -> PackedModel:
+  """Packs and writes a file, whole or not at all.
+
+  Args:
+    path: of the file; a neighbour `<path>.partial` exists while it is written.
+    variables: see `pack_model`.
+    norm_epsilon: see `pack_model`.
+    architecture: see `pack_model`.
+  """
+  packed = pack_model(
+      variables, norm_epsilon=norm_epsilon, architecture=architecture or {}
+  )
+  metadata = {METADATA_KEY: json.dumps(packed.header, separators=(",", ":"))}
+  data = safetensors.numpy.save(packed.buffers, metadata=metadata)
+  partial = pathlib.Path(f"{os.fspath(path)}.partial")
+  partial.parent.mkdir(parents=True, exist_ok=True)
+  partial.write_bytes(data)
+  os.replace(partial, path)
+  return packed
+
+
+def read(path: str | os.PathLike[str]) -> PackedModel:
+  """Reads a packed file and checks it.
+
+  Raises:
+    InputError: the file is missing, damaged, of a newer format, or no file of
+      this library.
+  """
+  header = read_header(path)
+  if header is None:
+    raise errors.InputError(
+        f"{path} is a safetensors file but not one that pqf_jax packed; for "
+        "torch weights use --config.weights or pqf_jax.models"
+    )
+  if header["format"] > FORMAT_VERSION:
+    raise errors.InputError(
+        f"{path} has format {header['format']}, this version reads up to "
+        f"{FORMAT_VERSION}; update pqf_jax"
+    )
+  buffers = safetensors.numpy.load_file(path)
+  if _digest(buffers) != header["sha256"]:
+    raise errors.InputError(
+        f"{path} is damaged: its content does not match its sha256 "
+        f"{header['sha256'][:12]}...; copy or pack it again"
+    )
+  return PackedModel(header, buffers)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """The header of a packed file, or None of any other safetensors file.
+
+  Raises:
+    InputError: the file is missing, truncated, or not safetensors.
+  """
+  if not os.path.isfile(path):
+    raise errors.InputError(
+        f"no weights file {os.fspath(path)!r} (looked in {os.getcwd()}); check "
+        "the path"
+    )
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      metadata = file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    raise errors.InputError(
+        f"{path} is truncated or not a safetensors file: {error}"
+    ) from error
+  return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+
+
+def load(path: str | os.PathLike[str]) -> PyTree:
+  """Variables that `model.apply` takes at once; see `read` for errors."""
+  return unpack_model(read(path))
+
+
+def pack_codes(codes: np.ndarray, num_codes: int) -> np.ndarray:
+  """Codes -> uint8 [ceil(N * log2(K) / 8)], lowest bit first."""
+  bits = np.arange(plans.code_bits(num_codes))
+  flat = np.asarray(codes).reshape(-1, 1).astype(np.uint32)
+  return np.packbits((flat >> bits & 1).astype(np.uint8), bitorder="little")
+
+
+def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
+  """Undoes `pack_codes`: [count] of the smallest unsigned type."""
+  num_bits = plans.code_bits(num_codes)
+  bits = np.unpackbits(packed, count=count * num_bits, bitorder="little")
+  values = bits.reshape(count, num_bits) @ (1 << np.arange(num_bits))
+  return values.astype(vq_array.code_dtype(num_codes))
+
+
+def _node(
+    packed: np.ndarray, codebook: np.ndarray, layer: list[Any]
+) -> vq_array.VQArray:
+  shape, channels, num_codes = layer
+  spec = blocks.BlockSpec(channels)
+  c_out, m, _ = spec.layout(shape)
+  codes = unpack_codes(packed, num_codes, c_out * m).reshape(c_out, m)
+  return vq_array.VQArray(codebook, codes, tuple(shape), spec)
+
+
+def _cast(path: str, value: np.ndarray, dtype: type) -> np.ndarray:
+  value = np.asarray(value)
+  if not np.issubdtype(value.dtype, np.floating):
+    return value
+  with np.errstate(over="ignore"):
+    cast = np.ascontiguousarray(value, dtype=dtype)
+  if not np.isfinite(cast).all():
+    raise errors.InputError(
+        f"{path} has values that {np.dtype(dtype)} cannot hold (largest "
+        f"{np.abs(value).max():g}); was the training stable?"
+    )
+  return cast
+
+
+def _digest(buffers: Mapping[str, np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for name in sorted(buffers):
+    buffer = buffers[name]
+    digest.update(f"{name} {buffer.dtype} {buffer.shape}".encode())
+    digest.update(np.ascontiguousarray(buffer))
+  return digest.hexdigest()

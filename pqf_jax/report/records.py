@@ -1,0 +1,113 @@
+"""The files of a run that a program reads: JSON and JSON lines.
+
+Every write leaves either the old file or the new one, and a log of metrics
+survives a crash in the middle of a line. Call these on process 0 only.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from pqf_jax import errors
+from pqf_jax.report import schema
+
+Path = str | os.PathLike[str]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+  """Writes `results.json` or `config.json` at once or not at all.
+
+  Args:
+    path: of the file; its folder must exist.
+    value: what `json` writes, and scalars or arrays of NumPy or JAX. What is
+      neither becomes its text, and NaN and infinity become null.
+  """
+  write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a file at once or not at all, in UTF-8."""
+  target = pathlib.Path(path)
+  temporary = target.with_name(target.name + ".tmp")
+  with temporary.open("w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, target)
+
+
+def append_metric(path: Path, record: Mapping[str, Any]) -> None:
+  """Adds one line to a log of metrics, which is made if there is none.
+
+  The half line that a crash may have left is cut off first.
+
+  Args:
+    path: of `metrics.jsonl`.
+    record: a `schema.MetricRecord`; device scalars are read.
+  """
+  line = json.dumps(_plain(record)) + "\n"
+  with pathlib.Path(path).open("ab+") as file:
+    if file.tell():
+      file.seek(-1, os.SEEK_END)
+      if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    file.write(line.encode())
+
+
+def read_metrics(path: Path) -> list[schema.MetricRecord]:
+  """Reads a log of metrics.
+
+  Args:
+    path: of `metrics.jsonl`; a missing file is an empty log.
+
+  Returns:
+    Its records in order; a last line without its end is left out.
+
+  Raises:
+    InputError: a whole line is no record, so that the file is damaged.
+  """
+  log = pathlib.Path(path)
+  if not log.exists():
+    return []
+  *lines, _ = log.read_bytes().split(b"\n")
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(json.loads(line))
+    except ValueError as error:
+      raise errors.InputError(
+          f"{log} line {number} is not a JSON record ({error}); remove the "
+          "line, or the file to start the log again"
+      ) from error
+  return records
+
+
+def resume_metrics(path: Path, stage: str, step: int) -> None:
+  """Forgets what a stage that starts again at `step` will measure again.
+
+  Args:
+    path: of `metrics.jsonl`; may be missing.
+    stage: whose records at `step` and later are dropped.
+    step: first step that will be done again; 0 drops the whole stage.
+  """
+  if not pathlib.Path(path).exists():
+    return
+  kept = (
+      json.dumps(record) + "\n"
+      for record in read_metrics(path)
+      if record["stage"] != stage or record["step"] < step
+  )
+  write_text(path, "".join(kept))
+
+
+def _plain(value: Any) -> Any:
+  text = json.dumps(value, default=_as_builtin)
+  # JSON has no NaN: other readers refuse a file that says it.
+  return json.loads(text, parse_constant=lambda name: None)
+
+
+def _as_builtin(value: Any) -> Any:
+  return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,63 @@
+"""The same metric records for TensorBoard, for those who want it."""
+
+import importlib
+import os
+import pathlib
+
+from pqf_jax import errors
+from pqf_jax.report import schema
+
+NOT_CURVES = ("stage", "step", "epoch")
+
+
+class TensorBoardWriter:
+  """Writes metric records as curves, one TensorBoard run a stage.
+
+      with report.TensorBoardWriter(workdir / "tensorboard") as curves:
+        curves.write({"stage": "finetune", "step": 10, "loss": 0.2})
+
+  Args:
+    directory: where the runs are kept.
+    step: first step that will be written; a later one that a crashed run wrote
+      is hidden, so that no curve doubles back.
+
+  Raises:
+    InputError: tensorboardX is not installed.
+  """
+
+  def __init__(
+      self, directory: str | os.PathLike[str], *, step: int = 0
+  ) -> None:
+    try:
+      self._library = importlib.import_module("tensorboardX")
+    except ImportError as error:
+      raise errors.InputError(
+          "config.tensorboard=True needs the package tensorboardX, which is "
+          "not installed; run `pip install tensorboardX`, or leave it False "
+          "and read metrics.jsonl"
+      ) from error
+    self._directory = pathlib.Path(directory)
+    self._step = step
+    self._runs = {}
+
+  def write(self, record: schema.MetricRecord) -> None:
+    """Adds one point to the curve of every number in the record."""
+    stage = record["stage"]
+    if stage not in self._runs:
+      self._runs[stage] = self._library.SummaryWriter(
+          str(self._directory / stage), purge_step=self._step or None
+      )
+    for name, value in record.items():
+      if name not in NOT_CURVES and value is not None:
+        self._runs[stage].add_scalar(name, value, record["step"])
+
+  def close(self) -> None:
+    """Writes what is still held back."""
+    for run in self._runs.values():
+      run.close()
+
+  def __enter__(self) -> "TensorBoardWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()

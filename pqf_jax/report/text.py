@@ -1,0 +1,47 @@
+"""How figures are written, the same on the terminal and on the page."""
+
+import math
+from collections.abc import Sequence
+
+UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+def size(num_bytes: float) -> str:
+  """Bytes in the largest binary unit that leaves one or more: `1.54 MiB`."""
+  power = 0
+  while abs(num_bytes) >= 1024 and power < len(UNITS) - 1:
+    num_bytes /= 1024
+    power += 1
+  digits = 0 if power == 0 else max(0, 2 - int(math.log10(abs(num_bytes))))
+  return f"{num_bytes:.{digits}f} {UNITS[power]}"
+
+
+def percent(fraction: float) -> str:
+  """A fraction in percent: `69.76 %`."""
+  return f"{100 * fraction:.2f} %"
+
+
+def points(gap: float) -> str:
+  """A difference of fractions in signed percentage points: `-3.02`."""
+  # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
+  return f"{round(100 * gap, 2) + 0.0:+.2f}"
+
+
+def duration(seconds: float) -> str:
+  """Seconds in the unit that suits: `12.3 s`, `4 min 19 s`, `1 h 02 min`."""
+  if seconds < 60:
+    return f"{seconds:.1f} s"
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes < 60:
+    return f"{minutes} min {rest:02d} s"
+  return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shape(sizes: Sequence[int]) -> str:
+  """Sizes of the axes: `3x3x512x512`."""
+  return "x".join(map(str, sizes))
+
+
+def short_path(path: str) -> str:
+  """A path without what all kernels share: `layer1/0/conv1`."""
+  return path.removeprefix("params/").removesuffix("/kernel")

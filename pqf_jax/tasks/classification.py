@@ -1,0 +1,79 @@
+"""Image classification: loss and exactly counted accuracy."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Preprocess = Callable[[jax.Array], jax.Array]
+TOP_K = 5
+
+
+def make_loss(module: nn.Module, preprocess: Preprocess) -> Callable[..., Any]:
+  """Cross-entropy in training mode, norm statistics updated.
+
+  Args:
+    module: logits = module.apply(variables, images, train=True).
+    preprocess: uint8 images [B, H, W, 3] -> float32, on the device.
+
+  Returns:
+    A `finetune.LossFn` over batches with `image` and `label` int32 [B].
+  """
+
+  def loss_fn(
+      variables: PyTree, batch: Batch
+  ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+    logits, updated = module.apply(
+        variables,
+        preprocess(batch["image"]),
+        train=True,
+        mutable=["batch_stats"],
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+        logits, batch["label"]
+    ).mean()
+    return loss, (updated, {})
+
+  return loss_fn
+
+
+def make_evaluate(
+    module: nn.Module, preprocess: Preprocess
+) -> Callable[[PyTree, Iterable[Batch]], dict[str, float]]:
+  """Accuracy over exactly the images whose mask is 1.
+
+  Args:
+    module: as in `make_loss`, with train=False.
+    preprocess: as in `make_loss`.
+
+  Returns:
+    evaluate(variables, batches) -> {top1, top5 in 0..1, images}; every batch
+    also has `mask` float32 [B], 0 for padding.
+  """
+
+  @jax.jit
+  def count(variables: PyTree, batch: Batch) -> jax.Array:
+    logits = module.apply(variables, preprocess(batch["image"]), train=False)
+    label = batch["label"][:, None]
+    of_label = jnp.take_along_axis(logits, label, axis=1)
+    # Rank 0 is the best; of equal logits the first class wins, like argmax.
+    classes = jnp.arange(logits.shape[1])[None]
+    ahead = (logits > of_label) | ((logits == of_label) & (classes < label))
+    rank = ahead.sum(axis=1)
+    hits = jnp.stack([rank < 1, rank < TOP_K, rank >= 0])
+    return (hits * batch["mask"][None]).sum(axis=1)
+
+  def evaluate(
+      variables: PyTree, batches: Iterable[Batch]
+  ) -> dict[str, float]:
+    # One device value a batch, read at the end: no sync between batches.
+    counts = [count(variables, batch) for batch in batches]
+    top1, top5, images = (float(total) for total in sum(counts))
+    return {"top1": top1 / images, "top5": top5 / images, "images": int(images)}
+
+  return evaluate

@@ -1,0 +1,175 @@
+"""The training loop of stage 0 and stage 3: resumable, and quiet for the device.
+
+The batch of a step is a function of the seed and the step alone, so a resumed
+run goes on with exactly the next batch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pqf_jax import checkpoint, errors, finetune
+from pqf_jax.core import trees
+
+PyTree = Any
+LOG_SECONDS = 2.0
+
+
+class Schedule(NamedTuple):
+  """How long and how fast.
+
+  Attributes:
+    epochs: passes over the training images.
+    steps_per_epoch: training steps in one.
+    learning_rate: of Adam, at the first step.
+    final_learning_rate: at the last.
+    batch_size: images a step.
+    checkpoint_steps: steps between saves; an epoch's end is saved too.
+  """
+
+  epochs: int
+  steps_per_epoch: int
+  learning_rate: float
+  final_learning_rate: float
+  batch_size: int
+  checkpoint_steps: int
+
+  @property
+  def num_steps(self) -> int:
+    return self.epochs * self.steps_per_epoch
+
+
+class Fitted(NamedTuple):
+  """Result of `fit`.
+
+  Attributes:
+    last: variables after the last step.
+    best: variables of the epoch with the highest top-1.
+  """
+
+  last: PyTree
+  best: PyTree
+
+
+def fit(
+    stage: str,
+    variables: PyTree,
+    schedule: Schedule,
+    *,
+    loss_fn: finetune.LossFn,
+    batches: Callable[[int], Iterator[finetune.Batch]],
+    evaluate: Callable[[PyTree], dict[str, float]],
+    checkpoints: checkpoint.Checkpoints,
+    on_metrics: Callable[[dict[str, Any]], None],
+) -> tuple[Fitted, checkpoint.Record]:
+  """Trains to the end of the schedule, from wherever an earlier run stopped.
+
+  Args:
+    stage: 'train' or 'finetune'; names the progress checkpoints.
+    variables: where the training starts.
+    schedule: see `Schedule`.
+    loss_fn: see `finetune.LossFn`.
+    batches: first step -> batches from that step on.
+    evaluate: variables -> accuracy, at the end of every epoch.
+    checkpoints: where progress is saved.
+    on_metrics: receives the records of `metrics.jsonl`.
+
+  Raises:
+    InputError: the loss is no longer finite.
+  """
+  optimizer = finetune.cosine_adam(
+      learning_rate=schedule.learning_rate,
+      final_learning_rate=schedule.final_learning_rate,
+      num_steps=schedule.num_steps,
+  )
+  step_fn = finetune.make_finetune_step(loss_fn, optimizer)
+  state = finetune.init_state(variables, optimizer)
+  tree, record = checkpoints.restore_progress(
+      stage, trees.shapes((state, variables))
+  ) or ((state, variables), _first_record())
+  # The state's buffers are donated to each step, so nothing may share them.
+  state, best = jax.tree.map(jnp.array, tree)
+  meter = _Meter(stage, schedule, record, on_metrics)
+  first = int(state.step)
+  for step, batch in enumerate(batches(first), start=first + 1):
+    state, metrics = step_fn(state, batch)
+    meter.step(step, metrics)
+    if step % schedule.steps_per_epoch == 0:
+      current = finetune.state_variables(state)
+      accuracy = evaluate(current)
+      meter.epoch(step, accuracy)
+      if accuracy["top1"] > record["top1_best"]:
+        best = jax.tree.map(jnp.copy, current)
+        record |= {"top1_best": accuracy["top1"], "best_step": step}
+      record |= accuracy
+    if meter.save_is_due(step):
+      checkpoints.save_progress(stage, step, (state, best), meter.record())
+  last = finetune.state_variables(state)
+  return Fitted(last, best), meter.record()
+
+
+def _first_record() -> checkpoint.Record:
+  return {"seconds": 0.0, "top1_best": -1.0, "best_step": 0}
+
+
+class _Meter:
+  """Times, logs and says when to save; reads the device only to log."""
+
+  def __init__(
+      self,
+      stage: str,
+      schedule: Schedule,
+      record: checkpoint.Record,
+      on_metrics: Callable[[dict[str, Any]], None],
+  ):
+    self._stage, self._schedule, self._record = stage, schedule, record
+    self._on_metrics = on_metrics
+    self._seconds_before = record["seconds"]
+    self._start = self._logged_at = time.perf_counter()
+    self._logged_step: int | None = None
+
+  def record(self) -> checkpoint.Record:
+    elapsed = time.perf_counter() - self._start
+    return self._record | {"seconds": self._seconds_before + elapsed}
+
+  def step(self, step: int, metrics: finetune.Metrics) -> None:
+    now = time.perf_counter()
+    if step < self._schedule.num_steps and (
+        now - self._logged_at < LOG_SECONDS
+    ):
+      return
+    loss = float(metrics["loss"])  # waits for the device
+    if not math.isfinite(loss):
+      raise errors.InputError(
+          f"the loss of {self._stage} is {loss} at step {step}; the last save "
+          f"is good: lower the learning rate "
+          f"({self._schedule.learning_rate:g}) and use another --workdir"
+      )
+    now = time.perf_counter()
+    values = {"loss": loss}
+    if self._logged_step is not None:  # the first interval holds compilation
+      steps = step - self._logged_step
+      images = steps * self._schedule.batch_size
+      values["images_per_second"] = images / (now - self._logged_at)
+    self._logged_at, self._logged_step = now, step
+    self._emit(step, values)
+
+  def epoch(self, step: int, accuracy: dict[str, float]) -> None:
+    self._emit(step, {"top1": accuracy["top1"]})
+    self._logged_at, self._logged_step = time.perf_counter(), step
+
+  def save_is_due(self, step: int) -> bool:
+    schedule = self._schedule
+    return step < schedule.num_steps and (
+        step % schedule.checkpoint_steps == 0
+        or step % schedule.steps_per_epoch == 0
+    )
+
+  def _emit(self, step: int, values: dict[str, float]) -> None:
+    epoch = step / self._schedule.steps_per_epoch
+    record = {"stage": self._stage, "step": step, "epoch": epoch, **values}
+    self._on_metrics(record)

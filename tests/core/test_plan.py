@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pqf_jax import errors
+from pqf_jax.core import plan as plans
+from pqf_jax.core import vq_array
+
+SHAPES = {
+    "params/stem/kernel": (7, 7, 3, 16),
+    "params/conv/kernel": (3, 3, 16, 32),
+    "params/fc/kernel": (32, 10),
+    "params/fc/bias": (10,),
+}
+RULES = (
+    plans.Rule("params/stem/kernel", None),
+    plans.Rule("params/conv/kernel", 256, channels=2),
+    plans.Rule("params/fc/kernel", 16, channels=4),
+)
+
+
+def _tree():
+  struct = {
+      path: jax.ShapeDtypeStruct(shape, jnp.float32)
+      for path, shape in SHAPES.items()
+  }
+  return plans.trees.nest(struct)
+
+
+def test_codes_are_clamped_to_a_quarter_of_the_sub_vectors():
+  plan = plans.make_plan(RULES, _tree())
+  assert plan["params/conv/kernel"].num_codes == 64  # 256 sub-vectors
+  assert plan["params/fc/kernel"].num_codes == 16  # 80 sub-vectors
+  assert "params/stem/kernel" not in plan
+
+
+def test_size_is_counted_by_hand():
+  size = plans.predict_size(plans.make_plan(RULES, _tree()), _tree())
+  conv = 256 * 6 // 8 + 2 * 64 * 18
+  fc = 80 * 4 // 8 + 2 * 16 * 4
+  assert size.payload_bytes == conv + fc + 4 * (10 + 7 * 7 * 3 * 16)
+  assert size.dense_bytes == 4 * (10 + 320 + 4608 + 2352)
+
+
+def test_statistics_that_fold_into_a_norm_are_not_counted():
+  struct = jax.ShapeDtypeStruct((8,), jnp.float32)
+  affine = {"scale": struct, "bias": struct}
+  stats = {"mean": struct, "var": struct}
+  tree = {
+      "params": {"bn": affine, "bare": {"bias": struct}},
+      "batch_stats": {"bn": stats, "bare": stats},
+  }
+  # bn: 2 vectors; bare has no scale to fold into: bias, mean and var stay.
+  assert plans.predict_size({}, tree).payload_bytes == (2 + 3) * 8 * 4
+
+
+def test_json_round_trip():
+  plan = plans.make_plan(RULES, _tree())
+  assert plans.from_json(plans.to_json(plan)) == plan
+
+
+def test_compressed_shapes_fit_the_plan():
+  plan = plans.make_plan(RULES, _tree())
+  node = plans.compressed_shapes(plan, _tree())["params"]["conv"]["kernel"]
+  assert vq_array.is_vq(node)
+  assert (node.codebook.shape, node.codes.shape) == ((64, 18), (32, 8))
+  assert node.codes.dtype == jnp.uint8
+  assert jax.eval_shape(lambda n: n.decode(), node).shape == (3, 3, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (RULES[:2], "no rule covers params/fc/kernel"),
+        ((*RULES, plans.Rule("params/typo/.*", 4)), "params/typo"),
+        ((plans.Rule(".*", None), *RULES), "before a rule that matches first"),
+        ((plans.Rule("(", 4),), "not a regular expression"),
+        ((plans.Rule(".*", 1),), "num_codes=1"),
+        ((plans.Rule(".*", 4, channels=5),), "do not divide"),
+        ((*RULES[:2], plans.Rule("params/fc/kernel", 4, 32)), None),
+    ],
+)
+def test_bad_rules_are_named(rules, message):
+  if message is None:
+    assert plans.make_plan(rules, _tree())["params/fc/kernel"].num_codes == 2
+    return
+  with pytest.raises(errors.InputError, match=message):
+    plans.make_plan(rules, _tree())
+
+
+def test_a_layer_too_small_for_a_codebook_is_named():
+  tree = {"fc": {"kernel": jax.ShapeDtypeStruct((4, 5), jnp.float32)}}
+  with pytest.raises(errors.InputError, match="fc/kernel.*5 sub-vectors"):
+    plans.make_plan([plans.Rule(".*", 16, channels=4)], tree)

@@ -1,0 +1,103 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pqf_jax.core import blocks, vq_array
+
+
+def _vq(shape=(3, 3, 4, 6), channels=2, num_codes=8, stacked=()):
+  spec = blocks.BlockSpec(channels)
+  c_out, m, block = spec.layout(shape)
+  keys = jax.random.split(jax.random.key(0))
+  codebook = jax.random.normal(keys[0], (*stacked, num_codes, block))
+  codes = jax.random.randint(keys[1], (*stacked, c_out, m), 0, num_codes)
+  return vq_array.VQArray(codebook, codes.astype(jnp.uint8), shape, spec)
+
+
+def test_decode_places_the_codeword_of_every_sub_vector():
+  node = _vq()
+  kernel = np.asarray(node.decode())
+  for o in range(6):
+    for block in range(2):
+      codeword = node.codebook[node.codes[o, block]]
+      part = kernel[:, :, 2 * block : 2 * block + 2, o]
+      np.testing.assert_array_equal(
+          np.moveaxis(part, -1, 0).reshape(-1), codeword
+      )
+
+
+def test_codebook_gradient_sums_the_gradients_of_its_sub_vectors():
+  node = _vq()
+  weights = jax.random.normal(jax.random.key(1), node.shape)
+
+  def loss(codebook):
+    return (node.replace(codebook=codebook).decode() * weights).sum()
+
+  dense = np.asarray(node.spec.to_blocks(weights)).reshape(-1, 18)
+  expected = np.zeros((8, 18))
+  np.add.at(expected, np.asarray(node.codes).reshape(-1), dense)
+  np.testing.assert_allclose(jax.grad(loss)(node.codebook), expected, rtol=1e-5)
+
+
+def test_linen_layers_read_it_as_a_kernel():
+  layer = nn.Conv(6, (3, 3))
+  images = jnp.ones((2, 5, 5, 4))
+  node = _vq()
+  dense = {"params": {"kernel": node.decode(), "bias": jnp.ones(6)}}
+  compressed = {"params": {"kernel": node, "bias": jnp.ones(6)}}
+  np.testing.assert_array_equal(
+      jax.jit(layer.apply)(compressed, images), layer.apply(dense, images)
+  )
+
+
+def test_nnx_layers_read_it_as_a_kernel():
+  layer = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+  images = jnp.ones((2, 5, 5, 4))
+  node = _vq()
+  layer.kernel = nnx.Param(node.decode())
+  expected = layer(images)
+  layer.kernel = nnx.Param(node)
+  np.testing.assert_array_equal(layer(images), expected)
+
+
+def test_scanned_linen_layers_slice_it():
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      return nn.Dense(4, use_bias=False, name="dense")(x), None
+
+  stack = nn.scan(
+      Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+  )()
+  node = _vq((4, 4), channels=2, num_codes=4, stacked=(3,))
+  assert node.shape == (3, 4, 4)
+  x = jnp.ones((2, 4))
+
+  def run(kernel):
+    return stack.apply({"params": {"dense": {"kernel": kernel}}}, x, None)[0]
+
+  np.testing.assert_allclose(run(node), run(node.decode()), rtol=1e-6)
+
+
+def test_split_and_merge_are_inverse_and_part_by_kind():
+  variables = {
+      "params": {"conv": {"kernel": _vq()}, "bias": jnp.ones(3)},
+      "batch_stats": {"mean": jnp.zeros(3)},
+  }
+  trainable, frozen = vq_array.split_trainable(variables)
+  assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+  assert len(jax.tree.leaves(trainable)) == 2
+  assert len(jax.tree.leaves(frozen)) == 2
+  merged = vq_array.merge_trainable(trainable, frozen)
+  assert jax.tree.structure(merged) == jax.tree.structure(variables)
+  jax.tree.map(np.testing.assert_array_equal, merged, variables)
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16")]
+)
+def test_codes_take_the_smallest_type(num_codes, dtype):
+  assert vq_array.code_dtype(num_codes) == dtype
