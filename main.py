@@ -1,6 +1,6 @@
 """Permute, quantize and fine-tune a network, and pack it into one small file.
 
-    python main.py --config=configs/resnet18.py [--workdir=DIR]
+python main.py --config=configs/resnet18.py [--workdir=DIR]
 """
 
 import os
@@ -12,10 +12,10 @@ from ml_collections import config_flags
 from pqf_jax import errors, pipeline
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="A recipe from configs/.", lock_config=True
+  "config", help_string="A recipe from configs/.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints and results go; default runs/<name>."
+  "workdir", None, "Where checkpoints and results go; default runs/<name>."
 )
 # jaxlib 0.10.2 to 0.11.0 compile a float32 scatter-add (the k-means update and
 # the codebook gradient) into a compare-and-swap loop on NVIDIA, 450 to 2,000
@@ -28,13 +28,13 @@ def main(argv: list[str]) -> None:
   del argv
   if _CONFIG.value is None:
     raise errors.InputError(
-        "no recipe given: python main.py --config=configs/resnet18.py"
+      "no recipe given: python main.py --config=configs/resnet18.py"
     )
   pipeline.run(_CONFIG.value, _WORKDIR.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser; a bad recipe or override becomes an `InputError`."""
+  """Absl's parser; a bad recipe or override becomes an `InputError`."""
   try:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, OSError, ValueError) as error:

@@ -68,14 +68,14 @@ def variant_words(variant: str, allowed: Collection[str]) -> set[str]:
   unknown = words - set(allowed)
   if unknown:
     raise ValueError(
-        f"this config has no variant {', '.join(sorted(unknown))!r}; its words "
-        f"are {', '.join(sorted(allowed))}"
+      f"this config has no variant {', '.join(sorted(unknown))!r}; its words "
+      f"are {', '.join(sorted(allowed))}"
     )
   return words
 
 
 def resnet_rules(
-    *, conv3x3: str, conv1x1: str, large: bool, channels1x1: int, fc_codes: int
+  *, conv3x3: str, conv1x1: str, large: bool, channels1x1: int, fc_codes: int
 ) -> tuple[tuple[str, int | None, int, int], ...]:
   """The paper's rules for ResNets (its section 4.1).
 
@@ -88,8 +88,8 @@ def resnet_rules(
   """
   steps = 1000
   return (
-      ("params/conv1/kernel", None, 1, steps),
-      ("params/fc/kernel", fc_codes, 4, steps),
-      (conv1x1, 256, channels1x1, steps),
-      (conv3x3, 256, 2 if large else 1, steps),
+    ("params/conv1/kernel", None, 1, steps),
+    ("params/fc/kernel", fc_codes, 4, steps),
+    (conv1x1, 256, channels1x1, steps),
+    (conv3x3, 256, 2 if large else 1, steps),
   )

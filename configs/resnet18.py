@@ -1,14 +1,14 @@
 """ResNet-18.
 
-    python main.py --config=configs/resnet18.py
-        handwritten digits (they come with scikit-learn): trains, compresses and
-        packs in a few minutes on two CPU cores.
-    python main.py --config=configs/resnet18.py:cifar10[,large] \
+python main.py --config=configs/resnet18.py
+handwritten digits (they come with scikit-learn): trains, compresses and
+packs in a few minutes on two CPU cores.
+python main.py --config=configs/resnet18.py:cifar10[,large] \
         --config.data.dir=DIR --config.weights=FILE.safetensors
-        CIFAR-10, small or large blocks; 32.1x or 52.2x smaller.
-    python main.py --config=configs/resnet18.py:imagenet2012[,large] \
+CIFAR-10, small or large blocks; 32.1x or 52.2x smaller.
+python main.py --config=configs/resnet18.py:imagenet2012[,large] \
         --config.data.dir=DIR --config.weights=FILE.safetensors
-        The paper: 1.54 MiB (29x) 66.74 % top-1, large 1.03 MiB (43x) 63.33 %.
+The paper: 1.54 MiB (29x) 66.74 % top-1, large 1.03 MiB (43x) 63.33 %.
 """
 
 import ml_collections
@@ -34,11 +34,11 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
   config.model.stem = "small" if dataset == "cifar10" else "imagenet"
   config.data.name = dataset
   config.rules = common.resnet_rules(
-      conv3x3="params/layer././conv[12]/kernel",
-      conv1x1="params/layer./0/downsample/0/kernel",
-      large=large,
-      channels1x1=4,
-      fc_codes=2048,
+    conv3x3="params/layer././conv[12]/kernel",
+    conv1x1="params/layer./0/downsample/0/kernel",
+    large=large,
+    channels1x1=4,
+    fc_codes=2048,
   )
   if dataset == "digits":
     # A small problem on a small machine: few passes suffice, and the k-means

@@ -1,8 +1,8 @@
 """ResNet-50 (v1.5) on ImageNet.
 
-    python main.py --config=configs/resnet50.py:imagenet2012[,large] \
+python main.py --config=configs/resnet50.py:imagenet2012[,large] \
         --config.data.dir=DIR --config.weights=FILE.safetensors
-        The paper: 5.09 MiB (19x) 75.04 % top-1, large 3.19 MiB (31x) 72.18 %.
+The paper: 5.09 MiB (19x) 75.04 % top-1, large 3.19 MiB (31x) 72.18 %.
 """
 
 import ml_collections
@@ -22,11 +22,11 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   config.model.stem = "imagenet"
   config.data.name = "imagenet2012"
   config.rules = common.resnet_rules(
-      conv3x3="params/layer././conv2/kernel",
-      conv1x1="params/layer./.*(conv[13]|downsample/0)/kernel",
-      large=large,
-      channels1x1=8 if large else 4,
-      fc_codes=1024,
+    conv3x3="params/layer././conv2/kernel",
+    conv1x1="params/layer./.*(conv[13]|downsample/0)/kernel",
+    large=large,
+    channels1x1=8 if large else 4,
+    fc_codes=1024,
   )
   config.finetune.batch_size = 64
   return config

@@ -1,8 +1,8 @@
 """Checkpoints of the stages: orbax for the arrays, JSON beside them.
 
-    checkpoints/permute/         arrays, written by orbax (atomic rename)
-    checkpoints/permute.json     the stage's record, written last: it is done
-    checkpoints/finetune@1200/   progress inside a stage, at step 1200
+checkpoints/permute/         arrays, written by orbax (atomic rename)
+checkpoints/permute.json     the stage's record, written last: it is done
+checkpoints/finetune@1200/   progress inside a stage, at step 1200
 """
 
 import json
@@ -38,10 +38,10 @@ class Checkpoints:
     self._root = (path if remote else path.resolve()) / "checkpoints"
 
   def restore_or_compute(
-      self,
-      stage: str,
-      target: PyTree,
-      compute: Callable[[], tuple[PyTree, Record]],
+    self,
+    stage: str,
+    target: PyTree,
+    compute: Callable[[], tuple[PyTree, Record]],
   ) -> tuple[PyTree, Record]:
     """The result of a stage: from its checkpoint if it is done, else computed.
 
@@ -71,9 +71,9 @@ class Checkpoints:
         tree = checkpointer.restore(self._root / name, target)
       except (ValueError, FileNotFoundError, KeyError) as error:
         raise errors.InputError(
-            f"the checkpoint {self._root / name} does not fit this run or is "
-            f"damaged ({str(error).splitlines()[0]}); delete {self._root} to "
-            "compute it anew, or use another --workdir"
+          f"the checkpoint {self._root / name} does not fit this run or is "
+          f"damaged ({str(error).splitlines()[0]}); delete {self._root} to "
+          "compute it anew, or use another --workdir"
         ) from error
     return tree, json.loads(sidecar.read_text())
 
@@ -85,7 +85,7 @@ class Checkpoints:
     write_json(self._root / f"{name}.json", record)
 
   def save_progress(
-      self, stage: str, step: int, tree: PyTree, record: Record
+    self, stage: str, step: int, tree: PyTree, record: Record
   ) -> None:
     """Saves the state inside a stage and drops the older ones."""
     older = self._progress(stage)
@@ -93,7 +93,7 @@ class Checkpoints:
     self._remove(name for at, name in older.items() if at != step)
 
   def restore_progress(
-      self, stage: str, target: PyTree
+    self, stage: str, target: PyTree
   ) -> tuple[PyTree, Record] | None:
     """The latest state inside a stage, or None."""
     steps = self._progress(stage)

@@ -40,7 +40,7 @@ Step = Callable[[FinetuneState, Batch], tuple[FinetuneState, Metrics]]
 
 
 def init_state(
-    variables: PyTree, optimizer: optax.GradientTransformation
+  variables: PyTree, optimizer: optax.GradientTransformation
 ) -> FinetuneState:
   """The state before the first step.
 
@@ -59,7 +59,7 @@ def state_variables(state: FinetuneState) -> PyTree:
 
 
 def cosine_adam(
-    *, learning_rate: float, final_learning_rate: float, num_steps: int
+  *, learning_rate: float, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
   """Adam with a cosine schedule per step (section 4.1 of arXiv 2010.15703).
 
@@ -69,13 +69,13 @@ def cosine_adam(
     num_steps: length of the schedule.
   """
   schedule = optax.cosine_decay_schedule(
-      learning_rate, num_steps, alpha=final_learning_rate / learning_rate
+    learning_rate, num_steps, alpha=final_learning_rate / learning_rate
   )
   return optax.adam(schedule)
 
 
 def make_finetune_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation
+  loss_fn: LossFn, optimizer: optax.GradientTransformation
 ) -> Step:
   """Makes the jitted step of equation 9 of arXiv 2010.15703.
 
@@ -88,18 +88,16 @@ def make_finetune_step(
     `metrics` holds `loss` and whatever `loss_fn` reports.
   """
 
-  def step(
-      state: FinetuneState, batch: Batch
-  ) -> tuple[FinetuneState, Metrics]:
+  def step(state: FinetuneState, batch: Batch) -> tuple[FinetuneState, Metrics]:
     def loss_of(trainable: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
       variables = vq_array.merge_trainable(trainable, state.frozen)
       return loss_fn(variables, batch)
 
     (loss, (collections, metrics)), gradients = jax.value_and_grad(
-        loss_of, has_aux=True
+      loss_of, has_aux=True
     )(state.trainable)
     updates, opt_state = optimizer.update(
-        gradients, state.opt_state, state.trainable
+      gradients, state.opt_state, state.trainable
     )
     trainable = optax.apply_updates(state.trainable, updates)
     frozen = {**state.frozen, **collections}

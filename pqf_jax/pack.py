@@ -21,7 +21,8 @@ import safetensors
 import safetensors.numpy
 
 from pqf_jax import errors
-from pqf_jax.core import blocks, plan as plans, trees, vq_array
+from pqf_jax.core import blocks, trees, vq_array
+from pqf_jax.core import plan as plans
 
 PyTree = Any
 FORMAT_VERSION = 1
@@ -46,7 +47,7 @@ class PackedModel(NamedTuple):
 
 
 def pack_model(
-    variables: PyTree, *, norm_epsilon: float, architecture: Mapping[str, Any]
+  variables: PyTree, *, norm_epsilon: float, architecture: Mapping[str, Any]
 ) -> PackedModel:
   """Packs a variable tree; see the head of this module for the layout.
 
@@ -75,14 +76,14 @@ def pack_model(
   for path in flat.keys() - done:
     buffers[path] = _cast(path, flat[path], np.float32)
   header = {
-      "format": FORMAT_VERSION,
-      "architecture": dict(architecture),
-      "norm_epsilon": norm_epsilon,
-      "layers": {
-          path: [node.kernel_shape, node.spec.channels, node.codebook.shape[-2]]
-          for path, node in layers.items()
-      },
-      "sha256": _digest(buffers),
+    "format": FORMAT_VERSION,
+    "architecture": dict(architecture),
+    "norm_epsilon": norm_epsilon,
+    "layers": {
+      path: [node.kernel_shape, node.spec.channels, node.codebook.shape[-2]]
+      for path, node in layers.items()
+    },
+    "sha256": _digest(buffers),
   }
   return PackedModel(header, buffers)
 
@@ -112,11 +113,11 @@ def unpack_model(packed: PackedModel) -> PyTree:
 
 
 def save(
-    path: str | os.PathLike[str],
-    variables: PyTree,
-    *,
-    norm_epsilon: float = 1e-5,
-    architecture: Mapping[str, Any] | None = None,
+  path: str | os.PathLike[str],
+  variables: PyTree,
+  *,
+  norm_epsilon: float = 1e-5,
+  architecture: Mapping[str, Any] | None = None,
 ) -> PackedModel:
   """Packs and writes a file, whole or not at all.
 
@@ -127,7 +128,7 @@ def save(
     architecture: see `pack_model`.
   """
   packed = pack_model(
-      variables, norm_epsilon=norm_epsilon, architecture=architecture or {}
+    variables, norm_epsilon=norm_epsilon, architecture=architecture or {}
   )
   metadata = {METADATA_KEY: json.dumps(packed.header, separators=(",", ":"))}
   data = safetensors.numpy.save(packed.buffers, metadata=metadata)
@@ -148,19 +149,19 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
   header = read_header(path)
   if header is None:
     raise errors.InputError(
-        f"{path} is a safetensors file but not one that pqf_jax packed; for "
-        "torch weights use --config.weights or pqf_jax.models"
+      f"{path} is a safetensors file but not one that pqf_jax packed; for "
+      "torch weights use --config.weights or pqf_jax.models"
     )
   if header["format"] > FORMAT_VERSION:
     raise errors.InputError(
-        f"{path} has format {header['format']}, this version reads up to "
-        f"{FORMAT_VERSION}; update pqf_jax"
+      f"{path} has format {header['format']}, this version reads up to "
+      f"{FORMAT_VERSION}; update pqf_jax"
     )
   buffers = safetensors.numpy.load_file(path)
   if _digest(buffers) != header["sha256"]:
     raise errors.InputError(
-        f"{path} is damaged: its content does not match its sha256 "
-        f"{header['sha256'][:12]}...; copy or pack it again"
+      f"{path} is damaged: its content does not match its sha256 "
+      f"{header['sha256'][:12]}...; copy or pack it again"
     )
   return PackedModel(header, buffers)
 
@@ -173,17 +174,19 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   """
   if not os.path.isfile(path):
     raise errors.InputError(
-        f"no weights file {os.fspath(path)!r} (looked in {os.getcwd()}); check "
-        "the path"
+      f"no weights file {os.fspath(path)!r} (looked in {os.getcwd()}); check "
+      "the path"
     )
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       metadata = file.metadata() or {}
   except safetensors.SafetensorError as error:
     raise errors.InputError(
-        f"{path} is truncated or not a safetensors file: {error}"
+      f"{path} is truncated or not a safetensors file: {error}"
     ) from error
-  return json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+  return (
+    json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+  )
 
 
 def load(path: str | os.PathLike[str]) -> PyTree:
@@ -207,7 +210,7 @@ def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
 
 
 def _node(
-    packed: np.ndarray, codebook: np.ndarray, layer: list[Any]
+  packed: np.ndarray, codebook: np.ndarray, layer: list[Any]
 ) -> vq_array.VQArray:
   shape, channels, num_codes = layer
   spec = blocks.BlockSpec(channels)
@@ -224,8 +227,8 @@ def _cast(path: str, value: np.ndarray, dtype: type) -> np.ndarray:
     cast = np.ascontiguousarray(value, dtype=dtype)
   if not np.isfinite(cast).all():
     raise errors.InputError(
-        f"{path} has values that {np.dtype(dtype)} cannot hold (largest "
-        f"{np.abs(value).max():g}); was the training stable?"
+      f"{path} has values that {np.dtype(dtype)} cannot hold (largest "
+      f"{np.abs(value).max():g}); was the training stable?"
     )
   return cast
 

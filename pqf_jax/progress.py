@@ -27,14 +27,14 @@ class Bar:
   """Counts the steps of one stage and shows them now and then; see `track`."""
 
   def __init__(
-      self,
-      show: Callable[[int, str], None] | None,
-      seconds: float,
-      *,
-      total: int,
-      done: int,
-      unit: str,
-      units_per_step: int,
+    self,
+    show: Callable[[int, str], None] | None,
+    seconds: float,
+    *,
+    total: int,
+    done: int,
+    unit: str,
+    units_per_step: int,
   ) -> None:
     self._show = show
     self._seconds = seconds
@@ -94,16 +94,18 @@ class Bar:
 
 @contextlib.contextmanager
 def track(
-    stage: str,
-    total: int,
-    *,
-    done: int = 0,
-    unit: str = "steps",
-    units_per_step: int = 1,
+  stage: str,
+  total: int,
+  *,
+  done: int = 0,
+  unit: str = "steps",
+  units_per_step: int = 1,
 ) -> Iterator[Bar]:
   """Shows the progress of a loop: a bar on a terminal, else a line every 5 s.
 
-      with progress.track("finetune", 3510, unit="img", units_per_step=64) as bar:
+      with progress.track(
+          "finetune", 3510, unit="img", units_per_step=64
+      ) as bar:
         for step in range(3510):
           bar.advance(loss=loss)
 
@@ -129,12 +131,12 @@ def track(
     else:
       show, seconds = _log_lines(stage, total), LOG_SECONDS
     bar = Bar(
-        show,
-        seconds,
-        total=total,
-        done=done,
-        unit=unit,
-        units_per_step=units_per_step,
+      show,
+      seconds,
+      total=total,
+      done=done,
+      unit=unit,
+      units_per_step=units_per_step,
     )
     yield bar
     bar.finish()
@@ -168,13 +170,13 @@ def banner(title: str, facts: Mapping[str, object]) -> None:
 
 @contextlib.contextmanager
 def _terminal(
-    stage: str, total: int, done: int
+  stage: str, total: int, done: int
 ) -> Iterator[Callable[[int, str], None]]:
   columns = (
-      rich.progress.TextColumn("{task.description}", markup=False),
-      rich.progress.BarColumn(bar_width=16),
-      rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-      rich.progress.TextColumn("{task.fields[text]}", markup=False),
+    rich.progress.TextColumn("{task.description}", markup=False),
+    rich.progress.BarColumn(bar_width=16),
+    rich.progress.TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+    rich.progress.TextColumn("{task.fields[text]}", markup=False),
   )
   with rich.progress.Progress(*columns, console=_CONSOLE) as bars:
     task = bars.add_task(stage, total=total, completed=done, text="")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
@@ -32,11 +33,11 @@ class LayerSummary(NamedTuple):
 
 
 def quantize_params(
-    key: jax.Array,
-    variables: PyTree,
-    plan: plans.CompressionPlan,
-    *,
-    on_layer: Callable[[LayerSummary], None] = lambda summary: None,
+  key: jax.Array,
+  variables: PyTree,
+  plan: plans.CompressionPlan,
+  *,
+  on_layer: Callable[[LayerSummary], None] = lambda summary: None,
 ) -> tuple[PyTree, dict[str, LayerSummary]]:
   """Learns a codebook and codes for every kernel of the plan.
 
@@ -62,9 +63,7 @@ def quantize_params(
   nodes, summaries = {}, {}
   for path, layer in plan.items():
     layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    nodes[path], summaries[path] = _quantize(
-        layer_key, path, flat[path], layer
-    )
+    nodes[path], summaries[path] = _quantize(layer_key, path, flat[path], layer)
     on_layer(summaries[path])
   return trees.replace(variables, nodes), summaries
 
@@ -78,30 +77,30 @@ def check_finite(path: str, kernel: jax.Array) -> None:
   bad = int(np.size(kernel) - np.isfinite(kernel).sum())
   if bad:
     raise errors.InputError(
-        f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
-        "file is damaged or its training diverged: take an earlier checkpoint"
+      f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
+      "file is damaged or its training diverged: take an earlier checkpoint"
     )
 
 
 def _quantize(
-    key: jax.Array, path: str, kernel: jax.Array, layer: plans.LayerPlan
+  key: jax.Array, path: str, kernel: jax.Array, layer: plans.LayerPlan
 ) -> tuple[vq_array.VQArray, LayerSummary]:
   sub_vectors = layer.spec.to_blocks(kernel)
   c_out, m, block = sub_vectors.shape
   result = kmeans.annealed_kmeans(
-      key,
-      sub_vectors.reshape(-1, block),
-      num_codes=layer.num_codes,
-      num_steps=layer.kmeans_steps,
+    key,
+    sub_vectors.reshape(-1, block),
+    num_codes=layer.num_codes,
+    num_steps=layer.kmeans_steps,
   )
   codes = result.codes.reshape(c_out, m)
   node = vq_array.VQArray(
-      result.codebook.astype(kernel.dtype),
-      codes.astype(vq_array.code_dtype(layer.num_codes)),
-      kernel.shape,
-      layer.spec,
+    result.codebook.astype(kernel.dtype),
+    codes.astype(vq_array.code_dtype(layer.num_codes)),
+    kernel.shape,
+    layer.spec,
   )
   steps = np.asarray(result.distortion)
   # A constant kernel has no variance, and no error either.
-  variance = max(float(np.var(kernel)), np.finfo(np.float32).tiny)
+  variance = max(float(jnp.var(kernel)), np.finfo(np.float32).tiny)
   return node, LayerSummary(path, float(steps[-1]) / block / variance, steps)

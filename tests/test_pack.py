@@ -27,8 +27,8 @@ class Net(nn.Module):
 
 
 RULES = (
-    plans.Rule("params/conv/kernel", 8),
-    plans.Rule("params/fc/kernel", 4, channels=2),
+  plans.Rule("params/conv/kernel", 8),
+  plans.Rule("params/fc/kernel", 4, channels=2),
 )
 
 
@@ -56,7 +56,7 @@ def compressed():
     codebook = rng.normal(size=(layer.num_codes, block)).astype(np.float16)
     codes = rng.integers(0, layer.num_codes, (c_out, m)).astype(np.uint8)
     nodes[path] = vq_array.VQArray(
-        jnp.asarray(codebook, jnp.float32), codes, kernel.shape, layer.spec
+      jnp.asarray(codebook, jnp.float32), codes, kernel.shape, layer.spec
     )
   return trees.replace(dense, nodes), plan
 
@@ -70,7 +70,7 @@ def test_codes_take_exactly_their_bits(bits, count, seed):
   packed = pack.pack_codes(codes, num_codes)
   assert packed.nbytes == -(-count * bits // 8)
   np.testing.assert_array_equal(
-      pack.unpack_codes(packed, num_codes, count), codes
+    pack.unpack_codes(packed, num_codes, count), codes
   )
 
 
@@ -88,10 +88,14 @@ def test_loaded_variables_give_the_same_logits(compressed, tmp_path):
 def test_size_is_the_predicted_one_to_the_byte(compressed):
   variables, plan = compressed
   packed = pack.pack_model(variables, norm_epsilon=0.1, architecture={})
-  assert packed.payload_bytes == plans.predict_size(plan, variables).payload_bytes
+  assert (
+    packed.payload_bytes == plans.predict_size(plan, variables).payload_bytes
+  )
 
 
-def test_packing_what_was_loaded_changes_nothing_but_norms(compressed, tmp_path):
+def test_packing_what_was_loaded_changes_nothing_but_norms(
+  compressed, tmp_path
+):
   variables, _ = compressed
   first = pack.save(tmp_path / "a", variables, norm_epsilon=0.1)
   again = pack.save(tmp_path / "b", pack.load(tmp_path / "a"), norm_epsilon=0.1)
@@ -128,7 +132,7 @@ def test_a_codebook_beyond_float16_is_named(compressed):
   variables, _ = compressed
   node = variables["params"]["conv"]["kernel"]
   variables["params"]["conv"]["kernel"] = node.replace(
-      codebook=node.codebook * 1e6
+    codebook=node.codebook * 1e6
   )
   with pytest.raises(errors.InputError, match="params/conv/kernel.*float16"):
     pack.pack_model(variables, norm_epsilon=0.1, architecture={})
@@ -138,11 +142,11 @@ def test_loading_imports_no_training_code(compressed, tmp_path):
   variables, _ = compressed
   pack.save(tmp_path / "m.safetensors", variables)
   code = (
-      "import sys, pqf_jax\n"
-      f"pqf_jax.load({os.fspath(tmp_path / 'm.safetensors')!r})\n"
-      "bad = {'pqf_jax.finetune', 'pqf_jax.pipeline', 'pqf_jax.quantize',\n"
-      "       'pqf_jax.data', 'orbax', 'tensorflow_datasets', 'grain',\n"
-      "       'ml_collections', 'sklearn'} & sys.modules.keys()\n"
-      "assert not bad, bad\n"
+    "import sys, pqf_jax\n"
+    f"pqf_jax.load({os.fspath(tmp_path / 'm.safetensors')!r})\n"
+    "bad = {'pqf_jax.finetune', 'pqf_jax.pipeline', 'pqf_jax.quantize',\n"
+    "       'pqf_jax.data', 'orbax', 'tensorflow_datasets', 'grain',\n"
+    "       'ml_collections', 'sklearn'} & sys.modules.keys()\n"
+    "assert not bad, bad\n"
   )
   subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,7 @@ from the files of a finished run. Every field may be missing: a run that only
 evaluates has no plan, and one that starts from weights has no training.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
@@ -137,6 +138,11 @@ class Score(NamedTuple):
   stage: str
   value: float
   gap: float | None
+
+
+def dense_bytes(row: PlanRow | LayerRow) -> int:
+  """Bytes of a variable in float32."""
+  return 4 * math.prod(row["shape"])
 
 
 def scores(results: Results) -> dict[str, list[Score]]:

@@ -1,7 +1,7 @@
 """The tables of a run, drawn by rich: readable at 80 columns and when piped."""
 
-import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import rich.box
 import rich.console
@@ -10,52 +10,74 @@ import rich.table
 
 from pqf_jax.report import schema, text
 
+COLUMNS = ("shape", "D", "K", "codes", "bytes", "bits/w")
+
+
+class Line(NamedTuple):
+  """A row of the table of layers.
+
+  Attributes:
+    label: what it is about;  full: the same, unabridged.
+    cells: one a name of `COLUMNS`.
+  """
+
+  label: str
+  full: str
+  cells: Sequence[str]
+
+
+def plan_lines(rows: Sequence[schema.PlanRow]) -> tuple[list[Line], Line]:
+  """The rows of the table of layers, and the row of totals.
+
+  Dense vectors (biases, norms) share one row, behind the kernels.
+  """
+  kernels = [row for row in rows if len(row["shape"]) >= 2]
+  vectors = [row for row in rows if len(row["shape"]) < 2]
+  lines = [
+      Line(
+          text.short_path(row["path"]),
+          row["path"],
+          (
+              text.shape(row["shape"]),
+              f"{row['block']}" if row["num_codes"] else "",
+              _num_codes(row) if row["num_codes"] else "",
+              f"{row['codes']:,}" if row["num_codes"] else "dense",
+              f"{row['bytes']:,}",
+              f"{row['bits_per_weight']:.2f}",
+          ),
+      )
+      for row in kernels
+  ]
+  if vectors:
+    cells = ("", "", "", "dense", *_sums(vectors))
+    lines.append(Line(f"{len(vectors)} vectors", "biases and norms", cells))
+  codes = f"{sum(row['codes'] for row in rows):,}"
+  return lines, Line("total", "", ("", "", "", codes, *_sums(rows)))
+
 
 def plan_table(rows: Sequence[schema.PlanRow]) -> rich.table.Table:
   """What will be compressed and how large the result will be.
 
-  Dense vectors (biases, norms) share one row. The last row and the caption
-  count all rows, each dense weight as four bytes.
+  The last row and the caption count all rows, each dense weight as 4 bytes.
 
   Args:
     rows: one a variable that the packed file stores.
   """
-  table = _table("Plan")
-  table.add_column("layer", overflow="fold", footer="total")
-  payload = sum(row["bytes"] for row in rows)
-  dense = sum(dense_bytes(row) for row in rows)
-  codes = sum(row["codes"] for row in rows)
-  bits = f"{32 * payload / dense:.2f}" if dense else ""
-  for name, footer in (
-      ("shape", ""),
-      ("D", ""),
-      ("K", ""),
-      ("codes", f"{codes:,}"),
-      ("bytes", f"{payload:,}"),
-      ("bits/w", bits),
-  ):
+  lines, total = plan_lines(rows)
+  table = _table("Plan", show_footer=True)
+  table.add_column("layer", overflow="fold", footer=total.label)
+  for name, footer in zip(COLUMNS, total.cells, strict=True):
     table.add_column(name, justify="right", no_wrap=True, footer=footer)
-  vectors = [row for row in rows if len(row["shape"]) < 2]
-  for row in rows:
-    if len(row["shape"]) >= 2:
-      table.add_row(*_plan_cells(row))
-  if vectors:
-    num_bytes = sum(row["bytes"] for row in vectors)
-    num_weights = sum(dense_bytes(row) for row in vectors) // 4
-    name = f"{len(vectors)} vectors"
-    bits = f"{8 * num_bytes / num_weights:.2f}"
-    table.add_row(name, "", "", "", "dense", f"{num_bytes:,}", bits)
-  if dense:
+  for line in lines:
+    table.add_row(rich.markup.escape(line.label), *line.cells)
+  payload = sum(row["bytes"] for row in rows)
+  dense = sum(map(schema.dense_bytes, rows))
+  if payload:
     table.caption = (
         f"predicted size {text.size(payload)}, {dense / payload:.1f}x smaller "
         f"than float32 ({text.size(dense)})"
     )
   return table
-
-
-def dense_bytes(row: schema.PlanRow | schema.LayerRow) -> int:
-  """Bytes of a variable in float32."""
-  return 4 * math.prod(row["shape"])
 
 
 def closing_table(results: schema.Results) -> rich.console.Group:
@@ -105,7 +127,7 @@ def seconds_line(results: schema.Results) -> str:
   return f"{', '.join(parts)} (total {text.duration(sum(seconds.values()))})"
 
 
-def _table(title: str) -> rich.table.Table:
+def _table(title: str, *, show_footer: bool = False) -> rich.table.Table:
   return rich.table.Table(
       title=rich.markup.escape(title),
       title_justify="left",
@@ -113,20 +135,19 @@ def _table(title: str) -> rich.table.Table:
       box=rich.box.SIMPLE_HEAD,
       pad_edge=False,
       padding=(0, 1, 0, 0),
-      show_footer=title == "Plan",
+      show_footer=show_footer,
   )
 
 
-def _plan_cells(row: schema.PlanRow) -> Iterable[str]:
-  path = rich.markup.escape(text.short_path(row["path"]))
-  cut = (f"{row['block']}", f"{row['num_codes']}", f"{row['codes']:,}")
-  return (
-      path,
-      text.shape(row["shape"]),
-      *(cut if row["num_codes"] else ("", "", "dense")),
-      f"{row['bytes']:,}",
-      f"{row['bits_per_weight']:.2f}",
-  )
+def _num_codes(row: schema.PlanRow) -> str:
+  used = row.get("num_codewords_used", row["num_codes"])
+  return f"{used}/{row['num_codes']}" if used < row["num_codes"] else str(used)
+
+
+def _sums(rows: Sequence[schema.PlanRow]) -> tuple[str, str]:
+  num_bytes = sum(row["bytes"] for row in rows)
+  dense = sum(map(schema.dense_bytes, rows))
+  return f"{num_bytes:,}", f"{32 * num_bytes / dense:.2f}" if dense else ""
 
 
 def _score_cells(

@@ -29,7 +29,7 @@ def points(gap: float) -> str:
 
 def duration(seconds: float) -> str:
   """Seconds in the unit that suits: `12.3 s`, `4 min 19 s`, `1 h 02 min`."""
-  if seconds < 60:
+  if seconds < 59.95:
     return f"{seconds:.1f} s"
   minutes, rest = divmod(round(seconds), 60)
   if minutes < 60:

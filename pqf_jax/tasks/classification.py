@@ -3,22 +3,22 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
+ApplyFn = Callable[..., Any]
 Preprocess = Callable[[jax.Array], jax.Array]
 TOP_K = 5
 
 
-def make_loss(module: nn.Module, preprocess: Preprocess) -> Callable[..., Any]:
+def make_loss(apply_fn: ApplyFn, preprocess: Preprocess) -> Callable[..., Any]:
   """Cross-entropy in training mode, norm statistics updated.
 
   Args:
-    module: logits = module.apply(variables, images, train=True).
+    apply_fn: a Linen module's `apply`, which takes `train`.
     preprocess: uint8 images [B, H, W, 3] -> float32, on the device.
 
   Returns:
@@ -26,16 +26,16 @@ def make_loss(module: nn.Module, preprocess: Preprocess) -> Callable[..., Any]:
   """
 
   def loss_fn(
-      variables: PyTree, batch: Batch
+    variables: PyTree, batch: Batch
   ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
-    logits, updated = module.apply(
-        variables,
-        preprocess(batch["image"]),
-        train=True,
-        mutable=["batch_stats"],
+    logits, updated = apply_fn(
+      variables,
+      preprocess(batch["image"]),
+      train=True,
+      mutable=["batch_stats"],
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(
-        logits, batch["label"]
+      logits, batch["label"]
     ).mean()
     return loss, (updated, {})
 
@@ -43,12 +43,12 @@ def make_loss(module: nn.Module, preprocess: Preprocess) -> Callable[..., Any]:
 
 
 def make_evaluate(
-    module: nn.Module, preprocess: Preprocess
+  apply_fn: ApplyFn, preprocess: Preprocess
 ) -> Callable[[PyTree, Iterable[Batch]], dict[str, float]]:
   """Accuracy over exactly the images whose mask is 1.
 
   Args:
-    module: as in `make_loss`, with train=False.
+    apply_fn: as in `make_loss`.
     preprocess: as in `make_loss`.
 
   Returns:
@@ -58,7 +58,7 @@ def make_evaluate(
 
   @jax.jit
   def count(variables: PyTree, batch: Batch) -> jax.Array:
-    logits = module.apply(variables, preprocess(batch["image"]), train=False)
+    logits = apply_fn(variables, preprocess(batch["image"]), train=False)
     label = batch["label"][:, None]
     of_label = jnp.take_along_axis(logits, label, axis=1)
     # Rank 0 is the best; of equal logits the first class wins, like argmax.
@@ -68,9 +68,7 @@ def make_evaluate(
     hits = jnp.stack([rank < 1, rank < TOP_K, rank >= 0])
     return (hits * batch["mask"][None]).sum(axis=1)
 
-  def evaluate(
-      variables: PyTree, batches: Iterable[Batch]
-  ) -> dict[str, float]:
+  def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     # One device value a batch, read at the end: no sync between batches.
     counts = [count(variables, batch) for batch in batches]
     top1, top5, images = (float(total) for total in sum(counts))

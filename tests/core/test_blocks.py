@@ -18,7 +18,7 @@ def test_order_is_that_of_torch_convolutions(channels):
   oihw = np.transpose(np.asarray(kernel), (3, 2, 0, 1))
   got = blocks.BlockSpec(channels).to_blocks(kernel)
   np.testing.assert_array_equal(
-      got.reshape(-1, channels * 6), oihw.reshape(-1, channels * 6)
+    got.reshape(-1, channels * 6), oihw.reshape(-1, channels * 6)
   )
 
 
@@ -29,11 +29,11 @@ def test_order_is_that_of_torch_linear_layers():
 
 
 @hypothesis.given(
-    taps=st.lists(st.integers(1, 3), max_size=3),
-    blocks_in=st.integers(1, 4),
-    c_out=st.integers(1, 5),
-    channels=st.integers(1, 3),
-    swap=st.booleans(),
+  taps=st.lists(st.integers(1, 3), max_size=3),
+  blocks_in=st.integers(1, 4),
+  c_out=st.integers(1, 5),
+  channels=st.integers(1, 3),
+  swap=st.booleans(),
 )
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_from_blocks_undoes_to_blocks(taps, blocks_in, c_out, channels, swap):

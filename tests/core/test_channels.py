@@ -8,16 +8,16 @@ from pqf_jax import errors
 from pqf_jax.core import channels
 
 AXES = {
-    "a/kernel": (None, channels.ChannelAxis("g")),
-    "b/kernel": (channels.ChannelAxis("g", outer=2, inner=3), None),
+  "a/kernel": (None, channels.ChannelAxis("g")),
+  "b/kernel": (channels.ChannelAxis("g", outer=2, inner=3), None),
 }
 
 
 def _tree():
   return {
-      "a": {"kernel": jnp.arange(12.0).reshape(3, 4)},
-      "b": {"kernel": jnp.arange(48.0).reshape(24, 2)},
-      "c": jnp.ones(5),
+    "a": {"kernel": jnp.arange(12.0).reshape(3, 4)},
+    "b": {"kernel": jnp.arange(48.0).reshape(24, 2)},
+    "c": jnp.ones(5),
   }
 
 
@@ -27,7 +27,7 @@ def test_outer_and_inner_stay_where_they_are():
   kernel = np.arange(48.0).reshape(2, 4, 3, 2)[:, permutation]
   np.testing.assert_array_equal(got["b"]["kernel"], kernel.reshape(24, 2))
   np.testing.assert_array_equal(
-      got["a"]["kernel"], np.arange(12.0).reshape(3, 4)[:, permutation]
+    got["a"]["kernel"], np.arange(12.0).reshape(3, 4)[:, permutation]
   )
 
 
@@ -47,12 +47,12 @@ def test_group_sizes():
 
 
 @pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        ({"missing": (None,)}, "the tree lacks.*missing"),
-        ({"a/kernel": (None,)}, r"a/kernel has shape \(3, 4\) but 1"),
-        (AXES | {"c": (channels.ChannelAxis("g"),)}, "c: group 'g' has 4.* 5"),
-    ],
+  ("axes", "message"),
+  [
+    ({"missing": (None,)}, "the tree lacks.*missing"),
+    ({"a/kernel": (None,)}, r"a/kernel has shape \(3, 4\) but 1"),
+    (AXES | {"c": (channels.ChannelAxis("g"),)}, "c: group 'g' has 4.* 5"),
+  ],
 )
 def test_bad_tables_are_named(axes, message):
   with pytest.raises(errors.InputError, match=message):

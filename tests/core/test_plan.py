@@ -7,22 +7,22 @@ from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 
 SHAPES = {
-    "params/stem/kernel": (7, 7, 3, 16),
-    "params/conv/kernel": (3, 3, 16, 32),
-    "params/fc/kernel": (32, 10),
-    "params/fc/bias": (10,),
+  "params/stem/kernel": (7, 7, 3, 16),
+  "params/conv/kernel": (3, 3, 16, 32),
+  "params/fc/kernel": (32, 10),
+  "params/fc/bias": (10,),
 }
 RULES = (
-    plans.Rule("params/stem/kernel", None),
-    plans.Rule("params/conv/kernel", 256, channels=2),
-    plans.Rule("params/fc/kernel", 16, channels=4),
+  plans.Rule("params/stem/kernel", None),
+  plans.Rule("params/conv/kernel", 256, channels=2),
+  plans.Rule("params/fc/kernel", 16, channels=4),
 )
 
 
 def _tree():
   struct = {
-      path: jax.ShapeDtypeStruct(shape, jnp.float32)
-      for path, shape in SHAPES.items()
+    path: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for path, shape in SHAPES.items()
   }
   return plans.trees.nest(struct)
 
@@ -47,8 +47,8 @@ def test_statistics_that_fold_into_a_norm_are_not_counted():
   affine = {"scale": struct, "bias": struct}
   stats = {"mean": struct, "var": struct}
   tree = {
-      "params": {"bn": affine, "bare": {"bias": struct}},
-      "batch_stats": {"bn": stats, "bare": stats},
+    "params": {"bn": affine, "bare": {"bias": struct}},
+    "batch_stats": {"bn": stats, "bare": stats},
   }
   # bn: 2 vectors; bare has no scale to fold into: bias, mean and var stay.
   assert plans.predict_size({}, tree).payload_bytes == (2 + 3) * 8 * 4
@@ -69,16 +69,16 @@ def test_compressed_shapes_fit_the_plan():
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        (RULES[:2], "no rule covers params/fc/kernel"),
-        ((*RULES, plans.Rule("params/typo/.*", 4)), "params/typo"),
-        ((plans.Rule(".*", None), *RULES), "before a rule that matches first"),
-        ((plans.Rule("(", 4),), "not a regular expression"),
-        ((plans.Rule(".*", 1),), "num_codes=1"),
-        ((plans.Rule(".*", 4, channels=5),), "do not divide"),
-        ((*RULES[:2], plans.Rule("params/fc/kernel", 4, 32)), None),
-    ],
+  ("rules", "message"),
+  [
+    (RULES[:2], "no rule covers params/fc/kernel"),
+    ((*RULES, plans.Rule("params/typo/.*", 4)), "params/typo"),
+    ((plans.Rule(".*", None), *RULES), "before a rule that matches first"),
+    ((plans.Rule("(", 4),), "not a regular expression"),
+    ((plans.Rule(".*", 1),), "num_codes=1"),
+    ((plans.Rule(".*", 4, channels=5),), "do not divide"),
+    ((*RULES[:2], plans.Rule("params/fc/kernel", 4, 32)), None),
+  ],
 )
 def test_bad_rules_are_named(rules, message):
   if message is None:

@@ -8,9 +8,9 @@ from pqf_jax.core import trees
 def test_paths_of_dicts_lists_and_integer_keys():
   tree = {"params": {"blocks": [{"bias": 1}, {"bias": 2}]}, "stats": {0: 3}}
   assert trees.flatten(tree) == {
-      "params/blocks/0/bias": 1,
-      "params/blocks/1/bias": 2,
-      "stats/0": 3,
+    "params/blocks/0/bias": 1,
+    "params/blocks/1/bias": 2,
+    "stats/0": 3,
   }
 
 

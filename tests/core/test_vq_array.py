@@ -25,7 +25,7 @@ def test_decode_places_the_codeword_of_every_sub_vector():
       codeword = node.codebook[node.codes[o, block]]
       part = kernel[:, :, 2 * block : 2 * block + 2, o]
       np.testing.assert_array_equal(
-          np.moveaxis(part, -1, 0).reshape(-1), codeword
+        np.moveaxis(part, -1, 0).reshape(-1), codeword
       )
 
 
@@ -49,7 +49,7 @@ def test_linen_layers_read_it_as_a_kernel():
   dense = {"params": {"kernel": node.decode(), "bias": jnp.ones(6)}}
   compressed = {"params": {"kernel": node, "bias": jnp.ones(6)}}
   np.testing.assert_array_equal(
-      jax.jit(layer.apply)(compressed, images), layer.apply(dense, images)
+    jax.jit(layer.apply)(compressed, images), layer.apply(dense, images)
   )
 
 
@@ -70,7 +70,7 @@ def test_scanned_linen_layers_slice_it():
       return nn.Dense(4, use_bias=False, name="dense")(x), None
 
   stack = nn.scan(
-      Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
   )()
   node = _vq((4, 4), channels=2, num_codes=4, stacked=(3,))
   assert node.shape == (3, 4, 4)
@@ -84,11 +84,13 @@ def test_scanned_linen_layers_slice_it():
 
 def test_split_and_merge_are_inverse_and_part_by_kind():
   variables = {
-      "params": {"conv": {"kernel": _vq()}, "bias": jnp.ones(3)},
-      "batch_stats": {"mean": jnp.zeros(3)},
+    "params": {"conv": {"kernel": _vq()}, "bias": jnp.ones(3)},
+    "batch_stats": {"mean": jnp.zeros(3)},
   }
   trainable, frozen = vq_array.split_trainable(variables)
-  assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+  assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {
+    jnp.dtype("float32")
+  }
   assert len(jax.tree.leaves(trainable)) == 2
   assert len(jax.tree.leaves(frozen)) == 2
   merged = vq_array.merge_trainable(trainable, frozen)
@@ -97,7 +99,7 @@ def test_split_and_merge_are_inverse_and_part_by_kind():
 
 
 @pytest.mark.parametrize(
-    ("num_codes", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16")]
+  ("num_codes", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16")]
 )
 def test_codes_take_the_smallest_type(num_codes, dtype):
   assert vq_array.code_dtype(num_codes) == dtype

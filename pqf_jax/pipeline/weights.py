@@ -36,12 +36,12 @@ def _check_same(path: str, variables: PyTree, template: PyTree) -> None:
   missing = sorted(wanted.keys() - found.keys())
   extra = sorted(found.keys() - wanted.keys())
   shapes = [
-      f"{name} is {found[name].shape}, not {wanted[name].shape}"
-      for name in sorted(wanted.keys() & found.keys())
-      if found[name].shape != wanted[name].shape
+    f"{name} is {found[name].shape}, not {wanted[name].shape}"
+    for name in sorted(wanted.keys() & found.keys())
+    if found[name].shape != wanted[name].shape
   ]
   if missing or extra or shapes:
     raise errors.InputError(
-        f"{path} holds another architecture than the config asks for: missing "
-        f"{missing}, extra {extra}, shapes {shapes}"
+      f"{path} holds another architecture than the config asks for: missing "
+      f"{missing}, extra {extra}, shapes {shapes}"
     )

@@ -1,4 +1,4 @@
-"""The training loop of stage 0 and stage 3: resumable, and quiet for the device.
+"""The training loop of stages 0 and 3: resumable, and quiet for the device.
 
 The batch of a step is a function of the seed and the step alone, so a resumed
 run goes on with exactly the next batch.
@@ -40,6 +40,7 @@ class Schedule(NamedTuple):
 
   @property
   def num_steps(self) -> int:
+    """Training steps in all."""
     return self.epochs * self.steps_per_epoch
 
 
@@ -56,15 +57,15 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    stage: str,
-    variables: PyTree,
-    schedule: Schedule,
-    *,
-    loss_fn: finetune.LossFn,
-    batches: Callable[[int], Iterator[finetune.Batch]],
-    evaluate: Callable[[PyTree], dict[str, float]],
-    checkpoints: checkpoint.Checkpoints,
-    on_metrics: Callable[[dict[str, Any]], None],
+  stage: str,
+  variables: PyTree,
+  schedule: Schedule,
+  *,
+  loss_fn: finetune.LossFn,
+  batches: Callable[[int], Iterator[finetune.Batch]],
+  evaluate: Callable[[PyTree], dict[str, float]],
+  checkpoints: checkpoint.Checkpoints,
+  on_metrics: Callable[[dict[str, Any]], None],
 ) -> tuple[Fitted, checkpoint.Record]:
   """Trains to the end of the schedule, from wherever an earlier run stopped.
 
@@ -82,14 +83,14 @@ def fit(
     InputError: the loss is no longer finite.
   """
   optimizer = finetune.cosine_adam(
-      learning_rate=schedule.learning_rate,
-      final_learning_rate=schedule.final_learning_rate,
-      num_steps=schedule.num_steps,
+    learning_rate=schedule.learning_rate,
+    final_learning_rate=schedule.final_learning_rate,
+    num_steps=schedule.num_steps,
   )
   step_fn = finetune.make_finetune_step(loss_fn, optimizer)
   state = finetune.init_state(variables, optimizer)
   tree, record = checkpoints.restore_progress(
-      stage, trees.shapes((state, variables))
+    stage, trees.shapes((state, variables))
   ) or ((state, variables), _first_record())
   # The state's buffers are donated to each step, so nothing may share them.
   state, best = jax.tree.map(jnp.array, tree)
@@ -120,11 +121,11 @@ class _Meter:
   """Times, logs and says when to save; reads the device only to log."""
 
   def __init__(
-      self,
-      stage: str,
-      schedule: Schedule,
-      record: checkpoint.Record,
-      on_metrics: Callable[[dict[str, Any]], None],
+    self,
+    stage: str,
+    schedule: Schedule,
+    record: checkpoint.Record,
+    on_metrics: Callable[[dict[str, Any]], None],
   ):
     self._stage, self._schedule, self._record = stage, schedule, record
     self._on_metrics = on_metrics
@@ -139,15 +140,15 @@ class _Meter:
   def step(self, step: int, metrics: finetune.Metrics) -> None:
     now = time.perf_counter()
     if step < self._schedule.num_steps and (
-        now - self._logged_at < LOG_SECONDS
+      now - self._logged_at < LOG_SECONDS
     ):
       return
     loss = float(metrics["loss"])  # waits for the device
     if not math.isfinite(loss):
       raise errors.InputError(
-          f"the loss of {self._stage} is {loss} at step {step}; the last save "
-          f"is good: lower the learning rate "
-          f"({self._schedule.learning_rate:g}) and use another --workdir"
+        f"the loss of {self._stage} is {loss} at step {step}; the last save "
+        f"is good: lower the learning rate "
+        f"({self._schedule.learning_rate:g}) and use another --workdir"
       )
     now = time.perf_counter()
     values = {"loss": loss}
@@ -165,8 +166,8 @@ class _Meter:
   def save_is_due(self, step: int) -> bool:
     schedule = self._schedule
     return step < schedule.num_steps and (
-        step % schedule.checkpoint_steps == 0
-        or step % schedule.steps_per_epoch == 0
+      step % schedule.checkpoint_steps == 0
+      or step % schedule.steps_per_epoch == 0
     )
 
   def _emit(self, step: int, values: dict[str, float]) -> None:

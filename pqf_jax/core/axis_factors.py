@@ -1,0 +1,113 @@
+"""Axes as products of factors, tied in a union-find.
+
+An axis of an array is an ordered product of factors, major to minor: flattened
+features are [height, width, channels]. Tied factors share one permutation; a
+blocked factor must keep its order; a factor that a reshape cuts is split in
+two. All three are lasting facts about the program, so that the order in which
+they are stated does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Factor:
+  """A node of the union-find.
+
+  Attributes:
+    size: how many indices it has; factors that are tied have the same.
+    blocked_by: reasons why its order is fixed; empty while it is free.
+    tied_to: another factor that stands for this one.
+    parts: (major, minor) once it is split.
+  """
+
+  size: int
+  blocked_by: set[str] = dataclasses.field(default_factory=set)
+  tied_to: Factor | None = None
+  parts: tuple[Factor, ...] = ()
+
+
+Axis = tuple[Factor, ...]
+Axes = list[Axis]
+"""One `Axis` for each array axis."""
+
+
+def new_axis(length: int, reason: str = "") -> Axis:
+  """A free axis of this length, or a blocked one if a reason is given."""
+  return (Factor(length, {reason} if reason else set()),)
+
+
+def new_axes(shape: Iterable[int], reason: str = "") -> Axes:
+  """`new_axis` for every axis of a shape."""
+  return [new_axis(length, reason) for length in shape]
+
+
+def axis_length(axis: Axis) -> int:
+  """The number of indices of an axis."""
+  return math.prod(factor.size for factor in axis)
+
+
+def find_factors(axis: Axis) -> list[Factor]:
+  """The representatives an axis is a product of, major to minor.
+
+  Factors of size 1 are left out: they have nothing to permute.
+  """
+  found = []
+  for factor in axis:
+    factor = _representative(factor)
+    if factor.parts:
+      found += find_factors(factor.parts)
+    elif factor.size != 1:
+      found.append(factor)
+  return found
+
+
+def block_axes(axes: Sequence[Axis], reason: str) -> None:
+  """States that the order of these axes is fixed."""
+  for axis in axes:
+    for factor in find_factors(axis):
+      factor.blocked_by.add(reason)
+
+
+def tie_axes(first: Axis, second: Axis) -> None:
+  """States that two axes of the same length have to be permuted alike.
+
+  Factors are split until both sides agree; where no common factorization
+  exists, such as of 6 x 4 and 8 x 3, both sides are blocked.
+  """
+  while True:
+    pairs = zip(find_factors(first), find_factors(second), strict=False)
+    unequal = next((pair for pair in pairs if pair[0].size != pair[1].size), ())
+    if not unequal:
+      break
+    small, large = sorted(unequal, key=lambda factor: factor.size)
+    if small.size == 0 or large.size % small.size:
+      block_axes([first, second], "incompatible factors")
+      return
+    _split(large, small.size)
+  pairs = zip(find_factors(first), find_factors(second), strict=True)
+  for one, other in list(pairs):
+    _unite(one, other)
+
+
+def _representative(factor: Factor) -> Factor:
+  while factor.tied_to is not None:
+    factor = factor.tied_to
+  return factor
+
+
+def _split(factor: Factor, major: int) -> None:
+  sizes = (major, factor.size // major)
+  factor.parts = tuple(Factor(size, set(factor.blocked_by)) for size in sizes)
+
+
+def _unite(one: Factor, other: Factor) -> None:
+  # Uniting an earlier pair of the same list may have replaced either of them.
+  one, other = _representative(one), _representative(other)
+  if one is not other:
+    other.tied_to = one
+    one.blocked_by |= other.blocked_by

@@ -1,0 +1,204 @@
+"""The self-check: permute every group at random and compare the outputs."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jax_core
+
+from pqf_jax.core import channels, tracing, widening
+
+PyTree = Any
+JITTER = 0.1
+TOLERANCE = 1e-10
+OWN_PRECISION_TOLERANCE = 1e-2
+
+
+def check_channels(
+    key: jax.Array,
+    apply_fn: tracing.ApplyFn,
+    variables: PyTree,
+    axes: channels.ChannelAxes,
+    *inputs: PyTree,
+) -> channels.ChannelAxes:
+  """Keeps the groups whose permutation leaves the function as it is.
+
+  All groups are permuted at once, and the outputs compared in float64, to
+  1e-10 of the largest; only if they differ is each group tried alone.
+
+  The variables and inputs used are not the given ones: every entry is scaled
+  by a random factor from 0.9 to 1.1, and exact zeros become small positive
+  numbers. Otherwise a forgotten norm would not show in a fresh network, whose
+  scales are all one and whose biases are all zero. Signs are kept, so that
+  variances stay positive.
+
+  Args:
+    key: consumed; draws the permutations and the factors.
+    apply_fn: as in `discover.discover_channels`.
+    variables: arrays; they are not changed.
+    axes: from discovery, or written by hand.
+    *inputs: a small example; the network is run three times on it, and once
+      more for every group if the check fails.
+
+  Returns:
+    `axes` without the groups that fail. A warning names these. Others tell if
+    the check was weak: because the network cannot be run in float64 (then 1 %
+    is the limit), or because even wrong permutations leave the outputs as they
+    are.
+
+  Raises:
+    InputError: the apply function cannot be traced; or `axes` do not fit the
+      variables.
+  """
+  program = tracing.trace_program(apply_fn, variables, inputs)
+  return check_program(key, program, variables, axes, inputs)
+
+
+def check_program(
+    key: jax.Array,
+    program: tracing.Jaxpr,
+    variables: PyTree,
+    axes: channels.ChannelAxes,
+    inputs: tuple[PyTree, ...],
+) -> channels.ChannelAxes:
+  """`check_channels` for a program that has been traced already."""
+  sizes = channels.group_sizes(variables, axes)
+  if not sizes:
+    return axes
+  rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+  variables, inputs = _jitter(rng, (variables, inputs))
+  drawn = {group: _draw_permutation(rng, sizes[group]) for group in sizes}
+  with _on_cpu():
+    network = _compile(program, variables, inputs)
+    reference = network.outputs({}, {})
+
+    def changes(axes: channels.ChannelAxes, groups: Iterable[str]) -> bool:
+      chosen = {group: drawn[group] for group in groups}
+      outputs = network.outputs(axes, chosen)
+      return not _agree(reference, outputs, network.tolerance)
+
+    if changes(axes, sizes):
+      failed = [group for group in sizes if changes(axes, [group])]
+      return _without(axes, failed or list(sizes))
+    if not changes(_first_places(axes), sizes):
+      warnings.warn(
+          "the self-check of the channel groups saw nothing: wrong permutations "
+          "leave the outputs as they are, too; pass inputs for which the "
+          "outputs are finite and depend on the variables",
+          stacklevel=2,
+      )
+  return axes
+
+
+class _Network(NamedTuple):
+  """A compiled program with the variables to be permuted.
+
+  Attributes:
+    run: (*leaves of the variables) -> leaves of the outputs.
+    variables: of the precision in which it runs.
+    wide: whether this is float64.
+  """
+
+  run: Callable[..., list[jax.Array]]
+  variables: PyTree
+  wide: bool
+
+  @property
+  def tolerance(self) -> float:
+    """The difference of outputs that counts as rounding, relative."""
+    return TOLERANCE if self.wide else OWN_PRECISION_TOLERANCE
+
+  def outputs(
+      self, axes: channels.ChannelAxes, permutations: channels.Permutations
+  ) -> list[np.ndarray]:
+    """The outputs after permuting the variables."""
+    with jax.enable_x64(self.wide):
+      permuted = channels.apply_permutations(
+          self.variables, axes, permutations
+      )
+      return jax.device_get(self.run(*jax.tree.leaves(permuted)))
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+  """TPUs have no float64; on GPUs nothing is gained."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS excludes it
+    return contextlib.nullcontext()
+
+
+def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:
+  def jitter_leaf(leaf: Any) -> Any:
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      return leaf
+    leaf = np.asarray(leaf, np.float64)
+    fan_in = max(1, leaf.size // leaf.shape[-1]) if leaf.size and leaf.ndim else 1
+    # Zeros of a kernel stand for 'little', whatever the number of them summed.
+    ground = np.where(leaf == 0, rng.uniform(0.5, 1, leaf.shape), 0)
+    factor = rng.uniform(1 - JITTER, 1 + JITTER, leaf.shape)
+    return leaf * factor + JITTER / np.sqrt(fan_in) * ground
+
+  return jax.tree.map(jitter_leaf, tree)
+
+
+def _draw_permutation(rng: np.random.Generator, size: int) -> np.ndarray:
+  """A permutation that is not the identity; no group has less than 2."""
+  identity = np.arange(size, dtype=np.int32)
+  drawn = identity
+  while size > 1 and np.array_equal(drawn, identity):
+    drawn = rng.permutation(identity)
+  return drawn
+
+
+def _agree(
+    first: list[np.ndarray], second: list[np.ndarray], tolerance: float
+) -> bool:
+  return all(
+      _leaves_agree(*pair, tolerance)
+      for pair in zip(first, second, strict=True)
+  )
+
+
+def _leaves_agree(first: Any, second: Any, tolerance: float) -> bool:
+  if not jnp.issubdtype(first.dtype, jnp.inexact):
+    return np.array_equal(first, second)
+  finite = np.isfinite(first)
+  if not np.array_equal(finite, np.isfinite(second)):
+    return False
+  first, second = first[finite], second[finite]
+  largest = np.abs(first).max(initial=0)
+  return bool(np.abs(first - second).max(initial=0) <= tolerance * largest)
+
+
+def _first_places(axes: channels.ChannelAxes) -> channels.ChannelAxes:
+  """Each group cut down to one axis: permuting this changes any network."""
+  seen = set()
+
+  def keep(axis: channels.ChannelAxis | None) -> channels.ChannelAxis | None:
+    if axis is None or axis.group in seen:
+      return None
+    seen.add(axis.group)
+    return axis
+
+  return {path: tuple(map(keep, row)) for path, row in axes.items()}
+
+
+def _without(
+    axes: channels.ChannelAxes, failed: list[str]
+) -> channels.ChannelAxes:
+  warnings.warn(
+      f"permuting the channel groups {failed} changes the outputs of the "
+      "network; they are left alone",
+      stacklevel=3,
+  )
+  rows = {
+      path: tuple(
+          None if axis is None or axis.group in failed else axis for axis in row
+      )
+      for path, row in axes.items()
+  }
+  return {path: row for path, row in rows.items() if any(row)}

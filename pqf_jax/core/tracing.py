@@ -1,0 +1,59 @@
+"""Turns an apply function into a program that can be read and rewritten."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core as jax_core
+
+from pqf_jax import errors
+
+PyTree = Any
+ApplyFn = Callable[..., PyTree]
+Jaxpr = Any
+"""`Jaxpr` or `ClosedJaxpr`: JAX 0.12 makes them one."""
+
+CALLS = frozenset("""
+call checkpoint closed_call core_call custom_jvp_call custom_vjp_call
+custom_vjp_call_jaxpr eval_jaxpr jit pjit remat remat2
+""".split())
+CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def trace_program(
+    apply_fn: ApplyFn, variables: PyTree, inputs: tuple[PyTree, ...]
+) -> Jaxpr:
+  """Traces `apply_fn(variables, *inputs)` without running it.
+
+  Args:
+    apply_fn: any function of arrays made of JAX operations.
+    variables: arrays or `jax.ShapeDtypeStruct`s.
+    inputs: likewise.
+
+  Returns:
+    The program, whose arguments are the leaves of `variables` and then those
+    of `inputs`.
+
+  Raises:
+    InputError: the function cannot be traced.
+  """
+  try:
+    # A new function, since bound methods of modules need not be hashable.
+    return jax.make_jaxpr(lambda *arguments: apply_fn(*arguments))(
+        variables, *inputs
+    )
+  except Exception as error:  # whatever the caller's function may raise
+    reason = str(error).strip().partition("\n")[0]
+    raise errors.InputError(
+        "the apply function cannot be traced by JAX: "
+        f"{type(error).__name__}: {reason} -- it has to be a function of "
+        "(variables, *inputs) made of JAX operations; bind Python flags such "
+        "as train=False beforehand"
+    ) from error
+
+
+def called_program(eqn: jax_core.JaxprEqn) -> Jaxpr | None:
+  """The program that an equation does nothing but call, or None."""
+  if eqn.primitive.name not in CALLS:
+    return None
+  return next(eqn.params[key] for key in CALLED if key in eqn.params)

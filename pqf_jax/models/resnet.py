@@ -1,0 +1,214 @@
+"""ResNet v1.5: deep residual networks (arXiv 1512.03385) as torchvision's.
+
+In "v1.5" the 3x3 convolution of a bottleneck has the stride. Variables have
+torchvision's names: `layer1.0.conv1.weight` is `params/layer1/0/conv1/kernel`.
+Maps are [B, H, W, C]: B images, H x W positions, C channels.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from pqf_jax import errors
+from pqf_jax.models import torch_weights
+
+PyTree = Any
+Layer = Callable[..., nn.Module]
+Conv = tuple[int, int, int]
+"""Kernel size, output channels, stride."""
+
+
+def basic(features: int, stride: int) -> tuple[Conv, ...]:
+  """The convolutions of a block of the shallow networks."""
+  return (3, features, stride), (3, features, 1)
+
+
+def bottleneck(features: int, stride: int) -> tuple[Conv, ...]:
+  """The convolutions of a block of the deep networks."""
+  return (1, features, 1), (3, features, stride), (1, 4 * features, 1)
+
+
+DEPTHS = {
+    18: (basic, (2, 2, 2, 2)),
+    34: (basic, (3, 4, 6, 3)),
+    50: (bottleneck, (3, 4, 6, 3)),
+    101: (bottleneck, (3, 4, 23, 3)),
+    152: (bottleneck, (3, 8, 36, 3)),
+}
+STEMS = {"imagenet": (7, 64, 2), "small": (3, 64, 1)}
+DTYPES = tuple(map(np.dtype, (jnp.bfloat16, "float16", "float32", "float64")))
+
+
+class Downsample(nn.Module):
+  """The shortcut of a block that changes the shape."""
+
+  features: int
+  stride: int
+  conv: Layer
+  norm: Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.norm(name="1")(
+        self.conv(1, self.features, self.stride, name="0")(x)
+    )
+
+
+class Block(nn.Module):
+  """relu(shortcut(x) + convolutions(x)), a norm after every convolution."""
+
+  convs: tuple[Conv, ...]
+  conv: Layer
+  norm: Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x
+    for i, settings in enumerate(self.convs, start=1):
+      y = nn.relu(y) if i > 1 else y
+      y = self.conv(*settings, name=f"conv{i}")(y)
+      y = self.norm(name=f"bn{i}")(y)
+    if x.shape != y.shape:
+      features, stride = y.shape[-1], max(conv[2] for conv in self.convs)
+      x = Downsample(
+          features, stride, self.conv, self.norm, name="downsample"
+      )(x)
+    return nn.relu(x + y)
+
+
+class Stage(nn.Module):
+  """Blocks in a row, each given by its convolutions."""
+
+  blocks: tuple[tuple[Conv, ...], ...]
+  conv: Layer
+  norm: Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for i, convs in enumerate(self.blocks):
+      x = Block(convs, self.conv, self.norm, name=str(i))(x)
+    return x
+
+
+class ResNet(nn.Module):
+  """The network; `make` says what the settings are and checks them.
+
+  `apply(variables, images)` maps images [B, H, W, 3] to logits
+  [B, num_classes] of float32 or wider. With `train=True` the norms use the
+  statistics of the batch, and `mutable=["batch_stats"]` also returns the new
+  running ones, 0.9 old + 0.1 batch. That is torch's momentum of 0.1, but of
+  the variance torch averages the unbiased one, n / (n - 1) times that of Flax,
+  where n = B * H * W of the norm's map. Logits do not depend on this.
+  """
+
+  depth: int
+  num_classes: int
+  stem: str = "imagenet"
+  dtype: DTypeLike = jnp.float32
+  norm_epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    wide = at_least_float32(self.dtype)
+    x = jnp.mean(self.maps(images, train)[-1], (1, 2), dtype=wide)
+    return nn.Dense(
+        self.num_classes, dtype=wide, param_dtype=wide, name="fc"
+    )(x)
+
+  def maps(self, images: jax.Array, train: bool) -> list[jax.Array]:
+    """What each of the four stages gives; call it in a compact method."""
+    conv = functools.partial(convolution, dtype=self.dtype)
+    norm = functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=self.norm_epsilon,
+        dtype=self.dtype,
+        param_dtype=at_least_float32(self.dtype),
+    )
+    x = conv(*STEMS[self.stem], name="conv1")(images)
+    x = nn.relu(norm(name="bn1")(x))
+    if self.stem == "imagenet":
+      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    maps = []
+    block, lengths = DEPTHS[self.depth]
+    for i, length in enumerate(lengths):
+      features, stride = 64 * 2**i, 1 if i == 0 else 2
+      first, rest = block(features, stride), block(features, 1)
+      blocks = (first,) + (rest,) * (length - 1)
+      x = Stage(blocks, conv, norm, name=f"layer{i + 1}")(x)
+      maps.append(x)
+    return maps
+
+
+def convolution(
+    size: int, features: int, stride: int, *, dtype: DTypeLike, name: str
+) -> nn.Conv:
+  """A convolution without bias, padded by the same amount on every side.
+
+  'SAME' would pad strided ones by less on the left and at the top.
+  """
+  return nn.Conv(
+      features,
+      (size, size),
+      strides=stride,
+      padding=size // 2,
+      use_bias=False,
+      dtype=dtype,
+      param_dtype=at_least_float32(dtype),
+      kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+      name=name,
+  )
+
+
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
+  """The type of parameters and logits where the rest is of type `dtype`."""
+  return np.promote_types(dtype, np.float32)
+
+
+def make(
+    *,
+    depth: int,
+    num_classes: int,
+    stem: str = "imagenet",
+    dtype: DTypeLike = jnp.float32,
+) -> ResNet:
+  """Builds the network.
+
+  Args:
+    depth: number of layers: 18, 34, 50, 101 or 152.
+    num_classes: length of the logits.
+    stem: 'imagenet': 7x7 convolution of stride 2, then max-pool; 'small', for
+      images of about 32 x 32: 3x3 convolution of stride 1.
+    dtype: floating type of the computation.
+
+  Raises:
+    InputError: a setting has another value than these.
+  """
+  settings = (
+      ("depth", depth, tuple(DEPTHS)),
+      ("stem", stem, tuple(STEMS)),
+      ("dtype", dtype, DTYPES),
+  )
+  for name, value, choices in settings:
+    if value not in choices:
+      raise errors.InputError(
+          f"ResNet has no {name}={value!r}; choose from {choices}"
+      )
+  if not isinstance(num_classes, int) or num_classes < 1:
+    raise errors.InputError(
+        f"ResNet has no num_classes={num_classes!r}; choose an integer from 1 up"
+    )
+  return ResNet(depth, num_classes, stem, dtype)
+
+
+def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
+  """Variables from torchvision's state dict; see `torch_weights`."""
+  return torch_weights.torch_to_flax(state_dict, template)

@@ -1,0 +1,146 @@
+"""What the stages of one run share, resolved and checked before any work."""
+
+import functools
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from pqf_jax import checkpoint, data, errors, models, progress, report
+from pqf_jax.core import plan as plans
+from pqf_jax.pipeline import summary, weights, workspace
+from pqf_jax.tasks import classification
+
+PyTree = Any
+Record = checkpoint.Record
+# Convolutional networks take any size; this one suits every stem and is cheap.
+SAMPLE_SHAPE = (1, 64, 64, 3)
+
+
+class Job(NamedTuple):
+  """What the stages share.
+
+  Attributes:
+    config: the recipe.
+    files: of this run.
+    module: the Flax module.
+    template: its dense variables, as shapes.
+    plan: what is compressed, and how.
+    dataset: images.
+    loss_fn: see `finetune.LossFn`.
+    evaluate: variables -> {top1, top5, images}.
+  """
+
+  config: ml_collections.ConfigDict
+  files: workspace.Workspace
+  module: Any
+  template: PyTree
+  plan: plans.CompressionPlan
+  dataset: data.ImageDataset
+  loss_fn: Callable[..., Any]
+  evaluate: Callable[[PyTree], dict[str, float]]
+
+  def key(self, stage: str) -> jax.Array:
+    """The stage's own random key, whatever ran before."""
+    key = jax.random.key(self.config.seed)
+    return jax.random.fold_in(key, zlib.crc32(stage.encode()))
+
+  def run(
+    self,
+    stage: str,
+    target: PyTree,
+    compute: Callable[[], tuple[PyTree, Record]],
+  ) -> tuple[PyTree, Record]:
+    """A stage from its checkpoint, or computed, timed and saved."""
+
+    def timed() -> tuple[PyTree, Record]:
+      start = time.perf_counter()
+      tree, record = compute()
+      # A resumed training counts the seconds of its earlier runs itself.
+      return tree, {"seconds": time.perf_counter() - start} | record
+
+    return self.files.checkpoints.restore_or_compute(stage, target, timed)
+
+
+def prepare(
+  config: ml_collections.ConfigDict, files: workspace.Workspace
+) -> Job:
+  """Resolves everything that can be refused before any long work."""
+  module, template = build_model(config)
+  plan = make_plan(config, template)
+  print_plan(plan, template)
+  if config.weights:
+    weights.read(config.weights, config.model.name, template)
+  elif not config.train.epochs:
+    raise errors.InputError(
+      "nothing to compress: give --config.weights=FILE.safetensors, or train "
+      "from scratch with --config.train.epochs=N"
+    )
+  dataset = load_dataset(config)
+  loss_fn = classification.make_loss(module.apply, preprocess(dataset))
+  return Job(
+    config,
+    files,
+    module,
+    template,
+    plan,
+    dataset,
+    loss_fn,
+    make_evaluate(config, module, dataset),
+  )
+
+
+def build_model(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
+  """(module, its variables as shapes)."""
+  arguments = dict(config.model)
+  module = models.get_model(arguments.pop("name")).make(**arguments)
+  images = jax.ShapeDtypeStruct(SAMPLE_SHAPE, jnp.float32)
+  return module, jax.eval_shape(module.init, jax.random.key(0), images)
+
+
+def make_plan(
+  config: ml_collections.ConfigDict, template: PyTree
+) -> plans.CompressionPlan:
+  """The plan of the config's rules."""
+  rules = [plans.Rule(*rule) for rule in config.rules]
+  return plans.make_plan(rules, template)
+
+
+def print_plan(
+  plan: plans.CompressionPlan, template: PyTree
+) -> plans.SizeReport:
+  """Shows what will be done and how large the result will be."""
+  size = plans.predict_size(plan, template)
+  progress.show(report.plan_table(summary.plan_rows(size)))
+  return size
+
+
+def load_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
+  """The images of `config.data`."""
+  dataset = data.get_dataset(config.data.name, data_dir=config.data.dir)
+  if dataset.num_classes != config.model.num_classes:
+    raise errors.InputError(
+      f"config.model.num_classes is {config.model.num_classes}, but "
+      f"{config.data.name} has {dataset.num_classes} classes"
+    )
+  return dataset
+
+
+def preprocess(dataset: data.ImageDataset) -> classification.Preprocess:
+  """uint8 images -> float32, normalized on the device."""
+  return functools.partial(data.normalize, mean=dataset.mean, std=dataset.std)
+
+
+def make_evaluate(
+  config: ml_collections.ConfigDict, module: Any, dataset: data.ImageDataset
+) -> Callable[[PyTree], dict[str, float]]:
+  """Variables -> {top1, top5, images} over all test images."""
+  count = classification.make_evaluate(module.apply, preprocess(dataset))
+  return lambda variables: count(
+    variables,
+    data.eval_batches(dataset, batch_size=config.eval_batch_size),
+  )

@@ -1,0 +1,242 @@
+"""Runs the stages in order: load or train, permute, quantize, fine-tune, pack.
+
+With `job`, the only module that knows all others. Every stage is restored from
+its checkpoint if an earlier run finished it, so the same command goes on where
+it stopped.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from pqf_jax import (
+  checkpoint,
+  data,
+  errors,
+  pack,
+  permute,
+  progress,
+  quantize,
+  report,
+)
+from pqf_jax.core import channels, discover, trees
+from pqf_jax.core import plan as plans
+from pqf_jax.pipeline import job as jobs
+from pqf_jax.pipeline import summary, training, weights, workspace
+
+PyTree = Any
+Staged = tuple[PyTree, checkpoint.Record]
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Does what `config.mode` says.
+
+  Args:
+    config: see `configs/common.py`.
+    workdir: where everything goes; None: runs/<name>.
+
+  Raises:
+    InputError: bad input, found before any long work wherever that can be.
+  """
+  modes = {"compress": compress, "evaluate": evaluate, "plan": show_plan}
+  if config.mode not in modes:
+    raise errors.InputError(
+      f"config.mode is {config.mode!r}; it must be one of {sorted(modes)}"
+    )
+  modes[config.mode](config, workdir)
+
+
+def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Prints the plan; the last line is `payload_bytes=N`. Needs no data."""
+  del workdir
+  _, template = jobs.build_model(config)
+  size = jobs.print_plan(jobs.make_plan(config, template), template)
+  progress.say(f"payload_bytes={size.payload_bytes}")
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Counts the accuracy of `config.weights`; writes results.json."""
+  if not config.weights:
+    raise errors.InputError(
+      "config.mode=evaluate needs --config.weights=FILE.safetensors"
+    )
+  module, template = jobs.build_model(config)
+  variables = weights.read(config.weights, config.model.name, template)
+  dataset = jobs.load_dataset(config)
+  files = workspace.open_workspace(
+    workdir or f"runs/{config.name}_evaluate", config
+  )
+  accuracy = jobs.make_evaluate(config, module, dataset)(variables)
+  files.write_results({"weights": config.weights} | accuracy)
+  progress.say(
+    " ".join(f"{name}={value:.6g}" for name, value in accuracy.items())
+  )
+
+
+def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """The whole job, from wherever an earlier run of it stopped."""
+  files = workspace.open_workspace(workdir or f"runs/{config.name}", config)
+  results = files.results()
+  if results:
+    progress.show(report.closing_table(results))
+    progress.say(f"already done: {files.packed_file}, {files.report_file}")
+    return
+  job = jobs.prepare(config, files)
+  dense, dense_record = dense_stage(job)
+  permuted, permute_record = permute_stage(job, dense)
+  quantized, quantize_record = quantize_stage(job, permuted)
+  tuned, finetune_record = finetune_stage(job, quantized)
+  records = {
+    "dense": dense_record,
+    "permuted": permute_record,
+    "quantized": quantize_record,
+    "finetuned": finetune_record,
+  }
+  finish(job, tuned, records)
+
+
+def dense_stage(job: jobs.Job) -> Staged:
+  """The trained network: read from a file, or trained here."""
+
+  def read() -> Staged:
+    config = job.config
+    variables = weights.read(config.weights, config.model.name, job.template)
+    return variables, job.evaluate(variables)
+
+  def train() -> Staged:
+    sample = jnp.zeros(jobs.SAMPLE_SHAPE)
+    variables = jax.jit(job.module.init)(job.key("init"), sample)
+    fitted, record = fit(job, "train", variables, job.config.train)
+    return fitted.last, record
+
+  return job.run("dense", job.template, read if job.config.weights else train)
+
+
+def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
+  """The same function with its channels in a better order."""
+
+  def compute() -> Staged:
+    axes = discover.discover_channels(
+      job.module.apply, dense, jnp.zeros(jobs.SAMPLE_SHAPE)
+    )
+    with progress.track(
+      "permute", len(channels.group_sizes(dense, axes))
+    ) as bar:
+      variables, permutations, groups = permute.permute_channels(
+        job.key("permute"),
+        dense,
+        axes,
+        job.plan,
+        on_group=lambda group: bar.advance(),
+      )
+    record = {
+      "groups": [group._asdict() for group in groups],
+      "permutations": {
+        group: permutation.tolist()
+        for group, permutation in permutations.items()
+      },
+    }
+    return variables, record | job.evaluate(variables)
+
+  return job.run("permute", job.template, compute)
+
+
+def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
+  """Codebooks and codes."""
+
+  def compute() -> Staged:
+    with progress.track("quantize", len(job.plan), unit="layers") as bar:
+      variables, layers = quantize.quantize_params(
+        job.key("quantize"),
+        permuted,
+        job.plan,
+        on_layer=lambda layer: bar.advance(distortion=layer.distortion),
+      )
+    distortion = {path: layer.distortion for path, layer in layers.items()}
+    return variables, {"distortion": distortion} | job.evaluate(variables)
+
+  target = plans.compressed_shapes(job.plan, job.template)
+  return job.run("quantize", target, compute)
+
+
+def finetune_stage(job: jobs.Job, quantized: PyTree) -> Staged:
+  """Trained codebooks, norms and biases."""
+  target = trees.shapes(training.Fitted(quantized, quantized))
+  fitted, record = job.run(
+    "finetune",
+    target,
+    lambda: fit(job, "finetune", quantized, job.config.finetune),
+  )
+  return getattr(fitted, job.config.pack), record
+
+
+def fit(
+  job: jobs.Job,
+  stage: str,
+  variables: PyTree,
+  settings: ml_collections.ConfigDict,
+) -> tuple[training.Fitted, checkpoint.Record]:
+  """`training.fit` with the settings of a config."""
+  steps_per_epoch = len(job.dataset.train) // settings.batch_size
+  schedule = training.Schedule(
+    steps_per_epoch=steps_per_epoch,
+    checkpoint_steps=job.config.checkpoint_steps,
+    **settings,
+  )
+
+  def batches(first_step: int) -> Iterator[Any]:
+    job.files.resume_log(stage, first_step + 1)
+    return data.train_batches(
+      job.dataset,
+      batch_size=settings.batch_size,
+      seed=job.config.seed,
+      start_step=first_step,
+      num_steps=schedule.num_steps - first_step,
+    )
+
+  return training.fit(
+    stage,
+    variables,
+    schedule,
+    loss_fn=job.loss_fn,
+    batches=batches,
+    evaluate=job.evaluate,
+    checkpoints=job.files.checkpoints,
+    on_metrics=job.files.log,
+  )
+
+
+def finish(
+  job: jobs.Job, variables: PyTree, records: dict[str, checkpoint.Record]
+) -> None:
+  """Packs, checks the file by evaluating it, and writes what came out."""
+  start = time.perf_counter()
+  files = job.files
+  packed = pack.save(
+    files.packed_file,
+    variables,
+    norm_epsilon=job.module.norm_epsilon,
+    architecture=dict(job.config.model),
+  )
+  accuracy = job.evaluate(pack.load(files.packed_file))
+  records["packed"] = accuracy | {"seconds": time.perf_counter() - start}
+  size = plans.predict_size(job.plan, job.template)
+  results = summary.results(
+    job.config, size, packed.payload_bytes, files.packed_file, records
+  )
+  report.write_html(
+    files.report_file,
+    results,
+    config=job.config.to_dict(),
+    plan_rows=summary.plan_rows(size),
+    layers=summary.layer_rows(size, records["quantized"]["distortion"]),
+    groups=records["permuted"]["groups"],
+    history=files.history(),
+  )
+  files.write_results(results)
+  progress.show(report.closing_table(results))
+  progress.say(f"written: {files.packed_file}, {files.report_file}")

@@ -1,0 +1,88 @@
+"""The figures of a run as plain data, for results.json and the report."""
+
+import datetime
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from pqf_jax import checkpoint
+from pqf_jax.core import plan as plans
+
+Rows = list[dict[str, Any]]
+METRICS = ("top1", "top5")
+
+
+def plan_rows(size: plans.SizeReport) -> Rows:
+  """One row a stored variable; see `report.schema.PlanRow`."""
+  return [
+    {
+      "path": layer.path,
+      "shape": layer.shape,
+      "block": layer.block,
+      "num_codes": layer.num_codes,
+      "codes": layer.codes,
+      "bytes": layer.payload_bytes,
+      "bits_per_weight": layer.bits_per_weight,
+      "kept": "codebook + codes" if layer.num_codes else "dense",
+    }
+    for layer in size.layers
+  ]
+
+
+def layer_rows(size: plans.SizeReport, distortion: Mapping[str, float]) -> Rows:
+  """One row a compressed kernel; see `report.schema.LayerRow`."""
+  return [
+    {
+      "path": layer.path,
+      "shape": layer.shape,
+      "bytes": layer.payload_bytes,
+      "distortion": distortion[layer.path],
+    }
+    for layer in size.layers
+    if layer.num_codes
+  ]
+
+
+def results(
+  config: ml_collections.ConfigDict,
+  size: plans.SizeReport,
+  payload_bytes: int,
+  packed_file: pathlib.Path,
+  records: Mapping[str, checkpoint.Record],
+) -> dict[str, Any]:
+  """results.json; see `report.schema.Results`.
+
+  Args:
+    config: of the run.
+    size: predicted by the plan.
+    payload_bytes: counted on the packed buffers.
+    packed_file: whose bytes on disk give the ratio.
+    records: {stage: accuracy and seconds}; 'packed' is the file, evaluated.
+  """
+  accuracy = {
+    f"{metric}_{stage}": record[metric]
+    for metric in METRICS
+    for stage, record in records.items()
+  }
+  file_bytes = os.path.getsize(packed_file)
+  return {
+    "name": config.name,
+    "command": shlex.join(["python", *sys.argv]),
+    "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+    "seed": config.seed,
+    "device": jax.devices()[0].device_kind,
+    "images": records["packed"]["images"],
+    **accuracy,
+    "dense_bytes": size.dense_bytes,
+    "payload_bytes": payload_bytes,
+    "file_bytes": file_bytes,
+    "ratio": size.dense_bytes / file_bytes,
+    "seconds": {stage: record["seconds"] for stage, record in records.items()},
+    "file": packed_file.name,
+  }

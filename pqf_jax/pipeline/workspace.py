@@ -1,0 +1,101 @@
+"""The files of one run: config, checkpoints, metrics, results, packed model."""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from pqf_jax import checkpoint, errors, report
+
+Results = dict[str, Any]
+
+
+class Workspace:
+  """A workdir that belongs to one config.
+
+  config.json  checkpoints/  metrics.jsonl  results.json  report.html
+  model.safetensors  tensorboard/ (where asked for)
+  """
+
+  def __init__(self, path: pathlib.Path, config: ml_collections.ConfigDict):
+    """Use `open_workspace`."""
+    self.path = path
+    self.checkpoints = checkpoint.Checkpoints(path)
+    self.packed_file = path / "model.safetensors"
+    self.report_file = path / "report.html"
+    self._metrics_file = path / "metrics.jsonl"
+    self._results_file = path / "results.json"
+    self._curves = (
+      report.TensorBoardWriter(path / "tensorboard")
+      if config.tensorboard
+      else None
+    )
+
+  def results(self) -> Results | None:
+    """What a finished run found, or None."""
+    if not self._results_file.exists():
+      return None
+    return json.loads(self._results_file.read_text())
+
+  def write_results(self, results: Results) -> None:
+    """Writes results.json, which also says that the run is finished."""
+    report.write_json(self._results_file, results)
+
+  def log(self, record: dict[str, Any]) -> None:
+    """Appends to metrics.jsonl, and to TensorBoard where asked for."""
+    report.append_metric(self._metrics_file, record)
+    if self._curves:
+      self._curves.write(record)
+
+  def resume_log(self, stage: str, step: int) -> None:
+    """Forgets what will be measured again from `step` on."""
+    report.resume_metrics(self._metrics_file, stage, step)
+
+  def history(self) -> list[dict[str, Any]]:
+    """All records of metrics.jsonl."""
+    return report.read_metrics(self._metrics_file)
+
+
+def open_workspace(
+  workdir: str, config: ml_collections.ConfigDict
+) -> Workspace:
+  """Makes the workdir, or goes on in it if it belongs to this config.
+
+  Raises:
+    InputError: the workdir belongs to another config (the differences are
+      listed), or cannot be written.
+  """
+  path = pathlib.Path(workdir).expanduser().resolve()
+  # As JSON reads it back, so that tuples and lists are alike.
+  wanted = json.loads(json.dumps(config.to_dict()))
+  config_file = path / "config.json"
+  if config_file.exists():
+    _check_same(path, json.loads(config_file.read_text()), wanted)
+  else:
+    path.mkdir(parents=True, exist_ok=True)
+    report.write_json(config_file, wanted)
+  return Workspace(path, config)
+
+
+def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:
+  before, now = _leaves(stored), _leaves(wanted)
+  differences = [
+    f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
+  ]
+  if differences:
+    raise errors.InputError(
+      f"the workdir {path} belongs to another config; use another --workdir "
+      "or delete it. Different are:\n  " + "\n  ".join(differences)
+    )
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix.removesuffix("."): tree}
+  found: dict[str, Any] = {}
+  for name, child in tree.items():
+    found |= _leaves(child, f"{prefix}{name}.")
+  return found

@@ -1,0 +1,13 @@
+"""What is left of a run to read: tables, files, a page, curves.
+
+Takes plain data, whose fields `schema` lists; draws and writes, never computes.
+"""
+
+from pqf_jax.report.html import write_html as write_html
+from pqf_jax.report.records import append_metric as append_metric
+from pqf_jax.report.records import read_metrics as read_metrics
+from pqf_jax.report.records import resume_metrics as resume_metrics
+from pqf_jax.report.records import write_json as write_json
+from pqf_jax.report.tables import closing_table as closing_table
+from pqf_jax.report.tables import plan_table as plan_table
+from pqf_jax.report.tensorboard import TensorBoardWriter as TensorBoardWriter

@@ -1,0 +1,139 @@
+"""`report.html`: one page with everything about a run, that needs nothing else.
+
+No script, no font, no picture and no address is fetched: the page can be
+mailed. Charts are inline SVG in the colours of the reader's theme.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import markupsafe
+
+from pqf_jax.report import charts, records, schema, tables, text
+
+
+class Tile(NamedTuple):
+  """A headline figure: what it is, the figure, and a word on it."""
+
+  label: str
+  figure: str
+  note: str
+
+
+def write_html(
+    path: str | os.PathLike[str],
+    results: schema.Results,
+    *,
+    config: Mapping[str, Any] | None = None,
+    plan_rows: Sequence[schema.PlanRow] = (),
+    layers: Sequence[schema.LayerRow] = (),
+    groups: Sequence[schema.GroupRow] = (),
+    history: Sequence[schema.MetricRecord] = (),
+) -> None:
+  """Writes the report of a run; what is missing leaves its section out.
+
+  Args:
+    path: of the page.
+    results: what was measured; see `schema.Results`.
+    config: of the run, as `config.json` has it.
+    plan_rows: one a stored variable.
+    layers: one a quantized kernel.
+    groups: one a channel group.
+    history: metric records of training and fine-tuning.
+  """
+  environment = jinja2.Environment(
+      loader=jinja2.PackageLoader("pqf_jax.report"),
+      autoescape=True,
+      undefined=jinja2.StrictUndefined,
+      trim_blocks=True,
+      lstrip_blocks=True,
+  )
+  name = os.path.basename(results.get("file") or "")
+  environment.filters["breakable"] = _breakable
+  page = environment.get_template("report.html").render(
+      title=results.get("name") or "Compressed model",
+      compressed=results.get("ratio") is not None,
+      facts=_facts(results),
+      tiles=_tiles(results),
+      file=json.dumps(name) if name else "",
+      score_charts=charts.score_charts(results),
+      curves=charts.curves(history, results),
+      layer_charts=[
+          chart
+          for chart in (
+              charts.size_chart(plan_rows or layers),
+              charts.distortion_chart(layers),
+          )
+          if chart.rows
+      ],
+      permutation=charts.permutation_chart(groups),
+      table=_layer_table(plan_rows, layers),
+      seconds=[
+          (stage, text.duration(took))
+          for stage, took in (results.get("seconds") or {}).items()
+      ],
+      command=results.get("command") or "",
+      config=json.dumps(config, indent=2, default=str) if config else "",
+  )
+  records.write_text(path, page)
+
+
+def _facts(results: schema.Results) -> list[str]:
+  facts = [results.get("date"), results.get("device")]
+  if results.get("seed") is not None:
+    facts.append(f"seed {results['seed']}")
+  if results.get("images"):
+    facts.append(f"{results['images']:,} test images")
+  return [str(fact) for fact in facts if fact]
+
+
+def _tiles(results: schema.Results) -> list[Tile]:
+  tiles = []
+  if results.get("ratio") is not None:
+    ratio = f"{results['ratio']:.1f}×"
+    tiles.append(Tile("Smaller", ratio, "than in float32"))
+  if results.get("file_bytes") is not None:
+    num_bytes = results["file_bytes"]
+    before = results.get("dense_bytes")
+    note = f"{num_bytes:,} bytes"
+    note = note if before is None else f"was {text.size(before)}"
+    tiles.append(Tile("File", text.size(num_bytes), note))
+  for metric, rows in schema.scores(results).items():
+    last = rows[-1]
+    name = f"{schema.METRICS[metric]}, {schema.STAGES[last.stage]}"
+    note = ""
+    if last.gap is not None and last.stage != "dense":
+      dense = text.percent(last.value - last.gap)
+      note = f"{text.points(last.gap)} points from {dense}"
+    tiles.append(Tile(name, text.percent(last.value), note))
+  return [
+      tile._replace(label=tile.label[0].upper() + tile.label[1:])
+      for tile in tiles
+  ]
+
+
+def _layer_table(
+    plan_rows: Sequence[schema.PlanRow], layers: Sequence[schema.LayerRow]
+) -> Mapping[str, Any]:
+  """The table of layers with its distortions."""
+  distortion = {
+      row["path"]: text.percent(row["distortion"]) for row in layers
+  }
+  lines, total = tables.plan_lines(plan_rows)
+  return {
+      "columns": (*tables.COLUMNS, "distortion"),
+      "rows": [
+          line._replace(cells=(*line.cells, distortion.get(line.full, "")))
+          for line in lines
+      ],
+      "total": (*total.cells, ""),
+  }
+
+
+def _breakable(path: str) -> markupsafe.Markup:
+  """A path that may be broken behind each slash."""
+  parts = map(markupsafe.escape, path.split("/"))
+  return markupsafe.Markup("/<wbr>").join(parts)

@@ -1,0 +1,139 @@
+"""A run to report on: real shapes, figures made up for the tests."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pqf_jax.report import schema
+
+
+def resnet18_shapes():
+  """{path: shape} of 20 kernels that are compressed, and of the rest."""
+  shapes = {"params/conv1/kernel": (7, 7, 3, 64)}
+  for stage, width in enumerate((64, 128, 256, 512), 1):
+    for block in (0, 1):
+      into = width // 2 if stage > 1 and block == 0 else width
+      name = f"params/layer{stage}/{block}"
+      shapes[f"{name}/conv1/kernel"] = (3, 3, into, width)
+      shapes[f"{name}/conv2/kernel"] = (3, 3, width, width)
+      if into != width:
+        shapes[f"{name}/downsample/0/kernel"] = (1, 1, into, width)
+  shapes["params/fc/kernel"] = (512, 1000)
+  norms = {
+      path.replace("conv", "bn").replace("kernel", leaf): shape[-1:]
+      for path, shape in shapes.items()
+      if "fc" not in path
+      for leaf in ("scale", "bias")
+  }
+  return shapes | norms | {"params/fc/bias": (1000,)}
+
+
+def plan_row(path, shape):
+  num_weights = math.prod(shape)
+  if len(shape) == 1 or path == "params/conv1/kernel":
+    cut, num_bytes, kept = (0, 0, 0), 4 * num_weights, "dense"
+  else:
+    block = 9 if shape[:2] == (3, 3) else 4
+    codes = num_weights // block
+    num_codes = 2048 if "fc" in path else min(256, codes // 4)
+    bits = math.ceil(math.log2(num_codes))
+    num_bytes = codes * bits // 8 + 2 * num_codes * block
+    cut, kept = (block, num_codes, codes), "codebook + codes"
+  return {
+      "path": path,
+      "shape": shape,
+      "block": cut[0],
+      "num_codes": cut[1],
+      "codes": cut[2],
+      "bytes": num_bytes,
+      "bits_per_weight": 8 * num_bytes / num_weights,
+      "kept": kept,
+  }
+
+
+@pytest.fixture
+def run():
+  """What a run of ResNet-18 hands over; made-up figures of a likely size."""
+  rng = np.random.default_rng(0)
+  plan_rows = [plan_row(*item) for item in resnet18_shapes().items()]
+  layers = [
+      {
+          "path": row["path"],
+          "shape": row["shape"],
+          "distortion": float(rng.uniform(0.08, 0.42)),
+          "bytes": row["bytes"],
+      }
+      for row in plan_rows
+      if row["num_codes"]
+  ]
+  plan_rows[3]["num_codewords_used"] = plan_rows[3]["num_codes"] - 5
+  groups = [
+      {
+          "group": f"group{number}",
+          "children": [row["path"] for row in layers[number : number + 2]],
+          "size": row["shape"][-1],
+          "log_det_before": -60.5 - 3.25 * number,
+          "log_det_after": -61 - 3.5 * number,
+          "accepted": number != 7,
+          "note": "" if number != 7 else "accuracy fell",
+      }
+      for number, row in enumerate(layers[:12])
+  ]
+  history = [
+      {
+          "stage": stage,
+          "step": step,
+          "epoch": step / 390,
+          "loss": start * math.exp(-step / 900) + 0.1 * float(rng.uniform()),
+          "learning_rate": 1e-3,
+          "images_per_second": 812.0,
+      }
+      | dict.fromkeys(
+          ["top1"] if step % 390 == 0 else [],
+          0.97 - drop * math.exp(-step / 700),
+      )
+      for stage, start, drop in (("train", 2.3, 0.9), ("finetune", 0.6, 0.2))
+      for step in range(0, 3511, 10)
+  ]
+  payload = sum(row["bytes"] for row in plan_rows)
+  dense = sum(map(schema.dense_bytes, plan_rows))
+  results = {
+      "name": "resnet18 digits",
+      "command": (
+          "python main.py --config=configs/resnet18_digits.py "
+          "--workdir=runs/resnet18_digits --config.seed=0"
+      ),
+      "date": "2001-02-03 04:05 UTC",
+      "seed": 17,
+      "device": "1 x NVIDIA H100 80GB HBM3",
+      "images": 1797,
+      "top1_dense": 0.98164,
+      "top1_permuted": 0.98165,
+      "top1_quantized": 0.71341,
+      "top1_finetuned": 0.96439,
+      "top5_dense": 0.99944,
+      "top5_permuted": 0.99943,
+      "top5_quantized": 0.93211,
+      "top5_finetuned": 0.99722,
+      "dense_bytes": dense,
+      "payload_bytes": payload,
+      "file_bytes": payload + 9120,
+      "ratio": dense / (payload + 9120),
+      "seconds": {
+          "train": 412.25,
+          "permute": 38.5,
+          "quantize": 57.125,
+          "finetune": 259.0,
+          "pack": 1.75,
+      },
+      "file": "/runs/resnet18_digits/model.safetensors",
+  }
+  return {
+      "results": results,
+      "config": {"seed": 17, "finetune": {"epochs": 9, "learning_rate": 1e-3}},
+      "plan_rows": plan_rows,
+      "layers": layers,
+      "groups": groups,
+      "history": history,
+  }

@@ -1,0 +1,89 @@
+"""Charts: bars in proportion, curves on their marks."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pqf_jax.report import charts
+
+
+def test_bars_are_in_proportion(run):
+  rows = [row for row in run["plan_rows"] if len(row["shape"]) > 1]
+  bars = charts.size_chart(run["plan_rows"])
+  widths = np.array([row.widths for row in [*bars.rows, *bars.more]])
+  expected = np.array(
+      [(4 * math.prod(row["shape"]), row["bytes"]) for row in rows]
+  )
+  np.testing.assert_allclose(widths, 100 * expected / expected.max())
+  drops = charts.permutation_chart(run["groups"])
+  expected = 0.5 + 0.25 * np.arange(12)
+  widths = [row.widths[0] for row in drops.rows]
+  np.testing.assert_allclose(widths, 100 * expected / expected.max())
+  assert [row.counts for row in drops.rows].index(False) == 7
+
+
+def test_rows_beyond_the_most_are_folded_away_not_lost():
+  layers = [
+      {"path": f"params/{n}", "distortion": n / 100} for n in range(60)
+  ]
+  chart = charts.distortion_chart(layers)
+  assert len(chart.rows) == charts.ROWS_SHOWN
+  names = [row.full for row in (*chart.rows, *chart.more)]
+  assert names == [row["path"] for row in layers]
+
+
+def test_bars_of_nothing_and_of_zero(run):
+  assert charts.distortion_chart([]).rows == []
+  exact = [{"path": "params/a/kernel", "distortion": 0.0}]
+  assert charts.distortion_chart(exact).rows[0].widths == (0,)
+  still = run["groups"][0] | {"log_det_after": -60.5}
+  assert charts.permutation_chart([still]).rows[0].widths == (0,)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[2.0, 1.0, 0.5], [1.0, 1.0], [0.0, 0.0], [1e-9, 3e-9], [-4.0, 1e6]],
+)
+def test_curve_maps_its_points_onto_its_marks(losses):
+  history = [
+      {"stage": "train", "step": n, "epoch": n / 2, "loss": loss}
+      for n, loss in enumerate(losses)
+  ]
+  (curve,) = charts.curves(history, {})
+  points = [tuple(map(float, p.split(","))) for p in curve.points.split()]
+  marks = [float(tick.label) for tick in curve.y_ticks]
+  places = [tick.position for tick in curve.y_ticks]
+  assert 2 <= len(marks) <= 8
+  assert places[0] == 0
+  assert places[-1] == pytest.approx(100)
+  heights = np.interp(losses, marks, places)
+  np.testing.assert_allclose([100 - y for _, y in points], heights, atol=0.01)
+  assert [x for x, _ in points] == pytest.approx(
+      np.linspace(0, 100, len(losses)), abs=0.01
+  )
+
+
+def test_a_long_curve_is_thinned_by_means():
+  num = 7 * charts.MOST_POINTS
+  losses = np.random.default_rng(0).uniform(0, 1, num)
+  losses[:2] = 0, 1
+  history = [
+      {"stage": "train", "step": n, "epoch": n, "loss": loss}
+      for n, loss in enumerate(losses.tolist())
+  ]
+  (curve,) = charts.curves(history, {})
+  ys = [float(point.split(",")[1]) for point in curve.points.split()]
+  means = losses.reshape(-1, 7).mean(axis=1)
+  np.testing.assert_allclose(ys, 100 - 100 * means, atol=0.01)
+
+
+def test_curve_leaves_out_missing_values_and_marks_the_dense_level():
+  history = [
+      {"stage": "finetune", "step": n, "epoch": n, "loss": None, "top1": value}
+      for n, value in enumerate([0.5, None, 0.6])
+  ]
+  (curve,) = charts.curves(history, {"top1_dense": 0.7})
+  assert len(curve.points.split()) == 2
+  assert curve.reference == pytest.approx(100)
+  assert charts.curves(history[:1], {}) == []

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pqf_jax import errors, quantize
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
+
+RULES = (plans.Rule(".*", 16, channels=2, kmeans_steps=20),)
+
+
+@pytest.fixture
+def variables():
+  keys = jax.random.split(jax.random.key(0))
+  return {
+    "params": {
+      "a": {"kernel": jax.random.normal(keys[0], (3, 3, 8, 16))},
+      "b": {"kernel": jax.random.normal(keys[1], (16, 32))},
+    }
+  }
+
+
+def _run(variables, key=0):
+  plan = plans.make_plan(RULES, variables)
+  return quantize.quantize_params(jax.random.key(key), variables, plan)
+
+
+def test_codes_are_the_nearest_codewords(variables):
+  compressed, _ = _run(variables)
+  for path, node in trees.flatten(compressed, vq_array.is_vq).items():
+    vectors = node.spec.to_blocks(trees.flatten(variables)[path])
+    codebook = np.asarray(node.codebook, np.float64)
+    gaps = np.asarray(vectors, np.float64)[:, :, None] - codebook
+    nearest = (gaps**2).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(node.codes, nearest)
+
+
+def test_reported_distortion_is_that_of_the_decoded_kernel(variables):
+  compressed, summaries = _run(variables)
+  dense = trees.flatten(vq_array.decode_params(compressed))
+  for path, kernel in trees.flatten(variables).items():
+    kernel = np.asarray(kernel, np.float64)
+    error = np.mean((np.asarray(dense[path]) - kernel) ** 2) / np.var(kernel)
+    assert summaries[path].distortion == pytest.approx(error, rel=1e-4)
+    assert 0 < error < 1
+
+
+def test_a_layer_does_not_depend_on_the_others(variables):
+  both, _ = _run(variables)
+  alone, _ = _run({"params": {"b": variables["params"]["b"]}})
+  jax.tree.map(
+    np.testing.assert_array_equal, both["params"]["b"], alone["params"]["b"]
+  )
+
+
+def test_the_key_decides(variables):
+  first, second = _run(variables)[0], _run(variables, key=1)[0]
+  kernels = [tree["params"]["a"]["kernel"].codes for tree in (first, second)]
+  assert not np.array_equal(*kernels)
+
+
+def test_a_constant_kernel_is_lossless():
+  variables = {"a": {"kernel": jnp.full((8, 16), 0.5)}}
+  compressed, summaries = _run(variables)
+  assert summaries["a/kernel"].distortion == 0
+  np.testing.assert_allclose(compressed["a"]["kernel"].decode(), 0.5)
+
+
+def test_bad_weights_are_named_before_any_work(variables):
+  kernel = variables["params"]["b"]["kernel"]
+  variables["params"]["b"]["kernel"] = kernel.at[3, 4].set(jnp.nan)
+  done = []
+  plan = plans.make_plan(RULES, variables)
+  with pytest.raises(errors.InputError, match="params/b/kernel has 1 NaN"):
+    quantize.quantize_params(
+      jax.random.key(0), variables, plan, on_layer=done.append
+    )
+  assert not done
