@@ -6,7 +6,7 @@ python main.py --config=configs/resnet18.py [--workdir=DIR]
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pqf_jax import errors, pipeline
@@ -26,21 +26,31 @@ _XLA_FLAGS = "--xla_gpu_ftz=true"
 def main(argv: list[str]) -> None:
   """Runs the config; see `pipeline.run`."""
   del argv
-  if _CONFIG.value is None:
-    raise errors.InputError(
-      "no recipe given: python main.py --config=configs/resnet18.py"
-    )
+  logging.set_verbosity(logging.WARNING)  # orbax reports every write
   pipeline.run(_CONFIG.value, _WORKDIR.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Absl's parser; a bad recipe or override becomes an `InputError`."""
+  """absl's parser; a bad recipe or override becomes an `InputError`."""
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, OSError, ValueError) as error:
-    # ml_collections raises AttributeError for an unknown key, and appends the
-    # nearest one.
-    raise errors.InputError(f"{' '.join(argv[1:])}: {error}") from error
+    rest = flags.FLAGS(argv)
+  except (flags.Error, AttributeError, ValueError) as error:
+    # ml_collections appends the nearest name to an unknown key's, and puts the
+    # whole traceback into what a recipe raised, whose message comes last.
+    message = str(error).strip().splitlines()
+    told = message[-1] if "Traceback" in str(error) else " ".join(message)
+    raise errors.InputError(f"{' '.join(argv[1:])}: {told}") from error
+  if not flags.FLAGS["config"].present:
+    raise errors.InputError(
+        "no recipe given: python main.py --config=configs/resnet18.py"
+    )
+  path = config_flags.get_config_filename(flags.FLAGS["config"])
+  if not os.path.isfile(path):
+    raise errors.InputError(
+        f"no recipe {path!r} in {os.getcwd()}; run main.py in its own folder, "
+        "where the recipes are configs/*.py"
+    )
+  return rest
 
 
 if __name__ == "__main__":
@@ -48,4 +58,5 @@ if __name__ == "__main__":
   try:
     app.run(main, flags_parser=parse_flags)
   except (errors.InputError, OSError) as error:
-    sys.exit(pipeline.report_failure(error))
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -44,8 +44,8 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     # A small problem on a small machine: few passes suffice, and the k-means
     # has converged long before the paper's 1,000 steps.
     config.rules = tuple((*rule[:3], 50) for rule in config.rules)
-    config.train.epochs = 8
+    config.train.epochs = 7
     config.train.batch_size = 64
-    config.finetune.epochs = 5
+    config.finetune.epochs = 4
     config.finetune.batch_size = 64
   return config

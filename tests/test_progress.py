@@ -31,7 +31,7 @@ def console(monkeypatch, **options):
   """Puts the console of `progress` on a file; a call gives its lines."""
   file = io.StringIO()
   made = rich.console.Console(
-      file=file, width=80, highlight=False, color_system=None, **options
+    file=file, width=80, highlight=False, color_system=None, **options
   )
   monkeypatch.setattr(progress, "_CONSOLE", made)
   return lambda: file.getvalue().splitlines()
@@ -44,7 +44,7 @@ def test_a_line_says_where_the_run_is(clock, pipe):
     bar.advance(1199 + 1, loss=0.21349)
   # 1200 steps in 60 s: 20 steps, 580 images a second; 2309 steps are left.
   assert pipe()[0] == (
-      "[finetune] 1201/3510 34% 580 img/s eta 01:55 loss 0.213"
+    "[finetune] 1201/3510 34% 580 img/s eta 01:55 loss 0.213"
   )
 
 
@@ -122,7 +122,7 @@ def test_nothing_to_do_is_all_done(clock, pipe):
 
 
 def test_other_processes_are_silent_and_ask_for_no_value(
-    clock, pipe, monkeypatch
+  clock, pipe, monkeypatch
 ):
   monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
   with progress.track("train", 100) as bar:

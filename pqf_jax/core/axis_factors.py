@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from jax.extend import core as jax_core
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -35,6 +37,11 @@ Axis = tuple[Factor, ...]
 Axes = list[Axis]
 """One `Axis` for each array axis."""
 
+Equation = jax_core.JaxprEqn
+Rule = Callable[[Equation, Sequence[Axes]], list[Axes]]
+"""States what an equation ties and blocks: (equation, axes of its operands) ->
+axes of its results."""
+
 
 def new_axis(length: int, reason: str = "") -> Axis:
   """A free axis of this length, or a blocked one if a reason is given."""
@@ -44,6 +51,13 @@ def new_axis(length: int, reason: str = "") -> Axis:
 def new_axes(shape: Iterable[int], reason: str = "") -> Axes:
   """`new_axis` for every axis of a shape."""
   return [new_axis(length, reason) for length in shape]
+
+
+def new_results(eqn: Equation, reason: str = "") -> list[Axes]:
+  """`new_axes` for every result of an equation."""
+  # Tokens of side effects have no shape.
+  shapes = [getattr(variable.aval, "shape", ()) for variable in eqn.outvars]
+  return [new_axes(shape, reason) for shape in shapes]
 
 
 def axis_length(axis: Axis) -> int:
@@ -92,6 +106,18 @@ def tie_axes(first: Axis, second: Axis) -> None:
   pairs = zip(find_factors(first), find_factors(second), strict=True)
   for one, other in list(pairs):
     _unite(one, other)
+
+
+def tie_all(first: Axes, second: Axes) -> None:
+  """Ties two values axis by axis; one broadcast from size 1 ties nothing."""
+  for one, other in zip(first, second, strict=True):
+    if axis_length(one) == axis_length(other):
+      tie_axes(one, other)
+
+
+def drop_axes(axes: Axes, dims: Collection[int]) -> Axes:
+  """All axes but those of the given numbers."""
+  return [axis for dim, axis in enumerate(axes) if dim not in dims]
 
 
 def _representative(factor: Factor) -> Factor:

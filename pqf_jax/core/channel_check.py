@@ -2,8 +2,8 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +86,10 @@ def check_program(
       return _without(axes, failed or list(sizes))
     if not changes(_first_places(axes), sizes):
       warnings.warn(
-          "the self-check of the channel groups saw nothing: wrong permutations "
-          "leave the outputs as they are, too; pass inputs for which the "
-          "outputs are finite and depend on the variables",
-          stacklevel=2,
+          "the self-check of the channel groups saw nothing: even wrong "
+          "permutations leave the outputs as they are; pass inputs for which "
+          "the outputs are finite and depend on the variables",
+          stacklevel=3,
       )
   return axes
 
@@ -116,11 +116,55 @@ class _Network(NamedTuple):
       self, axes: channels.ChannelAxes, permutations: channels.Permutations
   ) -> list[np.ndarray]:
     """The outputs after permuting the variables."""
-    with jax.enable_x64(self.wide):
+    with _precision(self.wide):
       permuted = channels.apply_permutations(
           self.variables, axes, permutations
       )
       return jax.device_get(self.run(*jax.tree.leaves(permuted)))
+
+
+def _precision(wide: bool) -> contextlib.AbstractContextManager[Any]:
+  return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def _compile(
+    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
+) -> _Network:
+  try:
+    return _compile_in(program, variables, inputs, wide=True)
+  except Exception as error:  # of any primitive that insists on its own type
+    warnings.warn(
+        "the network cannot be run in float64, so that the self-check of the "
+        f"channel groups misses changes below 1 %: {error}",
+        stacklevel=4,
+    )
+    return _compile_in(program, variables, inputs, wide=False)
+
+
+def _compile_in(
+    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree, *, wide: bool
+) -> _Network:
+  def cast(leaf: Any, aval: Any) -> Any:
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
+      return leaf
+    dtype = widening.widen_dtype(aval.dtype) if wide else aval.dtype
+    return np.asarray(leaf, dtype)
+
+  leaves, structure = jax.tree.flatten((variables, inputs))
+  arrays = list(map(cast, leaves, program.in_avals))
+  variables, inputs = structure.unflatten(arrays)
+  fixed = jax.tree.leaves(inputs)
+  evaluate = widening.run_widened if wide else _run_as_is
+  with _precision(wide):
+    traced = jax.jit(lambda *values: evaluate(program, values)).trace(*arrays)
+    compiled = traced.lower().compile()
+  return _Network(lambda *leaves: compiled(*leaves, *fixed), variables, wide)
+
+
+def _run_as_is(
+    program: tracing.Jaxpr, arguments: Sequence[Any]
+) -> list[jax.Array]:
+  return jax_core.jaxpr_as_fun(program)(*arguments)
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[Any]:
@@ -136,11 +180,11 @@ def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       return leaf
     leaf = np.asarray(leaf, np.float64)
-    fan_in = max(1, leaf.size // leaf.shape[-1]) if leaf.size and leaf.ndim else 1
-    # Zeros of a kernel stand for 'little', whatever the number of them summed.
-    ground = np.where(leaf == 0, rng.uniform(0.5, 1, leaf.shape), 0)
+    num_summed = leaf.size / leaf.shape[-1] if leaf.ndim and leaf.size else 1
+    # A layer of nothing but zeros gives outputs of about 0.1 then.
+    ground = JITTER / np.sqrt(num_summed) * rng.uniform(0.5, 1, leaf.shape)
     factor = rng.uniform(1 - JITTER, 1 + JITTER, leaf.shape)
-    return leaf * factor + JITTER / np.sqrt(fan_in) * ground
+    return np.where(leaf == 0, ground, leaf * factor)
 
   return jax.tree.map(jitter_leaf, tree)
 
@@ -193,7 +237,7 @@ def _without(
   warnings.warn(
       f"permuting the channel groups {failed} changes the outputs of the "
       "network; they are left alone",
-      stacklevel=3,
+      stacklevel=4,
   )
   rows = {
       path: tuple(

@@ -53,9 +53,10 @@ def discover_channels(
   Raises:
     InputError: the apply function cannot be traced.
   """
-  axes = infer_channels(apply_fn, variables, *inputs)
-  return channel_check.check_channels(
-      jax.random.key(0), apply_fn, variables, axes, *inputs
+  program = tracing.trace_program(apply_fn, variables, inputs)
+  axes = _infer(program, variables, inputs)
+  return channel_check.check_program(
+      jax.random.key(0), program, variables, axes, inputs
   )
 
 
@@ -87,6 +88,12 @@ def infer_channels(
     InputError: the apply function cannot be traced.
   """
   program = tracing.trace_program(apply_fn, variables, inputs)
+  return _infer(program, variables, inputs)
+
+
+def _infer(
+    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
+) -> channels.ChannelAxes:
   walk = propagation.Propagation()
   parameters = {
       path: axis_factors.new_axes(leaf.shape)
@@ -96,7 +103,7 @@ def infer_channels(
       axis_factors.new_axes(leaf.shape, "input")
       for leaf in jax.tree.leaves(inputs)
   ]
-  for output in walk.run(program.jaxpr, [*parameters.values(), *examples]):
+  for output in walk.run(program, [*parameters.values(), *examples]):
     axis_factors.block_axes(output, "output")
 
   # Variables that the program never reads are tied to nothing.
@@ -188,5 +195,5 @@ def _warn_of_unknown(
     warnings.warn(
         f"axes left unpermuted only because discovery has no rule for the "
         f"primitives {sorted(reasons)}: {', '.join(lost)}",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -7,7 +7,9 @@ from typing import Any
 from jax.extend import core as jax_core
 
 from pqf_jax.core import axis_factors, axis_rules, tracing
-from pqf_jax.core.axis_factors import Axes
+
+Axes = axis_factors.Axes
+Equation = axis_factors.Equation
 
 
 class Propagation:
@@ -45,9 +47,7 @@ class Propagation:
       values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
-  def _apply(
-      self, eqn: jax_core.JaxprEqn, operands: list[Axes]
-  ) -> list[Axes]:
+  def _apply(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     name = eqn.primitive.name
     called = tracing.called_program(eqn)
     if called is not None:
@@ -65,11 +65,9 @@ class Propagation:
     self.unknown.add(name)
     for operand in operands:
       axis_factors.block_axes(operand, name)
-    return axis_rules.new_results(eqn, name)
+    return axis_factors.new_results(eqn, name)
 
-  def _scan(
-      self, eqn: jax_core.JaxprEqn, operands: list[Axes]
-  ) -> list[Axes]:
+  def _scan(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     """Ties what the loop carries to itself; blocks the axis it walks along.
 
     Operands are constants, carry, and stacked inputs; results are carry and
@@ -83,20 +81,19 @@ class Propagation:
         for operand, variable in zip(operands, body.invars, strict=True)
     ]
     outputs = self.run(body, inner)
-    results = axis_rules.new_results(eqn)
+    results = axis_factors.new_results(eqn)
     for result, output in zip(results, outputs, strict=True):
-      axis_rules.tie_all(self._step(result, len(output)), output)
-    num_stacked = sum(
-        len(one) != len(other) for one, other in zip(operands, inner)
-    )
-    num_carried = sum(
-        len(one) == len(other) for one, other in zip(results, outputs)
-    )
-    first = len(operands) - num_stacked - num_carried
-    carried = operands[first : first + num_carried]
-    for before, after in zip(carried, outputs[:num_carried], strict=True):
-      axis_rules.tie_all(before, after)
+      axis_factors.tie_all(self._step(result, len(output)), output)
+    constants_and_carry = self._unstacked(operands, inner)
+    carried = self._unstacked(outputs, results)
+    started = constants_and_carry[len(constants_and_carry) - len(carried) :]
+    for before, after in zip(started, carried, strict=True):
+      axis_factors.tie_all(before, after)
     return results
+
+  def _unstacked(self, values: list[Axes], others: list[Axes]) -> list[Axes]:
+    pairs = zip(values, others, strict=True)
+    return [one for one, other in pairs if len(one) == len(other)]
 
   def _step(self, axes: Axes, ndim: int) -> Axes:
     """What one step of a scan sees of a value."""
@@ -104,24 +101,20 @@ class Propagation:
     axis_factors.block_axes(axes[:stacked], "scan")
     return axes[stacked:] if stacked else axes
 
-  def _while(
-      self, eqn: jax_core.JaxprEqn, operands: list[Axes]
-  ) -> list[Axes]:
+  def _while(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     first = eqn.params["cond_nconsts"]
     second = first + eqn.params["body_nconsts"]
     carry = operands[second:]
     self.run(eqn.params["cond_jaxpr"], operands[:first] + carry)
     outputs = self.run(eqn.params["body_jaxpr"], operands[first:second] + carry)
     for before, after in zip(carry, outputs, strict=True):
-      axis_rules.tie_all(before, after)
+      axis_factors.tie_all(before, after)
     return outputs
 
-  def _cond(
-      self, eqn: jax_core.JaxprEqn, operands: list[Axes]
-  ) -> list[Axes]:
-    results = axis_rules.new_results(eqn)
+  def _cond(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
+    results = axis_factors.new_results(eqn)
     for branch in eqn.params["branches"]:
       outputs = self.run(branch, operands[1:])
       for result, output in zip(results, outputs, strict=True):
-        axis_rules.tie_all(result, output)
+        axis_factors.tie_all(result, output)
     return results

@@ -46,33 +46,41 @@ def run_widened(
   """
   body = getattr(program, "jaxpr", program)
   values = dict(zip(body.invars, arguments, strict=True))
-  # Programs without constants need not have the attribute.
-  for variable in body.constvars:
-    constant = program.consts[body.constvars.index(variable)]
-    values[variable] = _widen(constant, variable.aval)
+  # Only programs that are closed have the attribute, in JAX before 0.12.
+  constants = getattr(program, "consts", ())
+  for variable, constant in zip(body.constvars, constants, strict=True):
+    values[variable] = _widen(constant, variable.aval.dtype)
 
   def read(atom: Any) -> Any:
     if isinstance(atom, jax_core.Literal):
-      return _widen(atom.val, atom.aval)
+      return _widen(atom.val, atom.aval.dtype)
     return values[atom]
 
   for eqn in body.eqns:
-    operands = [read(atom) for atom in eqn.invars]
-    called = tracing.called_program(eqn)
-    if called is not None:
-      results = run_widened(called, operands)
-    else:
-      params = {key: _widen_param(eqn.params[key]) for key in eqn.params}
-      results = eqn.primitive.bind(*operands, **params)
-      if not eqn.primitive.multiple_results:
-        results = [results]
-    values.update(zip(eqn.outvars, results, strict=True))
+    results = _evaluate(eqn, [read(atom) for atom in eqn.invars])
+    for variable, result in zip(eqn.outvars, results, strict=True):
+      if np.shape(result) != variable.aval.shape:
+        raise TypeError(f"{eqn.primitive.name} gives another shape in float64")
+      values[variable] = result
   return [read(atom) for atom in body.outvars]
 
 
-def _widen(value: Any, aval: Any) -> Any:
-  dtype = widen_dtype(aval.dtype)
-  return value if dtype == aval.dtype else np.asarray(value, dtype)
+def _evaluate(
+    eqn: jax_core.JaxprEqn, operands: list[Any]
+) -> Sequence[jax.Array]:
+  called = tracing.called_program(eqn)
+  if called is not None:
+    return run_widened(called, operands)
+  params = {key: _widen_param(eqn.params[key]) for key in eqn.params}
+  results = eqn.primitive.bind(*operands, **params)
+  return results if eqn.primitive.multiple_results else [results]
+
+
+def _widen(value: Any, dtype: Any) -> Any:
+  if jnp.issubdtype(dtype, jax.dtypes.extended):  # random keys
+    return value
+  # As NumPy's, since a constant may sit on another device.
+  return np.asarray(value, widen_dtype(dtype))
 
 
 def _widen_param(value: Any) -> Any:
@@ -90,8 +98,10 @@ def _is_program(value: Any) -> bool:
 
 def _widen_program(program: tracing.Jaxpr) -> tracing.Jaxpr:
   body = getattr(program, "jaxpr", program)
+  avals = [variable.aval for variable in body.invars]
   arguments = [
-      jax.ShapeDtypeStruct(variable.aval.shape, widen_dtype(variable.aval.dtype))
-      for variable in body.invars
+      jax.ShapeDtypeStruct(aval.shape, widen_dtype(aval.dtype))
+      for aval in avals
   ]
-  return jax.make_jaxpr(lambda *values: run_widened(program, values))(*arguments)
+  trace = jax.make_jaxpr(lambda *values: run_widened(program, values))
+  return trace(*arguments)

@@ -55,9 +55,9 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.norm(name="1")(
-        self.conv(1, self.features, self.stride, name="0")(x)
-    )
+    """[B, H, W, C] -> [B, H / stride, W / stride, features], rounded up."""
+    x = self.conv(1, self.features, self.stride, name="0")(x)
+    return self.norm(name="1")(x)
 
 
 class Block(nn.Module):
@@ -69,6 +69,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> the shape that the convolutions give."""
     y = x
     for i, settings in enumerate(self.convs, start=1):
       y = nn.relu(y) if i > 1 else y
@@ -76,9 +77,8 @@ class Block(nn.Module):
       y = self.norm(name=f"bn{i}")(y)
     if x.shape != y.shape:
       features, stride = y.shape[-1], max(conv[2] for conv in self.convs)
-      x = Downsample(
-          features, stride, self.conv, self.norm, name="downsample"
-      )(x)
+      layers = {"conv": self.conv, "norm": self.norm}
+      x = Downsample(features, stride, **layers, name="downsample")(x)
     return nn.relu(x + y)
 
 
@@ -91,6 +91,7 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> the shape that the last block gives."""
     for i, convs in enumerate(self.blocks):
       x = Block(convs, self.conv, self.norm, name=str(i))(x)
     return x
@@ -104,7 +105,7 @@ class ResNet(nn.Module):
   statistics of the batch, and `mutable=["batch_stats"]` also returns the new
   running ones, 0.9 old + 0.1 batch. That is torch's momentum of 0.1, but of
   the variance torch averages the unbiased one, n / (n - 1) times that of Flax,
-  where n = B * H * W of the norm's map. Logits do not depend on this.
+  where n = B * H * W of the norm's map. What a batch is divided by is the same.
   """
 
   depth: int
@@ -115,14 +116,17 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, 3] -> [B, num_classes]."""
     wide = at_least_float32(self.dtype)
     x = jnp.mean(self.maps(images, train)[-1], (1, 2), dtype=wide)
-    return nn.Dense(
-        self.num_classes, dtype=wide, param_dtype=wide, name="fc"
-    )(x)
+    fc = nn.Dense(self.num_classes, dtype=wide, param_dtype=wide, name="fc")
+    return fc(x)
 
   def maps(self, images: jax.Array, train: bool) -> list[jax.Array]:
-    """What each of the four stages gives; call it in a compact method."""
+    """What the four stages give, as detectors use it.
+
+    To be called in a compact method, such as that of a class derived from this.
+    """
     conv = functools.partial(convolution, dtype=self.dtype)
     norm = functools.partial(
         nn.BatchNorm,
@@ -204,7 +208,7 @@ def make(
       )
   if not isinstance(num_classes, int) or num_classes < 1:
     raise errors.InputError(
-        f"ResNet has no num_classes={num_classes!r}; choose an integer from 1 up"
+        f"ResNet has no num_classes={num_classes!r}; choose an integer >= 1"
     )
   return ResNet(depth, num_classes, stem, dtype)
 

@@ -117,19 +117,22 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
     return safetensors_numpy.load_file(path)
   except safetensors.SafetensorError as error:
     raise errors.InputError(
-        f"{path} is incomplete or no safetensors file ({error}); copy it again, "
-        "or if torch.save wrote it, convert it by safetensors.torch.save_file"
+        f"{path} is incomplete or no safetensors file ({error}); copy it "
+        "again or, if torch.save wrote it, convert it by "
+        "safetensors.torch.save_file"
     ) from error
-  except KeyError as error:
+  except AttributeError as error:
+    # How safetensors says it of types such as float8.
     raise errors.InputError(
-        f"{path} holds weights of type {error}, which NumPy lacks; store them "
-        "as float16 or float32"
+        f"{path} holds weights of a type that NumPy lacks ({error}); store "
+        "them as float16 or float32"
     ) from error
 
 
 def _torch_name(path: str) -> str:
   """'params/layer1/0/conv1/kernel' -> 'layer1.0.conv1.weight'."""
-  _, *modules, name = path.split("/")
+  *parents, name = path.split("/")
+  modules = parents[1:]
   if not modules or name not in TORCH_NAMES:
     raise errors.InputError(
         f"{path} has no counterpart in torch: variables are "

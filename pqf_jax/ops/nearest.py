@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pqf_jax import errors
 
@@ -47,11 +47,13 @@ def assign(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
   shapes = np.shape(vectors), np.shape(codebook)
   if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
     raise errors.InputError(
-        f'assign: vectors {list(shapes[0])} and codebook {list(shapes[1])} must'
-        ' be [N, D] and [K, D] with the same D; reshape one of them.')
+      f"assign: vectors {list(shapes[0])} and codebook {list(shapes[1])} must"
+      " be [N, D] and [K, D] with the same D; reshape one of them."
+    )
   if shapes[1][0] < 1:
     raise errors.InputError(
-        f'assign: codebook {list(shapes[1])} has no centroid; give at least 1.')
+      f"assign: codebook {list(shapes[1])} has no centroid; give at least 1."
+    )
   return _assign(jnp.asarray(vectors), jnp.asarray(codebook))
 
 
@@ -69,7 +71,7 @@ def split_columns(vectors: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def nearest_centroid(
-    columns: Sequence[jax.Array], codebook: jax.Array
+  columns: Sequence[jax.Array], codebook: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the nearest centroid of every sub-vector and its score.
 
@@ -84,7 +86,8 @@ def nearest_centroid(
   norms = jnp.square(codebook).sum(axis=1, keepdims=True)
   table = jnp.concatenate([norms, -2 * codebook], axis=1)
   return lax.platform_dependent(
-      tuple(columns), table, cpu=_running_minimum, default=_reduced_minimum)
+    tuple(columns), table, cpu=_running_minimum, default=_reduced_minimum
+  )
 
 
 def _score(columns: Sequence[jax.Array], row: Sequence[jax.Array]) -> jax.Array:
@@ -96,7 +99,7 @@ def _score(columns: Sequence[jax.Array], row: Sequence[jax.Array]) -> jax.Array:
 
 
 def _running_minimum(
-    columns: Sequence[jax.Array], table: jax.Array
+  columns: Sequence[jax.Array], table: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Passes over all sub-vectors, `_PASS` centroids at a time, for XLA:CPU.
 
@@ -112,7 +115,7 @@ def _running_minimum(
   first = jnp.arange(0, table.shape[0] * _PASS, _PASS).astype(jnp.float32)
 
   def one_pass(
-      best: jax.Array, block: tuple[jax.Array, jax.Array]
+    best: jax.Array, block: tuple[jax.Array, jax.Array]
   ) -> tuple[jax.Array, None]:
     block_table, block_first = block
     value, index = best.real, best.imag
@@ -124,29 +127,34 @@ def _running_minimum(
     return lax.complex(value, index), None
 
   start = lax.complex(
-      jnp.full_like(columns[0], jnp.inf), jnp.zeros_like(columns[0]))
+    jnp.full_like(columns[0], jnp.inf), jnp.zeros_like(columns[0])
+  )
   best, _ = lax.scan(one_pass, start, (table, first))
   return best.imag.astype(jnp.int32), best.real
 
 
 def _reduced_minimum(
-    columns: Sequence[jax.Array], table: jax.Array
+  columns: Sequence[jax.Array], table: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Reduces over the centroid axis of [K, N] scores that are never stored.
 
   XLA:GPU fuses the scores into the column reduction. The three-operation
   reducer replaces `argmin`, whose rules for NaN and ties cost six more.
   """
-  scores = _score([column[None, :] for column in columns],
-                  [table[:, i, None] for i in range(table.shape[1])])
+  scores = _score(
+    [column[None, :] for column in columns],
+    [table[:, i, None] for i in range(table.shape[1])],
+  )
   indices = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
 
   def smaller(
-      left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+    left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
   ) -> tuple[jax.Array, jax.Array]:
     closer = right[0] < left[0]
-    return (jnp.where(closer, right[0], left[0]),
-            jnp.where(closer, right[1], left[1]))
+    return (
+      jnp.where(closer, right[0], left[0]),
+      jnp.where(closer, right[1], left[1]),
+    )
 
   start = jnp.float32(jnp.inf), jnp.int32(0)
   values, codes = lax.reduce((scores, indices), start, smaller, (0,))

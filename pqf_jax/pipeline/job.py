@@ -81,6 +81,7 @@ def prepare(
       "from scratch with --config.train.epochs=N"
     )
   dataset = load_dataset(config)
+  files.claim()
   loss_fn = classification.make_loss(module.apply, preprocess(dataset))
   return Job(
     config,

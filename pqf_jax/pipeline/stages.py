@@ -67,9 +67,10 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   module, template = jobs.build_model(config)
   variables = weights.read(config.weights, config.model.name, template)
   dataset = jobs.load_dataset(config)
-  files = workspace.open_workspace(
+  files = workspace.Workspace(
     workdir or f"runs/{config.name}_evaluate", config
   )
+  files.claim()
   accuracy = jobs.make_evaluate(config, module, dataset)(variables)
   files.write_results({"weights": config.weights} | accuracy)
   progress.say(
@@ -79,7 +80,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """The whole job, from wherever an earlier run of it stopped."""
-  files = workspace.open_workspace(workdir or f"runs/{config.name}", config)
+  files = workspace.Workspace(workdir or f"runs/{config.name}", config)
   results = files.results()
   if results:
     progress.show(report.closing_table(results))
@@ -113,7 +114,11 @@ def dense_stage(job: jobs.Job) -> Staged:
     fitted, record = fit(job, "train", variables, job.config.train)
     return fitted.last, record
 
-  return job.run("dense", job.template, read if job.config.weights else train)
+  staged = job.run(
+      "dense", job.template, read if job.config.weights else train
+  )
+  job.files.checkpoints.drop_progress("train")
+  return staged
 
 
 def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
@@ -238,5 +243,6 @@ def finish(
     history=files.history(),
   )
   files.write_results(results)
+  files.close()
   progress.show(report.closing_table(results))
   progress.say(f"written: {files.packed_file}, {files.report_file}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pqf_jax import checkpoint, errors, finetune
+from pqf_jax import checkpoint, errors, finetune, progress
 from pqf_jax.core import trees
 
 PyTree = Any
@@ -42,6 +42,12 @@ class Schedule(NamedTuple):
   def num_steps(self) -> int:
     """Training steps in all."""
     return self.epochs * self.steps_per_epoch
+
+  def save_is_due(self, step: int) -> bool:
+    """Whether progress is saved after this step; the last is saved elsewhere."""
+    return step < self.num_steps and (
+        step % self.checkpoint_steps == 0 or step % self.steps_per_epoch == 0
+    )
 
 
 class Fitted(NamedTuple):
@@ -96,19 +102,27 @@ def fit(
   state, best = jax.tree.map(jnp.array, tree)
   meter = _Meter(stage, schedule, record, on_metrics)
   first = int(state.step)
-  for step, batch in enumerate(batches(first), start=first + 1):
-    state, metrics = step_fn(state, batch)
-    meter.step(step, metrics)
-    if step % schedule.steps_per_epoch == 0:
-      current = finetune.state_variables(state)
-      accuracy = evaluate(current)
-      meter.epoch(step, accuracy)
-      if accuracy["top1"] > record["top1_best"]:
-        best = jax.tree.map(jnp.copy, current)
-        record |= {"top1_best": accuracy["top1"], "best_step": step}
-      record |= accuracy
-    if meter.save_is_due(step):
-      checkpoints.save_progress(stage, step, (state, best), meter.record())
+  with progress.track(
+      stage,
+      schedule.num_steps,
+      done=first,
+      unit="img",
+      units_per_step=schedule.batch_size,
+  ) as bar:
+    for step, batch in enumerate(batches(first), start=first + 1):
+      state, metrics = step_fn(state, batch)
+      meter.step(step, metrics)
+      bar.advance(loss=metrics["loss"])
+      if step % schedule.steps_per_epoch == 0:
+        current = finetune.state_variables(state)
+        accuracy = evaluate(current)
+        meter.epoch(step, accuracy)
+        if accuracy["top1"] > record["top1_best"]:
+          best = jax.tree.map(jnp.copy, current)
+          record |= {"top1_best": accuracy["top1"], "best_step": step}
+        record |= accuracy
+      if schedule.save_is_due(step):
+        checkpoints.save_progress(stage, step, (state, best), meter.record())
   last = finetune.state_variables(state)
   return Fitted(last, best), meter.record()
 

@@ -12,7 +12,7 @@ Results = dict[str, Any]
 
 
 class Workspace:
-  """A workdir that belongs to one config.
+  """A workdir that belongs to one config, once it is claimed.
 
   config.json  checkpoints/  metrics.jsonl  results.json  report.html
   model.safetensors  tensorboard/ (where asked for)
@@ -51,31 +51,17 @@ class Workspace:
   def resume_log(self, stage: str, step: int) -> None:
     """Forgets what will be measured again from `step` on."""
     report.resume_metrics(self._metrics_file, stage, step)
+    if self._curves:
+      self._curves.resume(stage, step)
+
+  def close(self) -> None:
+    """Writes what TensorBoard's writer still holds back."""
+    if self._curves:
+      self._curves.close()
 
   def history(self) -> list[dict[str, Any]]:
     """All records of metrics.jsonl."""
     return report.read_metrics(self._metrics_file)
-
-
-def open_workspace(
-  workdir: str, config: ml_collections.ConfigDict
-) -> Workspace:
-  """Makes the workdir, or goes on in it if it belongs to this config.
-
-  Raises:
-    InputError: the workdir belongs to another config (the differences are
-      listed), or cannot be written.
-  """
-  path = pathlib.Path(workdir).expanduser().resolve()
-  # As JSON reads it back, so that tuples and lists are alike.
-  wanted = json.loads(json.dumps(config.to_dict()))
-  config_file = path / "config.json"
-  if config_file.exists():
-    _check_same(path, json.loads(config_file.read_text()), wanted)
-  else:
-    path.mkdir(parents=True, exist_ok=True)
-    report.write_json(config_file, wanted)
-  return Workspace(path, config)
 
 
 def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:

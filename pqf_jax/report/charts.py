@@ -95,18 +95,18 @@ def score_charts(results: schema.Results) -> list[Bars]:
 
 
 def size_chart(
-    rows: Sequence[schema.PlanRow] | Sequence[schema.LayerRow],
+  rows: Sequence[schema.PlanRow] | Sequence[schema.LayerRow],
 ) -> Bars:
   """Bytes of each kernel, dense and compressed."""
   rows = [row for row in rows if len(row["shape"]) >= 2]
   full = max(map(schema.dense_bytes, rows), default=1)
   bars = [
-      _layer_row(
-          row["path"],
-          (100 * schema.dense_bytes(row) / full, 100 * row["bytes"] / full),
-          f"{text.size(schema.dense_bytes(row))} → {text.size(row['bytes'])}",
-      )
-      for row in rows
+    _layer_row(
+      row["path"],
+      (100 * schema.dense_bytes(row) / full, 100 * row["bytes"] / full),
+      f"{text.size(schema.dense_bytes(row))} → {text.size(row['bytes'])}",
+    )
+    for row in rows
   ]
   caption = "A kernel in float32, and its codes and codebook in the file."
   return _bars("Bytes by layer", caption, bars, ("float32", "compressed"))
@@ -116,16 +116,16 @@ def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
   """Distortion of each quantized kernel, next to the worst of them."""
   worst = max((row["distortion"] for row in rows), default=0) or 1
   bars = [
-      _layer_row(
-          row["path"],
-          (100 * row["distortion"] / worst,),
-          text.percent(row["distortion"]),
-      )
-      for row in rows
+    _layer_row(
+      row["path"],
+      (100 * row["distortion"] / worst,),
+      text.percent(row["distortion"]),
+    )
+    for row in rows
   ]
   caption = (
-      "Mean squared error of the quantized weights, before fine-tuning, over "
-      "their variance."
+    "Mean squared error of the quantized weights, before fine-tuning, over "
+    "their variance."
   )
   return _bars("Distortion by layer", caption, bars)
 
@@ -147,15 +147,15 @@ def permutation_chart(groups: Sequence[schema.GroupRow]) -> Bars:
     full += f" ({note})" if note else ""
     bars.append(Row(label, full, (width,), figure, row["accepted"]))
   caption = (
-      "Log-determinant of the covariance of the sub-vectors, before → after; "
-      "the bar is the drop. The lower it is, the fewer bits the same error "
-      "costs. A group is named by the first kernel that reads it."
+    "Log-determinant of the covariance of the sub-vectors, before → after; "
+    "the bar is the drop. The lower it is, the fewer bits the same error "
+    "costs. A group is named by the first kernel that reads it."
   )
   return _bars("Log-determinant by channel group", caption, bars)
 
 
 def curves(
-    history: Sequence[schema.MetricRecord], results: schema.Results
+  history: Sequence[schema.MetricRecord], results: schema.Results
 ) -> list[Curve]:
   """Loss and evaluations of each stage that has two points or more."""
   found = []
@@ -163,9 +163,9 @@ def curves(
     for name in ("loss", *schema.METRICS):
       scale = 1 if name == "loss" else 100
       points = [
-          (record["epoch"], scale * record[name])
-          for record in history
-          if record["stage"] == stage and record.get(name) is not None
+        (record["epoch"], scale * record[name])
+        for record in history
+        if record["stage"] == stage and record.get(name) is not None
       ]
       dense = results.get(f"{name}_dense") if stage == "finetune" else None
       level = None if dense is None else 100 * dense
@@ -182,28 +182,28 @@ def _curve(title: str, points: Sequence[Point], level: float | None) -> Curve:
   x_axis = _axis(min(xs), max(xs))
   y_axis = _axis(min(levels), max(levels), widen=True)
   drawn = (
-      f"{_along(x, x_axis):.2f},{100 - _along(y, y_axis):.2f}"
-      for x, y in _thin(points)
+    f"{_along(x, x_axis):.2f},{100 - _along(y, y_axis):.2f}"
+    for x, y in _thin(points)
   )
   summary = (
-      f"{title} from {ys[0]:.4g} to {ys[-1]:.4g} over epochs {xs[0]:.3g} to "
-      f"{xs[-1]:.3g}; lowest {min(ys):.4g}, highest {max(ys):.4g}"
+    f"{title} from {ys[0]:.4g} to {ys[-1]:.4g} over epochs {xs[0]:.3g} to "
+    f"{xs[-1]:.3g}; lowest {min(ys):.4g}, highest {max(ys):.4g}"
   )
   caption = f"Last {ys[-1]:.4g}."
   caption += "" if level is None else f" Dashed: dense network, {level:.4g}."
   return Curve(
-      title,
-      caption,
-      summary,
-      " ".join(drawn),
-      [Tick(_along(x, x_axis), f"{x:g}") for x in x_axis[2]],
-      [Tick(_along(y, y_axis), f"{y:g}") for y in y_axis[2]],
-      None if level is None else _along(level, y_axis),
+    title,
+    caption,
+    summary,
+    " ".join(drawn),
+    [Tick(_along(x, x_axis), f"{x:g}") for x in x_axis[2]],
+    [Tick(_along(y, y_axis), f"{y:g}") for y in y_axis[2]],
+    None if level is None else _along(level, y_axis),
   )
 
 
 def _bars(
-    title: str, caption: str, rows: list[Row], legend: tuple[str, ...] = ()
+  title: str, caption: str, rows: list[Row], legend: tuple[str, ...] = ()
 ) -> Bars:
   return Bars(title, caption, legend, rows[:ROWS_SHOWN], rows[ROWS_SHOWN:])
 
@@ -221,7 +221,7 @@ def _thin(points: Sequence[Point]) -> Iterable[Point]:
 
 
 def _axis(
-    low: float, high: float, *, widen: bool = False
+  low: float, high: float, *, widen: bool = False
 ) -> tuple[float, float, list[float]]:
   """Ends of an axis and its marks at steps of 1, 2 or 5 times a power of 10."""
   high = high if high > low else low + (abs(low) or 1)

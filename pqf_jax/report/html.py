@@ -24,14 +24,14 @@ class Tile(NamedTuple):
 
 
 def write_html(
-    path: str | os.PathLike[str],
-    results: schema.Results,
-    *,
-    config: Mapping[str, Any] | None = None,
-    plan_rows: Sequence[schema.PlanRow] = (),
-    layers: Sequence[schema.LayerRow] = (),
-    groups: Sequence[schema.GroupRow] = (),
-    history: Sequence[schema.MetricRecord] = (),
+  path: str | os.PathLike[str],
+  results: schema.Results,
+  *,
+  config: Mapping[str, Any] | None = None,
+  plan_rows: Sequence[schema.PlanRow] = (),
+  layers: Sequence[schema.LayerRow] = (),
+  groups: Sequence[schema.GroupRow] = (),
+  history: Sequence[schema.MetricRecord] = (),
 ) -> None:
   """Writes the report of a run; what is missing leaves its section out.
 
@@ -45,38 +45,38 @@ def write_html(
     history: metric records of training and fine-tuning.
   """
   environment = jinja2.Environment(
-      loader=jinja2.PackageLoader("pqf_jax.report"),
-      autoescape=True,
-      undefined=jinja2.StrictUndefined,
-      trim_blocks=True,
-      lstrip_blocks=True,
+    loader=jinja2.PackageLoader("pqf_jax.report"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
   )
   name = os.path.basename(results.get("file") or "")
   environment.filters["breakable"] = _breakable
   page = environment.get_template("report.html").render(
-      title=results.get("name") or "Compressed model",
-      compressed=results.get("ratio") is not None,
-      facts=_facts(results),
-      tiles=_tiles(results),
-      file=json.dumps(name) if name else "",
-      score_charts=charts.score_charts(results),
-      curves=charts.curves(history, results),
-      layer_charts=[
-          chart
-          for chart in (
-              charts.size_chart(plan_rows or layers),
-              charts.distortion_chart(layers),
-          )
-          if chart.rows
-      ],
-      permutation=charts.permutation_chart(groups),
-      table=_layer_table(plan_rows, layers),
-      seconds=[
-          (stage, text.duration(took))
-          for stage, took in (results.get("seconds") or {}).items()
-      ],
-      command=results.get("command") or "",
-      config=json.dumps(config, indent=2, default=str) if config else "",
+    title=results.get("name") or "Compressed model",
+    compressed=results.get("ratio") is not None,
+    facts=_facts(results),
+    tiles=_tiles(results),
+    file=json.dumps(name) if name else "",
+    score_charts=charts.score_charts(results),
+    curves=charts.curves(history, results),
+    layer_charts=[
+      chart
+      for chart in (
+        charts.size_chart(plan_rows or layers),
+        charts.distortion_chart(layers),
+      )
+      if chart.rows
+    ],
+    permutation=charts.permutation_chart(groups),
+    table=_layer_table(plan_rows, layers),
+    seconds=[
+      (stage, text.duration(took))
+      for stage, took in (results.get("seconds") or {}).items()
+    ],
+    command=results.get("command") or "",
+    config=json.dumps(config, indent=2, default=str) if config else "",
   )
   records.write_text(path, page)
 
@@ -110,26 +110,24 @@ def _tiles(results: schema.Results) -> list[Tile]:
       note = f"{text.points(last.gap)} points from {dense}"
     tiles.append(Tile(name, text.percent(last.value), note))
   return [
-      tile._replace(label=tile.label[0].upper() + tile.label[1:])
-      for tile in tiles
+    tile._replace(label=tile.label[0].upper() + tile.label[1:])
+    for tile in tiles
   ]
 
 
 def _layer_table(
-    plan_rows: Sequence[schema.PlanRow], layers: Sequence[schema.LayerRow]
+  plan_rows: Sequence[schema.PlanRow], layers: Sequence[schema.LayerRow]
 ) -> Mapping[str, Any]:
   """The table of layers with its distortions."""
-  distortion = {
-      row["path"]: text.percent(row["distortion"]) for row in layers
-  }
+  distortion = {row["path"]: text.percent(row["distortion"]) for row in layers}
   lines, total = tables.plan_lines(plan_rows)
   return {
-      "columns": (*tables.COLUMNS, "distortion"),
-      "rows": [
-          line._replace(cells=(*line.cells, distortion.get(line.full, "")))
-          for line in lines
-      ],
-      "total": (*total.cells, ""),
+    "columns": (*tables.COLUMNS, "distortion"),
+    "rows": [
+      line._replace(cells=(*line.cells, distortion.get(line.full, "")))
+      for line in lines
+    ],
+    "total": (*total.cells, ""),
   }
 
 

@@ -79,8 +79,8 @@ def read_metrics(path: Path) -> list[schema.MetricRecord]:
       records.append(json.loads(line))
     except ValueError as error:
       raise errors.InputError(
-          f"{log} line {number} is not a JSON record ({error}); remove the "
-          "line, or the file to start the log again"
+        f"{log} line {number} is not a JSON record ({error}); remove the "
+        "line, or the file to start the log again"
       ) from error
   return records
 
@@ -96,9 +96,9 @@ def resume_metrics(path: Path, stage: str, step: int) -> None:
   if not pathlib.Path(path).exists():
     return
   kept = (
-      json.dumps(record) + "\n"
-      for record in read_metrics(path)
-      if record["stage"] != stage or record["step"] < step
+    json.dumps(record) + "\n"
+    for record in read_metrics(path)
+    if record["stage"] != stage or record["step"] < step
   )
   write_text(path, "".join(kept))
 

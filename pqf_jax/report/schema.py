@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
 STAGES = {
-    "dense": "dense",
-    "permuted": "permuted",
-    "quantized": "quantized",
-    "finetuned": "fine-tuned",
+  "dense": "dense",
+  "permuted": "permuted",
+  "quantized": "quantized",
+  "finetuned": "fine-tuned",
+  "packed": "packed",
 }
 METRICS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "box_ap": "box AP",
-    "mask_ap": "mask AP",
+  "top1": "top-1",
+  "top5": "top-5",
+  "box_ap": "box AP",
+  "mask_ap": "mask AP",
 }
 
 Results = Mapping[str, Any]
@@ -151,8 +152,8 @@ def scores(results: Results) -> dict[str, list[Score]]:
   for metric in METRICS:
     dense = results.get(f"{metric}_dense")
     found[metric] = [
-        Score(stage, value, None if dense is None else value - dense)
-        for stage in STAGES
-        if (value := results.get(f"{metric}_{stage}")) is not None
+      Score(stage, value, None if dense is None else value - dense)
+      for stage in STAGES
+      if (value := results.get(f"{metric}_{stage}")) is not None
     ]
   return {metric: rows for metric, rows in found.items() if rows}

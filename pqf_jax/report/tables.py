@@ -34,19 +34,19 @@ def plan_lines(rows: Sequence[schema.PlanRow]) -> tuple[list[Line], Line]:
   kernels = [row for row in rows if len(row["shape"]) >= 2]
   vectors = [row for row in rows if len(row["shape"]) < 2]
   lines = [
-      Line(
-          text.short_path(row["path"]),
-          row["path"],
-          (
-              text.shape(row["shape"]),
-              f"{row['block']}" if row["num_codes"] else "",
-              _num_codes(row) if row["num_codes"] else "",
-              f"{row['codes']:,}" if row["num_codes"] else "dense",
-              f"{row['bytes']:,}",
-              f"{row['bits_per_weight']:.2f}",
-          ),
-      )
-      for row in kernels
+    Line(
+      text.short_path(row["path"]),
+      row["path"],
+      (
+        text.shape(row["shape"]),
+        f"{row['block']}" if row["num_codes"] else "",
+        _num_codes(row) if row["num_codes"] else "",
+        f"{row['codes']:,}" if row["num_codes"] else "dense",
+        f"{row['bytes']:,}",
+        f"{row['bits_per_weight']:.2f}",
+      ),
+    )
+    for row in kernels
   ]
   if vectors:
     cells = ("", "", "", "dense", *_sums(vectors))
@@ -74,8 +74,8 @@ def plan_table(rows: Sequence[schema.PlanRow]) -> rich.table.Table:
   dense = sum(map(schema.dense_bytes, rows))
   if payload:
     table.caption = (
-        f"predicted size {text.size(payload)}, {dense / payload:.1f}x smaller "
-        f"than float32 ({text.size(dense)})"
+      f"predicted size {text.size(payload)}, {dense / payload:.1f}x smaller "
+      f"than float32 ({text.size(dense)})"
     )
   return table
 
@@ -93,8 +93,8 @@ def closing_table(results: schema.Results) -> rich.console.Group:
     table.add_column(schema.METRICS[metric], justify="right", no_wrap=True)
     table.add_column("gap", justify="right", no_wrap=True)
   cells = {
-      stage: [name, *_score_cells(found.values(), stage)]
-      for stage, name in schema.STAGES.items()
+    stage: [name, *_score_cells(found.values(), stage)]
+    for stage, name in schema.STAGES.items()
   }
   for row in cells.values():
     if any(row[1:]):
@@ -129,13 +129,13 @@ def seconds_line(results: schema.Results) -> str:
 
 def _table(title: str, *, show_footer: bool = False) -> rich.table.Table:
   return rich.table.Table(
-      title=rich.markup.escape(title),
-      title_justify="left",
-      caption_justify="left",
-      box=rich.box.SIMPLE_HEAD,
-      pad_edge=False,
-      padding=(0, 1, 0, 0),
-      show_footer=show_footer,
+    title=rich.markup.escape(title),
+    title_justify="left",
+    caption_justify="left",
+    box=rich.box.SIMPLE_HEAD,
+    pad_edge=False,
+    padding=(0, 1, 0, 0),
+    show_footer=show_footer,
   )
 
 
@@ -151,7 +151,7 @@ def _sums(rows: Sequence[schema.PlanRow]) -> tuple[str, str]:
 
 
 def _score_cells(
-    found: Iterable[Sequence[schema.Score]], stage: str
+  found: Iterable[Sequence[schema.Score]], stage: str
 ) -> Iterable[str]:
   for rows in found:
     match = [row for row in rows if row.stage == stage]

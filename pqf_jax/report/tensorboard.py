@@ -3,6 +3,7 @@
 import importlib
 import os
 import pathlib
+from typing import Any
 
 from pqf_jax import errors
 from pqf_jax.report import schema
@@ -14,39 +15,44 @@ class TensorBoardWriter:
   """Writes metric records as curves, one TensorBoard run a stage.
 
       with report.TensorBoardWriter(workdir / "tensorboard") as curves:
+        curves.resume("finetune", 10)
         curves.write({"stage": "finetune", "step": 10, "loss": 0.2})
 
   Args:
     directory: where the runs are kept.
-    step: first step that will be written; a later one that a crashed run wrote
-      is hidden, so that no curve doubles back.
 
   Raises:
     InputError: tensorboardX is not installed.
   """
 
-  def __init__(
-      self, directory: str | os.PathLike[str], *, step: int = 0
-  ) -> None:
+  def __init__(self, directory: str | os.PathLike[str]) -> None:
     try:
       self._library = importlib.import_module("tensorboardX")
     except ImportError as error:
       raise errors.InputError(
-          "config.tensorboard=True needs the package tensorboardX, which is "
-          "not installed; run `pip install tensorboardX`, or leave it False "
-          "and read metrics.jsonl"
+        "config.tensorboard=True needs the package tensorboardX, which is "
+        "not installed; run `pip install tensorboardX`, or leave it False "
+        "and read metrics.jsonl"
       ) from error
     self._directory = pathlib.Path(directory)
-    self._step = step
-    self._runs = {}
+    self._runs: dict[str, Any] = {}
+
+  def resume(self, stage: str, step: int) -> None:
+    """Starts a stage at `step`: TensorBoard hides what a crashed run wrote.
+
+    Args:
+      stage: whose curves go on.
+      step: first step that will be written; older points stay.
+    """
+    self._runs[stage] = self._library.SummaryWriter(
+      str(self._directory / stage), purge_step=step
+    )
 
   def write(self, record: schema.MetricRecord) -> None:
     """Adds one point to the curve of every number in the record."""
     stage = record["stage"]
     if stage not in self._runs:
-      self._runs[stage] = self._library.SummaryWriter(
-          str(self._directory / stage), purge_step=self._step or None
-      )
+      self.resume(stage, 0)
     for name, value in record.items():
       if name not in NOT_CURVES and value is not None:
         self._runs[stage].add_scalar(name, value, record["step"])

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from pqf_jax import errors, models
 from pqf_jax.core import blocks, trees, vq_array
@@ -18,7 +19,7 @@ CASES = resnet_weights.CASES
 
 
 def shapes(dtype=jnp.float32, **settings):
-  """The variables as shapes, all of one type (Flax's statistics are float32)."""
+  """The variables as shapes, all of one type (Flax starts with float32)."""
   model = resnet.make(**settings)
   variables = jax.eval_shape(
       model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
@@ -36,7 +37,7 @@ def weights(case):
 
 @functools.cache
 def forward(case, dtype, train=False):
-  """(logits, batch_stats) of our network on the weights and images of a case."""
+  """(logits, updates) of our network on the weights and images of a case."""
   depth, stem, size = CASES[case]
   settings = {"depth": depth, "num_classes": 10, "stem": stem}
   template = shapes(np.promote_types(dtype, np.float32), **settings)
@@ -168,6 +169,38 @@ def test_parameters_are_float32_where_the_computation_is_bfloat16():
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
       np.dtype("float32")
   }
+
+
+def test_a_type_may_be_given_by_name():
+  model = resnet.make(depth=18, num_classes=10, dtype="bfloat16")
+  with jax.numpy_dtype_promotion("standard"):
+    logits, _ = jax.eval_shape(
+        model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    )
+  assert logits.dtype == np.float32
+
+
+def test_a_backbone_may_use_the_maps_alone():
+  class Backbone(resnet.ResNet):
+
+    @nn.compact
+    def __call__(self, images):
+      return self.maps(images, train=False)
+
+  maps, variables = jax.eval_shape(
+      Backbone(depth=50, num_classes=0).init_with_output,
+      jax.random.key(0),
+      jnp.zeros((2, 64, 57, 3)),
+  )
+  assert [tuple(x.shape) for x in maps] == [
+      (2, 16, 15, 256),
+      (2, 8, 8, 512),
+      (2, 4, 4, 1024),
+      (2, 2, 2, 2048),
+  ]
+  whole = trees.flatten(shapes(depth=50, num_classes=10)).keys()
+  head = {"params/fc/kernel", "params/fc/bias"}
+  assert trees.flatten(variables).keys() == whole - head
 
 
 def test_kernels_start_with_kaimings_variance():

@@ -21,10 +21,10 @@ def resnet18_shapes():
         shapes[f"{name}/downsample/0/kernel"] = (1, 1, into, width)
   shapes["params/fc/kernel"] = (512, 1000)
   norms = {
-      path.replace("conv", "bn").replace("kernel", leaf): shape[-1:]
-      for path, shape in shapes.items()
-      if "fc" not in path
-      for leaf in ("scale", "bias")
+    path.replace("conv", "bn").replace("kernel", leaf): shape[-1:]
+    for path, shape in shapes.items()
+    if "fc" not in path
+    for leaf in ("scale", "bias")
   }
   return shapes | norms | {"params/fc/bias": (1000,)}
 
@@ -41,14 +41,14 @@ def plan_row(path, shape):
     num_bytes = codes * bits // 8 + 2 * num_codes * block
     cut, kept = (block, num_codes, codes), "codebook + codes"
   return {
-      "path": path,
-      "shape": shape,
-      "block": cut[0],
-      "num_codes": cut[1],
-      "codes": cut[2],
-      "bytes": num_bytes,
-      "bits_per_weight": 8 * num_bytes / num_weights,
-      "kept": kept,
+    "path": path,
+    "shape": shape,
+    "block": cut[0],
+    "num_codes": cut[1],
+    "codes": cut[2],
+    "bytes": num_bytes,
+    "bits_per_weight": 8 * num_bytes / num_weights,
+    "kept": kept,
   }
 
 
@@ -58,82 +58,84 @@ def run():
   rng = np.random.default_rng(0)
   plan_rows = [plan_row(*item) for item in resnet18_shapes().items()]
   layers = [
-      {
-          "path": row["path"],
-          "shape": row["shape"],
-          "distortion": float(rng.uniform(0.08, 0.42)),
-          "bytes": row["bytes"],
-      }
-      for row in plan_rows
-      if row["num_codes"]
+    {
+      "path": row["path"],
+      "shape": row["shape"],
+      "distortion": float(rng.uniform(0.08, 0.42)),
+      "bytes": row["bytes"],
+    }
+    for row in plan_rows
+    if row["num_codes"]
   ]
   plan_rows[3]["num_codewords_used"] = plan_rows[3]["num_codes"] - 5
   groups = [
-      {
-          "group": f"group{number}",
-          "children": [row["path"] for row in layers[number : number + 2]],
-          "size": row["shape"][-1],
-          "log_det_before": -60.5 - 3.25 * number,
-          "log_det_after": -61 - 3.5 * number,
-          "accepted": number != 7,
-          "note": "" if number != 7 else "accuracy fell",
-      }
-      for number, row in enumerate(layers[:12])
+    {
+      "group": f"group{number}",
+      "children": [row["path"] for row in layers[number : number + 2]],
+      "size": row["shape"][-1],
+      "log_det_before": -60.5 - 3.25 * number,
+      "log_det_after": -61 - 3.5 * number,
+      "accepted": number != 7,
+      "note": "" if number != 7 else "accuracy fell",
+    }
+    for number, row in enumerate(layers[:12])
   ]
   history = [
-      {
-          "stage": stage,
-          "step": step,
-          "epoch": step / 390,
-          "loss": start * math.exp(-step / 900) + 0.1 * float(rng.uniform()),
-          "learning_rate": 1e-3,
-          "images_per_second": 812.0,
-      }
-      | dict.fromkeys(
-          ["top1"] if step % 390 == 0 else [],
-          0.97 - drop * math.exp(-step / 700),
-      )
-      for stage, start, drop in (("train", 2.3, 0.9), ("finetune", 0.6, 0.2))
-      for step in range(0, 3511, 10)
+    {
+      "stage": stage,
+      "step": step,
+      "epoch": step / 390,
+      "loss": start * math.exp(-step / 900) + 0.1 * float(rng.uniform()),
+      "learning_rate": 1e-3,
+      "images_per_second": 812.0,
+    }
+    | dict.fromkeys(
+      ["top1"] if step % 390 == 0 else [],
+      0.97 - drop * math.exp(-step / 700),
+    )
+    for stage, start, drop in (("train", 2.3, 0.9), ("finetune", 0.6, 0.2))
+    for step in range(0, 3511, 10)
   ]
   payload = sum(row["bytes"] for row in plan_rows)
   dense = sum(map(schema.dense_bytes, plan_rows))
   results = {
-      "name": "resnet18 digits",
-      "command": (
-          "python main.py --config=configs/resnet18_digits.py "
-          "--workdir=runs/resnet18_digits --config.seed=0"
-      ),
-      "date": "2001-02-03 04:05 UTC",
-      "seed": 17,
-      "device": "1 x NVIDIA H100 80GB HBM3",
-      "images": 1797,
-      "top1_dense": 0.98164,
-      "top1_permuted": 0.98165,
-      "top1_quantized": 0.71341,
-      "top1_finetuned": 0.96439,
-      "top5_dense": 0.99944,
-      "top5_permuted": 0.99943,
-      "top5_quantized": 0.93211,
-      "top5_finetuned": 0.99722,
-      "dense_bytes": dense,
-      "payload_bytes": payload,
-      "file_bytes": payload + 9120,
-      "ratio": dense / (payload + 9120),
-      "seconds": {
-          "train": 412.25,
-          "permute": 38.5,
-          "quantize": 57.125,
-          "finetune": 259.0,
-          "pack": 1.75,
-      },
-      "file": "/runs/resnet18_digits/model.safetensors",
+    "name": "resnet18 digits",
+    "command": (
+      "python main.py --config=configs/resnet18_digits.py "
+      "--workdir=runs/resnet18_digits --config.seed=0"
+    ),
+    "date": "2001-02-03 04:05 UTC",
+    "seed": 17,
+    "device": "1 x NVIDIA H100 80GB HBM3",
+    "images": 1797,
+    "top1_dense": 0.98164,
+    "top1_permuted": 0.98165,
+    "top1_quantized": 0.71341,
+    "top1_finetuned": 0.96439,
+    "top1_packed": 0.96327,
+    "top5_dense": 0.99944,
+    "top5_permuted": 0.99943,
+    "top5_quantized": 0.93211,
+    "top5_finetuned": 0.99722,
+    "top5_packed": 0.99611,
+    "dense_bytes": dense,
+    "payload_bytes": payload,
+    "file_bytes": payload + 9120,
+    "ratio": dense / (payload + 9120),
+    "seconds": {
+      "train": 412.25,
+      "permute": 38.5,
+      "quantize": 57.125,
+      "finetune": 259.0,
+      "pack": 1.75,
+    },
+    "file": "/runs/resnet18_digits/model.safetensors",
   }
   return {
-      "results": results,
-      "config": {"seed": 17, "finetune": {"epochs": 9, "learning_rate": 1e-3}},
-      "plan_rows": plan_rows,
-      "layers": layers,
-      "groups": groups,
-      "history": history,
+    "results": results,
+    "config": {"seed": 17, "finetune": {"epochs": 9, "learning_rate": 1e-3}},
+    "plan_rows": plan_rows,
+    "layers": layers,
+    "groups": groups,
+    "history": history,
   }

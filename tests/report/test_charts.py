@@ -13,7 +13,7 @@ def test_bars_are_in_proportion(run):
   bars = charts.size_chart(run["plan_rows"])
   widths = np.array([row.widths for row in [*bars.rows, *bars.more]])
   expected = np.array(
-      [(4 * math.prod(row["shape"]), row["bytes"]) for row in rows]
+    [(4 * math.prod(row["shape"]), row["bytes"]) for row in rows]
   )
   np.testing.assert_allclose(widths, 100 * expected / expected.max())
   drops = charts.permutation_chart(run["groups"])
@@ -24,9 +24,7 @@ def test_bars_are_in_proportion(run):
 
 
 def test_rows_beyond_the_most_are_folded_away_not_lost():
-  layers = [
-      {"path": f"params/{n}", "distortion": n / 100} for n in range(60)
-  ]
+  layers = [{"path": f"params/{n}", "distortion": n / 100} for n in range(60)]
   chart = charts.distortion_chart(layers)
   assert len(chart.rows) == charts.ROWS_SHOWN
   names = [row.full for row in (*chart.rows, *chart.more)]
@@ -42,13 +40,13 @@ def test_bars_of_nothing_and_of_zero(run):
 
 
 @pytest.mark.parametrize(
-    "losses",
-    [[2.0, 1.0, 0.5], [1.0, 1.0], [0.0, 0.0], [1e-9, 3e-9], [-4.0, 1e6]],
+  "losses",
+  [[2.0, 1.0, 0.5], [1.0, 1.0], [0.0, 0.0], [1e-9, 3e-9], [-4.0, 1e6]],
 )
 def test_curve_maps_its_points_onto_its_marks(losses):
   history = [
-      {"stage": "train", "step": n, "epoch": n / 2, "loss": loss}
-      for n, loss in enumerate(losses)
+    {"stage": "train", "step": n, "epoch": n / 2, "loss": loss}
+    for n, loss in enumerate(losses)
   ]
   (curve,) = charts.curves(history, {})
   points = [tuple(map(float, p.split(","))) for p in curve.points.split()]
@@ -60,7 +58,7 @@ def test_curve_maps_its_points_onto_its_marks(losses):
   heights = np.interp(losses, marks, places)
   np.testing.assert_allclose([100 - y for _, y in points], heights, atol=0.01)
   assert [x for x, _ in points] == pytest.approx(
-      np.linspace(0, 100, len(losses)), abs=0.01
+    np.linspace(0, 100, len(losses)), abs=0.01
   )
 
 
@@ -69,8 +67,8 @@ def test_a_long_curve_is_thinned_by_means():
   losses = np.random.default_rng(0).uniform(0, 1, num)
   losses[:2] = 0, 1
   history = [
-      {"stage": "train", "step": n, "epoch": n, "loss": loss}
-      for n, loss in enumerate(losses.tolist())
+    {"stage": "train", "step": n, "epoch": n, "loss": loss}
+    for n, loss in enumerate(losses.tolist())
   ]
   (curve,) = charts.curves(history, {})
   ys = [float(point.split(",")[1]) for point in curve.points.split()]
@@ -80,8 +78,8 @@ def test_a_long_curve_is_thinned_by_means():
 
 def test_curve_leaves_out_missing_values_and_marks_the_dense_level():
   history = [
-      {"stage": "finetune", "step": n, "epoch": n, "loss": None, "top1": value}
-      for n, value in enumerate([0.5, None, 0.6])
+    {"stage": "finetune", "step": n, "epoch": n, "loss": None, "top1": value}
+    for n, value in enumerate([0.5, None, 0.6])
   ]
   (curve,) = charts.curves(history, {"top1_dense": 0.7})
   assert len(curve.points.split()) == 2

@@ -50,13 +50,15 @@ def test_page_has_every_figure(tmp_path, run):
   results = run["results"]
   page = Page(written(tmp_path, run))
   figures = [
-      *(f"{100 * results[key]:.2f} %" for key in results if "top" in key),
-      "28.8×", "1.55 MiB", "44.6 MiB", "-1.72", "-26.82", "-0.22", "-6.73",
-      "6 min 52 s", "38.5 s", "57.1 s", "4 min 19 s", "1.8 s",
-      "1,615,904", "251/256", "seed 17", "1,797 test images",
-      results["date"], results["device"], results["command"], results["name"],
-      'variables = pqf_jax.load("model.safetensors")', '"epochs": 9',
-  ]  # fmt: skip
+    ["28.8×", "1.55 MiB", "44.6 MiB", "1,615,904", "251/256"],
+    ["-1.72", "-1.84", "-26.82", "-0.22", "-6.73"],
+    ["6 min 52 s", "38.5 s", "57.1 s", "4 min 19 s", "1.8 s"],
+    ["seed 17", "1,797 test images", '"epochs": 9'],
+    ['variables = pqf_jax.load("model.safetensors")'],
+    [results[key] for key in ("name", "date", "device", "command")],
+    [f"{100 * results[key]:.2f} %" for key in results if "top" in key],
+  ]
+  figures = [figure for part in figures for figure in part]
   for row in run["layers"]:
     figures += [text.short_path(row["path"]), text.shape(row["shape"])]
     figures += [f"{100 * row['distortion']:.2f} %", f"{row['bytes']:,}"]
@@ -72,10 +74,29 @@ def test_page_has_every_figure(tmp_path, run):
   assert "accuracy fell" in titles
 
 
+def test_table_of_layers_has_their_distortions(tmp_path, run):
+  layers = run.pop("layers")
+  without = Page(written(tmp_path, run)).text
+  # The chart has them as well.
+  text_of_page = Page(written(tmp_path, run | {"layers": layers})).text
+  for row in layers:
+    figure = text.percent(row["distortion"])
+    assert text_of_page.count(figure) >= 2 + without.count(figure)
+
+
+def test_page_of_a_large_network_folds_rows_and_loses_none(tmp_path, run):
+  run["layers"] = [
+    {"path": f"params/{n}/kernel", "distortion": 0.1} for n in range(60)
+  ]
+  page = Page(written(tmp_path, run))
+  assert "36 more" in page.text
+  assert {row["path"] for row in run["layers"]} <= page.attributes["title"]
+
+
 def test_page_fetches_nothing_and_runs_nothing(tmp_path, run):
   page = written(tmp_path, run)
   fetching = (
-      r"https?:|//\w|\bsrc\b|\bhref\b|url\(|@import|<script|<link|\son\w+="
+    r"https?:|//\w|\bsrc\b|\bhref\b|url\(|@import|<script|<link|\son\w+="
   )
   assert re.findall(fetching, page) == []
 
@@ -97,16 +118,16 @@ def test_page_escapes_hostile_names(tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    "missing",
-    ["config", "plan_rows", "layers", "groups", "history"],
+  "missing",
+  ["config", "plan_rows", "layers", "groups", "history"],
 )
 def test_page_without_a_piece_has_no_empty_section(tmp_path, run, missing):
   heading = {
-      "config": "Configuration",
-      "plan_rows": "All layers",
-      "layers": "Distortion by layer",
-      "groups": "Permutation",
-      "history": "Training: loss",
+    "config": "Configuration",
+    "plan_rows": "All layers",
+    "layers": "Distortion by layer",
+    "groups": "Permutation",
+    "history": "Training: loss",
   }[missing]
   assert heading in Page(written(tmp_path, run)).text
   run[missing] = type(run[missing])()
@@ -114,11 +135,11 @@ def test_page_without_a_piece_has_no_empty_section(tmp_path, run, missing):
 
 
 @pytest.mark.parametrize(
-    "results", [{}, {"name": "x", "top1_dense": 0.7615, "images": 50000}]
+  "results", [{}, {"name": "x", "top1_dense": 0.7615, "images": 50000}]
 )
 def test_page_of_a_run_that_only_evaluates(tmp_path, results):
   page = Page(written(tmp_path, {"results": results}))
   assert ("76.15 %" in page.text) == bool(results)
   assert not any(
-      word in page.text for word in ("Permutation", "Layers", "Load it", "None")
+    word in page.text for word in ("Permutation", "Layers", "Load it", "None")
   )

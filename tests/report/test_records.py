@@ -11,11 +11,11 @@ from pqf_jax import errors, report
 def test_write_json_takes_arrays_and_has_no_nan(tmp_path):
   path = tmp_path / "results.json"
   values = {
-      "top1": np.float32(0.5),
-      "losses": np.array([1.0, np.nan]),
-      "inf": float("inf"),
-      "shape": (3, 4),
-      "file": tmp_path,
+    "top1": np.float32(0.5),
+    "losses": np.array([1.0, np.nan]),
+    "inf": float("inf"),
+    "shape": (3, 4),
+    "file": tmp_path,
   }
   report.write_json(path, values)
 
@@ -23,11 +23,11 @@ def test_write_json_takes_arrays_and_has_no_nan(tmp_path):
     raise AssertionError(f"{name} is not JSON")
 
   assert json.loads(path.read_text(), parse_constant=refuse) == {
-      "top1": 0.5,
-      "losses": [1.0, None],
-      "inf": None,
-      "shape": [3, 4],
-      "file": str(tmp_path),
+    "top1": 0.5,
+    "losses": [1.0, None],
+    "inf": None,
+    "shape": [3, 4],
+    "file": str(tmp_path),
   }
   assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
@@ -71,7 +71,7 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines(tmp_path):
 @pytest.mark.parametrize("resumed", range(0, 12, 4))
 @pytest.mark.parametrize("half", ["", '{"stage": "finetune", "st'])
 def test_a_resumed_log_is_that_of_an_uninterrupted_run(
-    tmp_path, crashed, resumed, half
+  tmp_path, crashed, resumed, half
 ):
   path = tmp_path / "metrics.jsonl"
   resumed = min(resumed, crashed)

@@ -2,31 +2,27 @@
 
 from collections.abc import Sequence
 
-from jax.extend import core as jax_core
-
 from pqf_jax.core import axis_factors
-from pqf_jax.core.axis_factors import Axes
+
+Axes = axis_factors.Axes
+Equation = axis_factors.Equation
 
 
-def tie_dot(
-    eqn: jax_core.JaxprEqn, operands: Sequence[Axes]
-) -> list[Axes]:
-  """`dot_general`: ties contracted pairs and batch pairs; the rest pass."""
+def tie_dot(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
+  """`dot_general`: ties contracted pairs and batch pairs; the rest passes."""
   lhs, rhs = operands
   contracted, batch = eqn.params["dimension_numbers"]
   for left, right in (contracted, batch):
     for one, other in zip(left, right, strict=True):
       axis_factors.tie_axes(lhs[one], rhs[other])
-  result = [lhs[dim] for dim in batch[0]]
-  for axes, used in ((lhs, (*contracted[0], *batch[0])),
-                     (rhs, (*contracted[1], *batch[1]))):
-    result += [axis for dim, axis in enumerate(axes) if dim not in used]
-  return [result]
+  return [[
+      *(lhs[dim] for dim in batch[0]),
+      *axis_factors.drop_axes(lhs, (*contracted[0], *batch[0])),
+      *axis_factors.drop_axes(rhs, (*contracted[1], *batch[1])),
+  ]]
 
 
-def tie_convolution(
-    eqn: jax_core.JaxprEqn, operands: Sequence[Axes]
-) -> list[Axes]:
+def tie_convolution(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   """`conv_general_dilated`, of any number of feature groups.
 
   With G groups the input features are [G, in] and the output features [G, out],
@@ -43,9 +39,7 @@ def tie_convolution(
   groups = axis_factors.new_axis(num_groups)
   per_group = axis_factors.axis_length(rhs[outputs]) // num_groups
   axis_factors.tie_axes(lhs[features], groups + rhs[inputs])
-  axis_factors.tie_axes(
-      rhs[outputs], groups + axis_factors.new_axis(per_group)
-  )
+  axis_factors.tie_axes(rhs[outputs], groups + axis_factors.new_axis(per_group))
   result = axis_factors.new_axes(eqn.outvars[0].aval.shape, "convolution")
   result[out_dims[0]] = lhs[batch]
   result[out_dims[1]] = rhs[outputs]

@@ -1,0 +1,377 @@
+import functools
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pqf_jax import errors
+from pqf_jax.ops import kmeans, nearest
+
+FORMS = (nearest._running_minimum, nearest._reduced_minimum)
+
+
+def _normal(*shape, seed=0, scale=0.02, shift=0.0):
+  draws = np.random.default_rng(seed).standard_normal(shape)
+  return (draws * scale + shift).astype(np.float32)
+
+
+def _squared_distances(vectors, codebook):
+  vectors, codebook = np.float64(vectors), np.float64(codebook)
+  return ((vectors[:, None] - codebook[None]) ** 2).sum(axis=2)
+
+
+def _assert_nearest(vectors, codebook, codes):
+  """The codes are a float64 argmin, up to pairs that float32 cannot tell."""
+  distances = _squared_distances(vectors, codebook)
+  chosen = np.take_along_axis(distances, np.asarray(codes)[:, None], axis=1)
+  slack = 1e-6 * np.ptp(np.concatenate([vectors, codebook])) ** 2
+  assert (chosen[:, 0] <= distances.min(axis=1) + slack).all()
+
+
+def _numpy_lloyd(vectors, codebook, num_steps):
+  trace = []
+  for _ in range(num_steps):
+    distances = _squared_distances(vectors, codebook)
+    codes = distances.argmin(axis=1)
+    trace.append(distances.min(axis=1).mean())
+    codebook = np.stack(
+      [vectors[codes == j].mean(axis=0) for j in range(len(codebook))]
+    )
+  distances = _squared_distances(vectors, codebook)
+  trace.append(distances.min(axis=1).mean())
+  return codebook, distances.argmin(axis=1), trace
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+  "length, num_codes", [(1, 1), (4, 8), (9, 37), (18, 5)]
+)
+def test_both_forms_agree_with_brute_force(form, length, num_codes):
+  vectors, codebook = _normal(300, length), _normal(num_codes, length, seed=1)
+  squares = np.square(codebook).sum(axis=1, keepdims=True)
+  table = np.concatenate([squares, -2 * codebook], axis=1)
+  columns = nearest.split_columns(jnp.asarray(vectors))
+  codes, scores = jax.jit(form)(columns, table)
+  distances = _squared_distances(vectors, codebook)
+  np.testing.assert_array_equal(codes, distances.argmin(axis=1))
+  norms = np.square(np.float64(vectors)).sum(axis=1)
+  np.testing.assert_allclose(scores + norms, distances.min(axis=1), atol=1e-8)
+
+
+def test_equal_distances_go_to_the_lowest_index():
+  codebook = np.repeat(_normal(3, 9), 20, axis=0)
+  codes = np.asarray(nearest.assign(_normal(500, 9, seed=1), codebook))
+  assert set(codes) == {0, 20, 40}
+
+
+@pytest.mark.parametrize("shift", [0, 1, 100])
+def test_a_common_offset_costs_no_accuracy(shift):
+  vectors = _normal(2000, 9, shift=shift)
+  codebook = vectors[:64]
+  codes = np.asarray(nearest.assign(vectors, codebook))
+  np.testing.assert_array_equal(
+    codes, _squared_distances(vectors, codebook).argmin(axis=1)
+  )
+
+
+def test_assign_names_both_shapes():
+  with pytest.raises(errors.InputError, match=r"\[10, 9\].*\[4, 8\]"):
+    nearest.assign(jnp.zeros((10, 9)), jnp.zeros((4, 8)))
+  with pytest.raises(errors.InputError, match=r"\[0, 9\].*no centroid"):
+    nearest.assign(jnp.zeros((10, 9)), jnp.zeros((0, 9)))
+
+
+@pytest.mark.parametrize("length, num_codes", [(9, 256), (4, 2048)])
+def test_no_matrix_of_all_pairs_is_stored(length, num_codes):
+  count = 16384
+  vectors = jax.ShapeDtypeStruct((count, length), jnp.float32)
+  codebook = jax.ShapeDtypeStruct((num_codes, length), jnp.float32)
+  normals = jax.ShapeDtypeStruct((3, num_codes, length), jnp.float32)
+  fit = kmeans.fit.lower(vectors, codebook, np.zeros(3, np.float32), normals)
+  assign = jax.jit(nearest.assign).lower(vectors, codebook)
+  for lowered, rows in [(assign, length + 6), (fit, 4 * length + 10)]:
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * count * rows + 100 * num_codes * length
+    assert temporary < 4 * count * num_codes / 4
+
+
+def test_four_points_by_hand():
+  vectors = np.array([[0, 0], [0, 2], [10, 0], [10, 2]], np.float32)
+  start, normals = vectors[:2] + [[0, 0], [10, 0]], np.zeros((2, 2, 2))
+  result = kmeans.fit(
+    vectors,
+    start.astype(np.float32),
+    np.zeros(2, np.float32),
+    normals.astype(np.float32),
+  )
+  np.testing.assert_allclose(result.codebook, [[0, 1], [10, 1]], atol=1e-6)
+  np.testing.assert_array_equal(result.codes, [0, 0, 1, 1])
+  np.testing.assert_allclose(result.distortion, [2, 1, 1], rtol=1e-6)
+
+
+def test_lloyd_agrees_with_numpy():
+  vectors, schedule = _normal(1000, 4, shift=0.1), np.zeros(5, np.float32)
+  start = vectors[:16]
+  result = kmeans.fit(vectors, start, schedule, _normal(5, 16, 4))
+  codebook, codes, trace = _numpy_lloyd(vectors, start, 5)
+  np.testing.assert_allclose(result.codebook, codebook, atol=1e-6)
+  np.testing.assert_array_equal(result.codes, codes)
+  np.testing.assert_allclose(result.distortion, trace, rtol=1e-5)
+
+
+def test_noise_is_that_of_the_mean_of_noisy_data():
+  vectors = _normal(50, 3, shift=1)
+  normals = _normal(1, 1, 3, scale=1, seed=1)
+  amount = np.float32([0.7])
+  result = kmeans.fit(vectors, vectors[:1], amount, normals)
+  want = (
+    vectors.mean(axis=0)
+    + 0.7 * vectors.std(axis=0, ddof=1) * normals[0, 0] / 50**0.5
+  )
+  np.testing.assert_allclose(result.codebook[0], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 10, 41, 100, 1000])
+def test_schedule_is_finite_and_ends_without_noise(num_steps):
+  schedule = kmeans.annealing_schedule(num_steps)
+  assert schedule.shape == (num_steps,)
+  assert schedule.dtype == np.float32
+  assert schedule[-1] == 0
+  assert (np.diff(schedule) < 0).all()
+  np.testing.assert_allclose(
+    schedule**2, 1 - np.arange(1, num_steps + 1) / num_steps, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 1000])
+def test_result_is_finite_and_consistent(num_steps):
+  vectors = _normal(400, 9)
+  result = kmeans.annealed_kmeans(
+    jax.random.key(0), vectors, num_codes=32, num_steps=num_steps
+  )
+  assert result.codebook.shape == (32, 9)
+  assert result.codebook.dtype == jnp.float32
+  assert result.codes.dtype == jnp.int32
+  assert result.distortion.shape == (num_steps + 1,)
+  assert np.isfinite(result.codebook).all()
+  assert np.isfinite(result.distortion).all()
+  _assert_nearest(vectors, np.asarray(result.codebook), result.codes)
+  residual = np.float64(vectors - np.asarray(result.codebook)[result.codes])
+  np.testing.assert_allclose(
+    result.distortion[-1], (residual**2).sum(axis=1).mean(), rtol=1e-5
+  )
+
+
+@hypothesis.given(
+  seed=st.integers(0, 2**30),
+  scale=st.floats(1e-6, 1e3),
+  shift=st.floats(-2, 2),
+  num_distinct=st.integers(1, 120),
+)
+@hypothesis.settings(deadline=None, max_examples=25)
+def test_laws_hold_for_repeated_scaled_and_shifted_data(
+  seed, scale, shift, num_distinct
+):
+  distinct = _normal(num_distinct, 4, seed=seed, shift=shift, scale=1)
+  vectors = np.resize(distinct * np.float32(scale), (120, 4))
+  key = jax.random.key(seed)
+  run = functools.partial(kmeans.lloyd_kmeans, num_codes=16, num_steps=8)
+  lloyd, annealed = (
+    run(key, vectors),
+    kmeans.annealed_kmeans(key, vectors, num_codes=16, num_steps=8),
+  )
+  for result in (lloyd, annealed):
+    assert np.isfinite(result.codebook).all()
+    _assert_nearest(vectors, np.asarray(result.codebook), result.codes)
+  # Rounding of |c|^2 - 2 <x, c> + |x|^2 bounds what a step may seem to lose.
+  slack = 1e-5 * np.square(vectors - vectors.mean(axis=0)).sum(axis=1).mean()
+  assert (np.diff(lloyd.distortion) <= slack + 1e-12 * scale**2).all()
+
+
+def test_as_many_codes_as_sub_vectors_give_no_error():
+  vectors = _normal(64, 9, shift=3)
+  result = kmeans.lloyd_kmeans(
+    jax.random.key(0), vectors, num_codes=64, num_steps=2
+  )
+  assert len(set(np.asarray(result.codes))) == 64
+  assert result.distortion[-1] < 1e-12
+
+
+def test_annealing_beats_lloyd():
+  vectors = _normal(4096, 9)
+  for seed in range(2):
+    final = [
+      run(
+        jax.random.key(seed), vectors, num_codes=256, num_steps=60
+      ).distortion[-1]
+      for run in (kmeans.annealed_kmeans, kmeans.lloyd_kmeans)
+    ]
+    assert final[0] < 0.97 * final[1]
+
+
+def test_random_start_draws_distinct_rows_evenly():
+  vectors = np.arange(20, dtype=np.float32)[:, None]
+  keys = jax.random.split(jax.random.key(0), 2000)
+  start = functools.partial(kmeans.random_start, num_codes=5)
+  rows = np.asarray(jax.vmap(start, (0, None))(keys, vectors))[:, :, 0]
+  assert all(len(set(row)) == 5 for row in rows)
+  frequency = np.bincount(rows.astype(int).ravel(), minlength=20) / 2000
+  np.testing.assert_allclose(frequency, 0.25, atol=0.05)
+
+
+def test_empty_clusters_are_filled_from_the_worst():
+  # One tight and one wide cluster, and 6 centroids too far away to be used.
+  vectors = np.concatenate([_normal(100, 4), _normal(100, 4, scale=1, shift=9)])
+  start = np.full((8, 4), 1e3, np.float32)
+  start[0], start[1] = 0, 9
+  schedule, normals = np.zeros(12, np.float32), _normal(12, 8, 4, scale=1)
+  result = kmeans.fit(vectors, start, schedule, normals)
+  assert len(set(np.asarray(result.codes))) == 8
+  assert len(set(np.asarray(result.codes)[:100])) == 1
+  assert result.distortion[-1] < 0.6 * result.distortion[1]
+
+
+def test_split_takes_the_donors_in_order():
+  clusters = kmeans.Clusters(
+    vectors=None,
+    codes=None,
+    distances=None,
+    codebook=None,
+    means=jnp.arange(10.0).reshape(5, 2),
+    counts=jnp.array([4.0, 0, 5, 0, 2]),
+    errors=jnp.array([8.0, 0, 90, 0, 16]),
+  )
+  proposal = kmeans.split_worst(clusters)
+  source = [0, 2, 2, 4, 4]
+  np.testing.assert_array_equal(
+    proposal.centroids, clusters.means[jnp.array(source)]
+  )
+  np.testing.assert_array_equal(proposal.counts, [4, 5, 5, 2, 2])
+  np.testing.assert_allclose(
+    proposal.spread[:, 0], [0, 0.3 * 3, 0, 0.3 * 2, 0], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("num_codes", [1, 3, 20])
+def test_constant_data(num_codes):
+  vectors = np.full((20, 9), 0.3, np.float32)
+  result = kmeans.annealed_kmeans(
+    jax.random.key(0), vectors, num_codes=num_codes, num_steps=4
+  )
+  np.testing.assert_allclose(result.codebook, 0.3, rtol=1e-6)
+  np.testing.assert_allclose(result.distortion, 0, atol=1e-12)
+
+
+def test_one_sub_vector_of_length_one():
+  result = kmeans.annealed_kmeans(
+    jax.random.key(0), np.ones((1, 1)), num_codes=1, num_steps=3
+  )
+  np.testing.assert_array_equal(result.codebook, [[1]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_input_is_computed_in_float32(dtype):
+  vectors = jnp.asarray(_normal(300, 9)).astype(dtype)
+  run = functools.partial(
+    kmeans.annealed_kmeans, jax.random.key(0), num_codes=16, num_steps=4
+  )
+  half, full = run(vectors), run(vectors.astype(jnp.float32))
+  jax.tree.map(np.testing.assert_array_equal, half, full)
+  assert half.codebook.dtype == jnp.float32
+
+
+def test_key_decides_the_result():
+  run = functools.partial(
+    kmeans.annealed_kmeans, vectors=_normal(300, 9), num_codes=16, num_steps=4
+  )
+  same = run(jax.random.key(1)), run(jax.random.key(1))
+  jax.tree.map(np.testing.assert_array_equal, *same)
+  assert not np.array_equal(run(jax.random.key(2)).codebook, same[0].codebook)
+
+
+def test_jit_and_vmap_of_the_caller_change_nothing():
+  vectors = jnp.asarray(_normal(3, 300, 9))
+  keys = jax.random.split(jax.random.key(0), 3)
+  run = functools.partial(kmeans.annealed_kmeans, num_codes=16, num_steps=4)
+  single = [run(keys[i], vectors[i]) for i in range(3)]
+  batched = jax.jit(jax.vmap(run))(keys, vectors)
+  for i in range(3):
+    np.testing.assert_array_equal(batched.codes[i], single[i].codes)
+    np.testing.assert_allclose(
+      batched.codebook[i], single[i].codebook, atol=1e-7
+    )
+
+
+def test_layers_of_one_shape_share_one_compilation(caplog):
+  run = functools.partial(kmeans.annealed_kmeans, num_codes=13, num_steps=6)
+  run(jax.random.key(0), _normal(211, 9))
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    for seed in range(3):
+      run(jax.random.key(seed), _normal(211, 9, seed=seed))
+    assert not caplog.records
+    run(jax.random.key(0), _normal(212, 9))  # the log does record a new shape
+    assert any("Compiling" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize(
+  "vectors, num_codes, num_steps, message",
+  [
+    (_normal(10, 9), 11, 1, r"num_codes = 11 with 10 sub-vectors"),
+    (_normal(10, 9), 0, 1, r"num_codes = 0 .*between 1 and 10"),
+    (_normal(10, 9), 2, 0, r"num_steps = 0"),
+    (_normal(10), 2, 1, r"shape \[10\]"),
+    (_normal(10, 0), 2, 1, r"shape \[10, 0\]"),
+    (
+      _normal(10, 9)
+      + np.diag([0] * 3 + [np.nan] * 6 + [0]).astype(np.float32)[:, :9],
+      2,
+      1,
+      r"6 of 10 sub-vectors.*row 3",
+    ),
+    (np.full((4, 9), np.inf), 2, 1, r"4 of 4 sub-vectors.*row 0"),
+    (np.full((4, 9), 1e20), 2, 1, r"beyond 1e\+15"),
+  ],
+)
+@pytest.mark.parametrize("run", [kmeans.annealed_kmeans, kmeans.lloyd_kmeans])
+def test_bad_input_is_named(run, vectors, num_codes, num_steps, message):
+  with pytest.raises(errors.InputError, match=message):
+    run(jax.random.key(0), vectors, num_codes=num_codes, num_steps=num_steps)
+
+
+_SHARDED = """
+import jax, numpy as np
+from pqf_jax.ops import kmeans, nearest
+mesh = jax.make_mesh((8,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("n"))
+vectors = np.random.default_rng(0).standard_normal((4096, 9)).astype("float32")
+split = jax.device_put(vectors, rows)
+assert len(split.sharding.device_set) == 8
+run = lambda x: kmeans.annealed_kmeans(
+  jax.random.key(0), x, num_codes=64, num_steps=3)
+one, eight = run(vectors), run(split)
+np.testing.assert_allclose(one.codebook, eight.codebook, atol=1e-5)
+same = np.asarray(one.codes) == np.asarray(eight.codes)
+assert same.mean() > 0.999, same.mean()
+np.testing.assert_array_equal(
+  nearest.assign(vectors, one.codebook), nearest.assign(split, one.codebook))
+"""
+
+
+def test_eight_devices_agree_with_one():
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+  }
+  subprocess.run(
+    [sys.executable, "-c", _SHARDED], env=environment, check=True, timeout=120
+  )
