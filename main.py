@@ -44,7 +44,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     raise errors.InputError(
         "no recipe given: python main.py --config=configs/resnet18.py"
     )
-  path = config_flags.get_config_filename(flags.FLAGS["config"])
+  name = config_flags.get_config_filename(flags.FLAGS["config"])
+  path, _, _ = name.partition(":")
   if not os.path.isfile(path):
     raise errors.InputError(
         f"no recipe {path!r} in {os.getcwd()}; run main.py in its own folder, "

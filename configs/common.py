@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.name = ""
   config.data.dir = ""  # parent folder of the prepared data set
+  config.data.image_size = 0  # pixels; 0: as is usual for the data set
 
   # (pattern, num_codes or None, channels a sub-vector, k-means steps); see
   # pqf_jax.core.plan.Rule. The first that matches a kernel's path decides.

@@ -157,7 +157,9 @@ def _compile_in(
   evaluate = widening.run_widened if wide else _run_as_is
   with _precision(wide):
     traced = jax.jit(lambda *values: evaluate(program, values)).trace(*arrays)
-    compiled = traced.lower().compile()
+    # It runs a few times only: compiling with care would take longer.
+    options = {"xla_backend_optimization_level": 0}
+    compiled = traced.lower().compile(compiler_options=options)
   return _Network(lambda *leaves: compiled(*leaves, *fixed), variables, wide)
 
 

@@ -59,6 +59,10 @@ class Moments(NamedTuple):
   second: np.ndarray
   first: np.ndarray
 
+  def at(self, index: int) -> "Moments":
+    """One of several orders."""
+    return Moments(self.second[index], self.first[index])
+
 
 def channel_gram(
   weights: np.ndarray, *, slots: int, relative_ridge: float = 0.0

@@ -122,7 +122,11 @@ def print_plan(
 
 def load_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
   """The images of `config.data`."""
-  dataset = data.get_dataset(config.data.name, data_dir=config.data.dir)
+  dataset = data.get_dataset(
+      config.data.name,
+      data_dir=config.data.dir or None,
+      image_size=config.data.image_size or None,
+  )
   if dataset.num_classes != config.model.num_classes:
     raise errors.InputError(
       f"config.model.num_classes is {config.model.num_classes}, but "

@@ -124,11 +124,23 @@ def fit(
       if schedule.save_is_due(step):
         checkpoints.save_progress(stage, step, (state, best), meter.record())
   last = finetune.state_variables(state)
+  if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
+    raise _diverged(stage, schedule, "weights are not finite", schedule.num_steps)
   return Fitted(last, best), meter.record()
 
 
 def _first_record() -> checkpoint.Record:
   return {"seconds": 0.0, "top1_best": -1.0, "best_step": 0}
+
+
+def _diverged(
+    stage: str, schedule: Schedule, what: str, step: int
+) -> errors.InputError:
+  return errors.InputError(
+      f"{stage} diverged: its {what} at step {step}; lower "
+      f"--config.{stage}.learning_rate, now {schedule.learning_rate:g}, and use "
+      "another --workdir"
+  )
 
 
 class _Meter:

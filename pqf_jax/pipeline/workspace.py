@@ -18,19 +18,38 @@ class Workspace:
   model.safetensors  tensorboard/ (where asked for)
   """
 
-  def __init__(self, path: pathlib.Path, config: ml_collections.ConfigDict):
-    """Use `open_workspace`."""
-    self.path = path
+  def __init__(self, workdir: str, config: ml_collections.ConfigDict):
+    """Makes nothing yet.
+
+    Raises:
+      InputError: the workdir belongs to another config; says what differs.
+    """
+    path = pathlib.Path(workdir).expanduser().resolve()
     self.checkpoints = checkpoint.Checkpoints(path)
     self.packed_file = path / "model.safetensors"
     self.report_file = path / "report.html"
+    self._config_file = path / "config.json"
     self._metrics_file = path / "metrics.jsonl"
     self._results_file = path / "results.json"
+    # As JSON reads it back, so that tuples and lists are alike.
+    self._config = json.loads(json.dumps(config.to_dict()))
     self._curves = (
-      report.TensorBoardWriter(path / "tensorboard")
-      if config.tensorboard
-      else None
+        report.TensorBoardWriter(path / "tensorboard")
+        if config.tensorboard
+        else None
     )
+    if self._config_file.exists():
+      stored = json.loads(self._config_file.read_text())
+      _check_same(path, stored, self._config)
+
+  def claim(self) -> None:
+    """Makes the workdir; from now on it belongs to this config.
+
+    Call it when nothing of the config can be refused any more, so that a
+    mended config may use the same workdir.
+    """
+    self._config_file.parent.mkdir(parents=True, exist_ok=True)
+    report.write_json(self._config_file, self._config)
 
   def results(self) -> Results | None:
     """What a finished run found, or None."""

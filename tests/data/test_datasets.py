@@ -86,11 +86,9 @@ def test_digits_in_another_size():
 
 
 def test_digits_are_the_same_in_every_run(digits):
-  for one, other in (("train", "train"), ("test", "test")):
-    again = data.get_dataset("digits")
-    np.testing.assert_array_equal(
-      stack(getattr(digits, one))[0], stack(getattr(again, other))[0]
-    )
+  again = data.get_dataset("digits")
+  for one, other in ((digits.train, again.train), (digits.test, again.test)):
+    np.testing.assert_array_equal(stack(one)[0], stack(other)[0])
 
 
 def test_data_is_imported_without_the_libraries_that_read_it():

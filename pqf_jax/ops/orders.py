@@ -1,0 +1,132 @@
+"""Orders of a channel group, and what they are worth to its kernels.
+
+A group's channels are read by one or more kernels, and one order serves all of
+them. Its worth is F(order) = sum_k share_k * log det cov_k(order), where share_k
+is the share of kernel k in the sub-vectors of all of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pqf_jax.ops import covariance
+
+Grams = Sequence[covariance.ChannelGram]
+"""One for each kernel that reads the group's channels."""
+
+CovarianceModel = Callable[[np.ndarray, int], np.ndarray]
+"""(covariance [D, D], slots) -> the covariance whose inverse is to be used."""
+
+# A smaller gain is rounding.
+MIN_GAIN = 1e-9
+
+
+class Order(NamedTuple):
+  """One order of a group's channels and what it is worth.
+
+  Attributes:
+    permutation: [C] int; new channel i is old channel `permutation[i]`.
+    sums: the moments of every kernel in this order.
+    log_det: F.
+  """
+
+  permutation: np.ndarray
+  sums: tuple[covariance.Moments, ...]
+  log_det: float
+
+
+def evaluate(grams: Grams, permutation: np.ndarray) -> Order:
+  """The order of this permutation [C], with its worth."""
+  sums = tuple(covariance.moments(gram, permutation) for gram in grams)
+  return Order(permutation, sums, float(objective(grams, sums)))
+
+
+def objective(grams: Grams, sums: Sequence[covariance.Moments]) -> np.ndarray:
+  """F [...] of moments whose leading axes are different orders."""
+  return sum(
+    share * covariance.log_det(gram, moments)
+    for share, gram, moments in zip(shares(grams), grams, sums, strict=True)
+  )
+
+
+def shares(grams: Grams) -> np.ndarray:
+  """[kernels]: each one's share in the sub-vectors of all."""
+  sizes = np.array([gram.num_vectors for gram in grams], np.float64)
+  return sizes / sizes.sum()
+
+
+def superblock(grams: Grams) -> int:
+  """Channels of the smallest block that cuts no kernel's sub-vectors."""
+  return math.lcm(*(gram.slots for gram in grams))
+
+
+def measured(matrix: np.ndarray, slots: int) -> np.ndarray:
+  """The `CovarianceModel` that believes what was measured."""
+  del slots
+  return matrix
+
+
+def placement_scores(
+  grams: Grams,
+  order: Order,
+  positions: np.ndarray,
+  model: CovarianceModel = measured,
+) -> np.ndarray:
+  """The linear bound on F of each channel at each position.
+
+  log det is concave, so with M the inverse covariance a change dS of the
+  covariance gives log det(S + dS) <= log det S + tr(M dS). A score is the part
+  of sum_k share_k * tr(M_k S_k) that depends on who is at this position, all
+  other positions being as they are: only differences within a column mean
+  anything. The mean's part of S is linearized too, which is a bound as well,
+  because -mean mean^T is concave.
+
+  Args:
+    grams: of the kernels.
+    order: the order that M is taken from.
+    positions: [P].
+    model: changes the covariance before it is inverted.
+
+  Returns:
+    [C, P].
+  """
+  total = np.zeros((len(order.permutation), len(positions)))
+  for share, gram, sums in zip(shares(grams), grams, order.sums, strict=True):
+    matrix = model(covariance.covariance(gram, sums), gram.slots)
+    inverse = np.linalg.inv(matrix) * (share / gram.degrees)
+    total += _scores(gram, order.permutation, sums, inverse, positions)
+  return total
+
+
+def _scores(
+  gram: covariance.ChannelGram,
+  permutation: np.ndarray,
+  sums: covariance.Moments,
+  inverse: np.ndarray,
+  positions: np.ndarray,
+) -> np.ndarray:
+  """`placement_scores` [C, P] of one kernel, with `inverse` [D, D] for M."""
+  num_channels, taps = gram.sums.shape
+  slots = gram.slots
+  tiles = gram.products.reshape(num_channels, num_channels, taps * taps)
+  by_slot = inverse.reshape(slots, taps, slots, taps).swapaxes(1, 2)
+  each = np.arange(slots)
+  own = by_slot[each, each].reshape(slots, -1)
+  mean = sums.first / gram.num_vectors
+  pull = (inverse @ mean).reshape(slots, taps)
+  channels = np.arange(num_channels)
+  alone = own @ tiles[channels, channels].T - 2 * pull @ gram.sums.T
+
+  block, slot = np.divmod(positions, slots)
+  scores = alone[slot]
+  # One product of a slab of tiles with a matrix for each neighbour: a gather
+  # of all tiles takes five times as long.
+  mates = permutation.reshape(-1, slots)[block]
+  cross = 2 * by_slot.swapaxes(0, 1).reshape(slots, slots, -1)
+  for row, a, neighbours in zip(scores, slot, mates, strict=True):
+    for c, channel in enumerate(neighbours):
+      if c != a:
+        row += tiles[channel] @ cross[a, c]
+  return scores.T

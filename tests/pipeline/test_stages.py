@@ -1,0 +1,159 @@
+import json
+import os
+import pkgutil
+
+import pytest
+
+from pqf_jax import errors, pack, pipeline
+
+
+class Killed(BaseException):
+  """Stands for SIGKILL: nothing catches it, nothing is written after it."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """Results and packed bytes of one undisturbed run, made when first asked."""
+  return {"folder": tmp_path_factory.mktemp("finished")}
+
+
+def _run(config, folder):
+  pipeline.run(config, str(folder))
+  results = json.loads((folder / "results.json").read_text())
+  return results, (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def undisturbed(config, finished):
+  if "result" not in finished:
+    finished["result"] = _run(config, finished["folder"])
+  return finished["result"]
+
+
+def test_results_say_what_the_file_is(config, undisturbed, finished):
+  results, data = undisturbed
+  file = finished["folder"] / "model.safetensors"
+  assert results["file_bytes"] == os.path.getsize(file) == len(data)
+  assert results["payload_bytes"] == pack.read(file).payload_bytes
+  assert results["ratio"] == results["dense_bytes"] / results["file_bytes"]
+  assert results["images"] == 360
+  assert results["top1_permuted"] == results["top1_dense"] > 0.5
+  assert results["top1_packed"] == pytest.approx(
+      results["top1_finetuned"], abs=0.02
+  )
+  assert results["top1_finetuned"] > results["top1_quantized"] - 0.05
+  assert set(results["seconds"]) == {
+      "dense", "permuted", "quantized", "finetuned", "packed"
+  }
+
+
+def test_the_same_command_again_says_that_it_is_done(
+    config, undisturbed, finished, capsys
+):
+  before = os.stat(finished["folder"] / "model.safetensors").st_mtime_ns
+  pipeline.run(config, str(finished["folder"]))
+  assert "already done" in capsys.readouterr().out
+  assert os.stat(finished["folder"] / "model.safetensors").st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("target", "calls"),
+    [
+        ("pqf_jax.checkpoint.Checkpoints.save_progress", 3),  # in training
+        ("pqf_jax.permute.permute_channels", 1),
+        ("pqf_jax.quantize.quantize_params", 1),
+        ("pqf_jax.checkpoint.Checkpoints.save_progress", 11),  # in fine-tuning
+        ("pqf_jax.pack.save", 1),
+        ("pqf_jax.report.write_html", 1),
+    ],
+)
+def test_killed_anywhere_it_goes_on_to_the_same_file(
+    config, undisturbed, tmp_path, monkeypatch, target, calls
+):
+  module, _, name = target.rpartition(".")
+  count = iter(range(1, calls))
+
+  def deadly(original):
+    def call(*args, **kwargs):
+      if next(count, None) is None:
+        raise Killed
+      return original(*args, **kwargs)
+
+    return call
+
+  with monkeypatch.context() as patch:
+    owner = pkgutil.resolve_name(module)
+    patch.setattr(owner, name, deadly(getattr(owner, name)))
+    with pytest.raises(Killed):
+      pipeline.run(config, str(tmp_path))
+  results, data = _run(config, tmp_path)
+  assert data == undisturbed[1]
+  assert results["top1_finetuned"] == undisturbed[0]["top1_finetuned"]
+  history = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  places = [
+      (record["stage"], record["step"], "top1" in record)
+      for record in map(json.loads, history)
+  ]
+  assert len(places) == len(set(places)), "a resumed step was logged twice"
+
+
+def test_a_workdir_of_another_config_is_refused(config, undisturbed, finished):
+  config.finetune.epochs = 5
+  with pytest.raises(errors.InputError, match="finetune.epochs: 2 there, 5 now"):
+    pipeline.run(config, str(finished["folder"]))
+
+
+def test_what_is_refused_leaves_no_workdir(config, tmp_path):
+  config.weights = str(tmp_path / "missing.safetensors")
+  with pytest.raises(errors.InputError, match="missing.safetensors"):
+    pipeline.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_compress_is_said(config, tmp_path):
+  config.train.epochs = 0
+  with pytest.raises(errors.InputError, match="--config.weights"):
+    pipeline.run(config, str(tmp_path))
+
+
+def test_plan_ends_with_the_payload(config, undisturbed, capsys):
+  config.mode = "plan"
+  pipeline.run(config, None)
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last == f"payload_bytes={undisturbed[0]['payload_bytes']}"
+
+
+def test_evaluate_reads_packed_files(config, undisturbed, finished, tmp_path):
+  config.mode = "evaluate"
+  config.weights = str(finished["folder"] / "model.safetensors")
+  pipeline.run(config, str(tmp_path))
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert results["top1"] == undisturbed[0]["top1_packed"]
+  assert results["images"] == 360
+
+
+def test_evaluate_without_weights_says_what_is_missing(config):
+  config.mode = "evaluate"
+  with pytest.raises(errors.InputError, match="--config.weights"):
+    pipeline.run(config, None)
+
+
+def test_weights_of_another_architecture_are_refused(
+    config, undisturbed, finished, tmp_path
+):
+  config.weights = str(finished["folder"] / "model.safetensors")
+  config.model.num_classes = 12
+  with pytest.raises(errors.InputError, match=r"params/fc/bias is \(10,\)"):
+    pipeline.run(config, str(tmp_path))
+
+
+def test_classes_of_model_and_data_must_agree(config, tmp_path):
+  config.model.num_classes = 12
+  with pytest.raises(errors.InputError, match="12.*digits has 10"):
+    pipeline.run(config, str(tmp_path))
+
+
+def test_a_diverged_training_is_named(config, tmp_path):
+  config.train.learning_rate = 1e30
+  with pytest.raises(errors.InputError, match="train diverged"):
+    pipeline.run(config, str(tmp_path))
