@@ -48,18 +48,13 @@ def as_places(
     parents: list[str], children: list[str], flat: trees.FlatTree
 ) -> frozenset[Any]:
   """The axes that torch's names stand for: outputs and inputs of modules."""
-  folders = {name: name.replace(".", "/") for name in parents + children}
-  places = {
-      (path, flat[path].ndim - 1)
-      for name in parents
-      for path in flat
-      if re.fullmatch(rf"\w+/{folders[name]}/\w+", path)
+  outputs = {
+      (path, leaf.ndim - 1)
+      for path, leaf in flat.items()
+      if re.sub(r"^\w+/|/\w+$", "", path).replace("/", ".") in parents
   }
-  return frozenset(places) | {
-      (path, flat[path].ndim - 2)
-      for name in children
-      if (path := f"params/{folders[name]}/kernel")
-  }
+  kernels = [f"params/{name.replace('.', '/')}/kernel" for name in children]
+  return frozenset(outputs | {(path, flat[path].ndim - 2) for path in kernels})
 
 
 def expected_resnet(depth: int, flat: trees.FlatTree) -> set[frozenset[Any]]:
@@ -207,7 +202,7 @@ class Recurrent(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     table = nn.Embed(11, 6, name="table")
-    x = nn.RNN(nn.LSTMCell(10), name="lstm")(table(tokens))
+    x = nn.RNN(nn.LSTMCell(10))(table(tokens))
     stack = nn.scan(
         nn.remat(Residual),
         variable_axes={"params": 0},
@@ -254,7 +249,7 @@ LINEN = [
     (
         Recurrent(),
         jnp.arange(12).reshape(2, 6) % 11,
-        {"table": 6, "lstm/cell/ii": 10, "stack/up": 14},
+        {"table": 6, "LSTMCell_0/ii": 10, "stack/up": 14},
     ),
 ]
 
