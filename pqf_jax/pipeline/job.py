@@ -81,6 +81,7 @@ def prepare(
       "from scratch with --config.train.epochs=N"
     )
   dataset = load_dataset(config)
+  _check_training(config, len(dataset.train))
   files.claim()
   loss_fn = classification.make_loss(module.apply, preprocess(dataset))
   return Job(
@@ -93,6 +94,28 @@ def prepare(
     loss_fn,
     make_evaluate(config, module, dataset),
   )
+
+
+def _check_training(
+  config: ml_collections.ConfigDict, num_images: int
+) -> None:
+  if config.pack not in ("last", "best"):
+    raise errors.InputError(
+      f"config.pack is {config.pack!r}; it must be 'last' or 'best'"
+    )
+  for stage in ("train", "finetune"):
+    settings = config[stage]
+    if settings.epochs and not 0 < settings.batch_size <= num_images:
+      raise errors.InputError(
+        f"config.{stage}.batch_size is {settings.batch_size}, but there are "
+        f"{num_images} training images; choose 1 to {num_images}"
+      )
+    rates = settings.learning_rate, settings.final_learning_rate
+    if not rates[0] >= rates[1] >= 0 or not rates[0]:
+      raise errors.InputError(
+        f"config.{stage} has learning rates {rates[0]:g} to {rates[1]:g}; the "
+        "first must be positive and the last not above it"
+      )
 
 
 def build_model(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:

@@ -23,7 +23,7 @@ from pqf_jax import (
   quantize,
   report,
 )
-from pqf_jax.core import channels, discover, trees
+from pqf_jax.core import channels, discover, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, training, weights, workspace
@@ -106,6 +106,7 @@ def dense_stage(job: jobs.Job) -> Staged:
   def read() -> Staged:
     config = job.config
     variables = weights.read(config.weights, config.model.name, job.template)
+    variables = vq_array.decode_params(variables)  # of a file packed before
     return variables, job.evaluate(variables)
 
   def train() -> Staged:
@@ -128,9 +129,8 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
     axes = discover.discover_channels(
       job.module.apply, dense, jnp.zeros(jobs.SAMPLE_SHAPE)
     )
-    with progress.track(
-      "permute", len(channels.group_sizes(dense, axes))
-    ) as bar:
+    num_groups = len(channels.group_sizes(dense, axes))
+    with progress.track("permute", num_groups, unit="groups") as bar:
       variables, permutations, groups = permute.permute_channels(
         job.key("permute"),
         dense,
@@ -185,7 +185,9 @@ def fit(
   variables: PyTree,
   settings: ml_collections.ConfigDict,
 ) -> tuple[training.Fitted, checkpoint.Record]:
-  """`training.fit` with the settings of a config."""
+  """`training.fit` with the settings of a config; no epochs, no change."""
+  if not settings.epochs:
+    return training.Fitted(variables, variables), job.evaluate(variables)
   steps_per_epoch = len(job.dataset.train) // settings.batch_size
   schedule = training.Schedule(
     steps_per_epoch=steps_per_epoch,

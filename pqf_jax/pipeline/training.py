@@ -44,7 +44,7 @@ class Schedule(NamedTuple):
     return self.epochs * self.steps_per_epoch
 
   def save_is_due(self, step: int) -> bool:
-    """Whether progress is saved after this step; the last is saved elsewhere."""
+    """Whether progress is saved after it; the last step is the stage's own."""
     return step < self.num_steps and (
         step % self.checkpoint_steps == 0 or step % self.steps_per_epoch == 0
     )
@@ -125,7 +125,8 @@ def fit(
         checkpoints.save_progress(stage, step, (state, best), meter.record())
   last = finetune.state_variables(state)
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
-    raise _diverged(stage, schedule, "weights are not finite", schedule.num_steps)
+    what = "weights are not finite"
+    raise _diverged(stage, schedule, what, schedule.num_steps)
   return Fitted(last, best), meter.record()
 
 
@@ -137,9 +138,8 @@ def _diverged(
     stage: str, schedule: Schedule, what: str, step: int
 ) -> errors.InputError:
   return errors.InputError(
-      f"{stage} diverged: its {what} at step {step}; lower "
-      f"--config.{stage}.learning_rate, now {schedule.learning_rate:g}, and use "
-      "another --workdir"
+      f"{stage} diverged: its {what} at step {step}; lower --config.{stage}."
+      f"learning_rate, now {schedule.learning_rate:g}, and use another --workdir"
   )
 
 

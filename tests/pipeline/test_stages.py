@@ -157,3 +157,26 @@ def test_a_diverged_training_is_named(config, tmp_path):
   config.train.learning_rate = 1e30
   with pytest.raises(errors.InputError, match="train diverged"):
     pipeline.run(config, str(tmp_path))
+
+
+def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
+    config, tmp_path
+):
+  config.finetune.epochs = 0
+  results, _ = _run(config, tmp_path)
+  assert results["top1_finetuned"] == results["top1_quantized"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("finetune.batch_size", 5000, "5000, but there are 1437"),
+        ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
+        ("pack", "latest", "'latest'; it must be 'last' or 'best'"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(config, tmp_path, name, value, message):
+  config.update_from_flattened_dict({name: value})
+  with pytest.raises(errors.InputError, match=message):
+    pipeline.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
