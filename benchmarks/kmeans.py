@@ -13,9 +13,10 @@ sub-vectors, without subsampling or early stop:
 - faiss: Kmeans, on the CPU, all cores.
 - torch: addmm, argmin, index_add_, on the GPU if torch has one. Plain k-means.
 
-The published code of PQF (PyTorch, 2 CPU cores) takes 1965, 1101 and about
+The published code of PQF (PyTorch, 2 CPU cores) took 1965, 1101 and about
 10000 ms per iteration at 262144,9,256, at 131072,18,256 and at 128000,4,2048.
-Error is the mean squared error after --steps: lower for annealed k-means.
+Error is the mean squared error after --steps. Annealing pays from about 100
+steps on (benchmarks/kmeans_quality.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Stage 1: channels -> a better order, the function staying the same."""
 
+import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.core import blocks, channels, trees
+from pqf_jax.core import channels, trees
 from pqf_jax.core import plan as plans
 from pqf_jax.ops import covariance, kmeans, orders, permutation_search
 
@@ -103,31 +104,39 @@ def permute_channels(
     InputError: NaN or infinite weights, found before any search; or axes that
       do not fit the tree (`channels.group_sizes`).
   """
-  flat = trees.flatten(variables)
   sizes = channels.group_sizes(variables, axes)
   readers = _readers(axes, plan)
-  for path in {path for paths in readers.values() for path in paths}:
-    _check_finite(path, flat[path])
+  entries = _entries(variables, readers, plan)
   permutations, reports = {}, []
   for group, size in sizes.items():
-    kernels = {path: flat[path] for path in readers.get(group, ())}
-    children, notes = _children(group, kernels, axes, plan)
-    group_key = jax.random.fold_in(key, zlib.crc32(group.encode()))
+    children, notes = _children(readers.get(group, ()), entries, axes, plan)
     if children:
+      group_key = jax.random.fold_in(key, zlib.crc32(group.encode()))
       permutation, report = _improve(
         group_key, group, children, notes, search, kmeans_steps
       )
     else:
-      notes = notes or ["no compressed kernel reads it"]
-      report = GroupReport(
-        group, (), size, 0.0, 0.0, 0.0, 0.0, False, "; ".join(notes)
-      )
+      note = "; ".join(notes) or "no compressed kernel reads it"
+      report = GroupReport(group, (), size, 0.0, 0.0, 0.0, 0.0, False, note)
     if report.accepted:
       permutations[group] = permutation
     reports.append(report)
     on_group(report)
-  variables = channels.apply_permutations(variables, axes, permutations)
-  return variables, permutations, tuple(reports)
+  return _reorder(variables, axes, permutations), permutations, tuple(reports)
+
+
+def _reorder(
+  variables: PyTree,
+  axes: channels.ChannelAxes,
+  permutations: channels.Permutations,
+) -> PyTree:
+  """`apply_permutations` compiled once: for ResNet-18 1 s instead of 4."""
+  flat = trees.flatten(variables)
+  apply = functools.partial(
+    channels.apply_permutations, axes=axes, permutations=permutations
+  )
+  moved = jax.jit(apply)({path: flat[path] for path in axes})
+  return trees.replace(variables, moved)
 
 
 def _readers(
@@ -142,52 +151,58 @@ def _readers(
   return readers
 
 
-def _check_finite(path: str, kernel: jax.Array) -> None:
-  bad = int(np.size(kernel) - np.isfinite(kernel).sum())
-  if bad:
-    raise errors.InputError(
-      f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
-      "file is damaged or its training diverged: take an earlier checkpoint"
-    )
+def _entries(
+  variables: PyTree,
+  readers: Mapping[str, list[str]],
+  plan: plans.CompressionPlan,
+) -> dict[str, np.ndarray]:
+  """{path: [C_out, C_in, taps]} of the kernels that read any group."""
+  flat = trees.flatten(variables)
+  kernels = {path: flat[path] for paths in readers.values() for path in paths}
+  for path, kernel in kernels.items():
+    bad = int(np.size(kernel) - np.isfinite(kernel).sum())
+    if bad:
+      raise errors.InputError(
+        f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
+        "file is damaged or its training diverged: take an earlier checkpoint"
+      )
+
+  def by_channel(kernels: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+      path: plan[path].spec.to_channels(kernel).astype(jnp.float32)
+      for path, kernel in kernels.items()
+    }
+
+  return jax.device_get(jax.jit(by_channel)(kernels))
 
 
 def _children(
-  group: str,
-  kernels: Mapping[str, jax.Array],
+  paths: Sequence[str],
+  entries: Mapping[str, np.ndarray],
   axes: channels.ChannelAxes,
   plan: plans.CompressionPlan,
 ) -> tuple[list[_Child], list[str]]:
   """The kernels that an order of the group can help, and why not the others."""
   children, notes = [], []
-  for path, kernel in kernels.items():
-    spec = plan[path].spec
-    axis = axes[path][spec.in_axis]
-    size = kernel.shape[spec.in_axis] // (axis.outer * axis.inner)
-    slots, rest = divmod(spec.channels, axis.inner)
-    if axis.inner % spec.channels == 0:
+  for path in paths:
+    layer = plan[path]
+    axis = axes[path][layer.spec.in_axis]
+    c_out, c_in, _ = entries[path].shape
+    size = c_in // (axis.outer * axis.inner)
+    slots, rest = divmod(layer.spec.channels, axis.inner)
+    if axis.inner % layer.spec.channels == 0:
       notes.append(f"{path} has one channel in a sub-vector: no order helps it")
     elif rest or size % slots:
       notes.append(
-        f"{path} has sub-vectors of {spec.channels} entries across {size} "
-        f"channels of {axis.inner}, which they cut: not looked at"
+        f"{path} has sub-vectors of {layer.spec.channels} entries, which cut "
+        f"its {size} channels of {axis.inner} entries: not looked at"
       )
-    elif not np.any(kernel):
-      notes.append(f"{path} is all zeros")
+    elif not entries[path].any():
+      notes.append(f"{path} is all zeros: no order helps it")
     else:
-      weights = _by_channel(kernel, spec, axis, size)
-      children.append(_Child(path, weights, slots, plan[path].num_codes))
+      weights = entries[path].reshape(c_out * axis.outer, size, -1)
+      children.append(_Child(path, weights, slots, layer.num_codes))
   return children, notes
-
-
-def _by_channel(
-  kernel: jax.Array,
-  spec: blocks.BlockSpec,
-  axis: channels.ChannelAxis,
-  size: int,
-) -> np.ndarray:
-  """[rows, C, taps] of the group's channels; see `channels.ChannelAxis`."""
-  entries = np.asarray(spec.to_channels(kernel), np.float32)
-  return entries.reshape(len(entries) * axis.outer, size, -1)
 
 
 def _improve(

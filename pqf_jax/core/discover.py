@@ -106,16 +106,12 @@ def _infer(
   for output in walk.run(program, [*parameters.values(), *examples]):
     axis_factors.block_axes(output, "output")
 
-  # Variables that the program never reads are tied to nothing.
   first_read = {
-      path: min(walk.reads.get(id(axis), math.inf) for axis in axes)
+      path: min((walk.reads.get(id(axis), math.inf) for axis in axes), default=0)
       for path, axes in parameters.items()
-      if axes
   }
   ordered = {
-      path: parameters[path]
-      for path in sorted(first_read, key=first_read.get)
-      if first_read[path] < math.inf
+      path: parameters[path] for path in sorted(parameters, key=first_read.get)
   }
   _warn_of_unknown(ordered, walk.unknown)
   return _table(ordered, _groups(ordered))
@@ -175,10 +171,12 @@ def _names(founders: list[_Place]) -> list[str]:
     return module, f"{module}[{place.dim}]", f"{place.path}[{place.dim}]"
 
   counts = collections.Counter(
-      form for place in founders for form in forms(place)
+      form for place in founders for form in set(forms(place))
   )
   return [
-      next((form for form in forms(place) if counts[form] == 1), repr(place))
+      next(
+          (form for form in forms(place) if counts[form] == 1), forms(place)[-1]
+      )
       for place in founders
   ]
 

@@ -67,7 +67,7 @@ def _slice(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   for whole, piece, start, stride in rows:
     length = axis_factors.axis_length(piece)
     count, rest = divmod(axis_factors.axis_length(whole), max(length, 1))
-    if length and not rest and True and stride == 1:
+    if length and not rest and start % length == 0 and stride == 1:
       # One of `count` equal pieces: as in `_join`.
       which = axis_factors.new_axis(count, "slice")
       axis_factors.tie_axes(whole, which + piece)

@@ -200,7 +200,8 @@ def split(clusters: Clusters, priority: jax.Array) -> Proposal:
   donors = lax.top_k(priority, num_codes)[1]
   # The i-th empty cluster takes the i-th donor; the others take themselves.
   rank = jnp.maximum(jnp.cumsum(empty, dtype=jnp.int32) - 1, 0)
-  source = jnp.where(empty, donors[rank], jnp.arange(num_codes))
+  own = jnp.arange(num_codes, dtype=donors.dtype)
+  source = jnp.where(empty, donors[rank], own)
   counts = jnp.maximum(clusters.counts, 1)[source]
   spread = _SPLIT_OFFSET * jnp.sqrt(clusters.errors[source] / counts / length)
   return Proposal(

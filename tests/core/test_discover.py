@@ -65,13 +65,20 @@ def recurrent(p: Params, x: jax.Array) -> jax.Array:
 
 
 def gated(p: Params, x: jax.Array) -> jax.Array:
-  value, gate = jnp.split(x @ p["both"], 2, axis=-1)
+  x = x @ p["both"] + p["bias"][None]
+  value, gate = jnp.split(x, 2, axis=-1)
   return value * jax.nn.sigmoid(gate) @ p["out"]
+
+
+def sliced(p: Params, x: jax.Array) -> jax.Array:
+  x = x @ p["both"] + p["bias"][None]
+  return x[:, :2] * jax.nn.sigmoid(x[:, 2:]) @ p["out"]
 
 
 def joined(p: Params, x: jax.Array) -> jax.Array:
   x = x @ p["stem"]
-  return jnp.concatenate([x, jnp.tanh(x @ p["new"])], axis=-1) @ p["out"]
+  x = jnp.concatenate([x, jnp.tanh(x @ p["new"])], axis=-1)
+  return x * p["scale"][None] @ p["out"]
 
 
 def embedded(p: Params, x: jax.Array) -> jax.Array:
@@ -85,6 +92,13 @@ def branching(p: Params, x: jax.Array) -> jax.Array:
   yes, no, loop = (p[name][None] for name in ("yes", "no", "loop"))
   x = lax.cond(x.sum() > 0, lambda y: y * yes, lambda y: y - no, x)
   x = lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y * loop), x)
+  small = jnp.tanh(p["while"])[None]
+  # The two values change places, so that only the loop itself ties them.
+  x, _ = lax.while_loop(
+      lambda pair: jnp.abs(pair[0]).sum() > 0.1,
+      lambda pair: (pair[1] * small, pair[0] / 2),
+      (x, jnp.ones_like(x)),
+  )
   return jax.checkpoint(jnp.sin)(x) @ p["out"]
 
 
@@ -98,10 +112,13 @@ PROGRAMS = {
         expand=(1, 1, 2, 2), space=(2, 1, 1, 2), project=(1, 1, 2, 2)
     ),
     recurrent: draw(input=(2, 2), hidden=(2, 2), bias=(2,), output=(2, 2)),
-    gated: draw(both=(2, 4), out=(2, 2)),
-    joined: draw(stem=(2, 2), new=(2, 2), out=(4, 2)),
+    gated: draw(both=(2, 4), bias=(4,), out=(2, 2)),
+    sliced: draw(both=(2, 4), bias=(4,), out=(2, 2)),
+    joined: draw(stem=(2, 2), new=(2, 2), scale=(4,), out=(4, 2)),
     embedded: draw(table=(2, 2), mix=(2, 2), bias=(2,)),
-    branching: draw(stem=(2, 2), yes=(2,), no=(2,), loop=(2,), out=(2, 2)),
+    branching: draw(
+        stem=(2, 2), yes=(2,), no=(2,), loop=(2,), out=(2, 2), **{"while": (2,)}
+    ),
 }
 INPUT = draw(x=(3, 2))["x"]
 
@@ -196,6 +213,18 @@ def test_names_stay_different():
   assert sizes == {"mlp/first[1]": 4, "mlp/second[1]": 5}
 
 
+def test_repeated_channels_may_be_permuted_among_each_other():
+  params = draw(first=(3, 4), second=(8, 5), scale=(8,), third=(5, 2))
+
+  def run(p: Params, x: jax.Array) -> jax.Array:
+    x = jnp.tile(jnp.cumsum(x @ p["first"], -1), (1, 2)) * p["scale"][None]
+    return jnp.tanh(x @ p["second"]) @ p["third"]
+
+  axes = discover.discover_channels(run, params, jnp.ones((2, 3)))
+  assert channels.group_sizes(params, axes) == {"second[0]": 2, "second[1]": 5}
+  assert axes["scale"] == (channels.ChannelAxis("second[0]", 1, 4),)
+
+
 def test_of_two_groups_on_one_axis_the_larger_is_kept():
   params = draw(conv=(3, 32), out=(32, 2))
 
@@ -211,33 +240,48 @@ def test_of_two_groups_on_one_axis_the_larger_is_kept():
   }
 
 
-@pytest.mark.parametrize(
-    "mix",
-    [
-        lambda x: jnp.cumsum(x, -1),
-        lambda x: jnp.sort(x, -1),
-        lambda x: jnp.flip(x, -1),
-        lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1],
-        lambda x: x[:, ::2].repeat(2, -1),
-        lambda x: x * jnp.arange(4.0)[None],
-        lambda x: x * np.array([[1, 2, 3, 4]], np.float32),
-        lambda x: jax.nn.one_hot(x.argmax(-1), 4),
-        lambda x: jnp.take(x, np.array([0, 2, 1, 3]), axis=-1),
-        lambda x: lax.dynamic_slice_in_dim(x, 1, 1, axis=1) + x,
-        lambda x: lax.top_k(x, 4)[0],
-        lambda x: lax.reduce_window(
-            x, 0.0, lax.add, (1, 3), (1, 1), ((0, 0), (1, 1))
-        ),
-        lambda x: jnp.concatenate([x[:, :1], x[:, 1:]], -1),
-    ],
-)
+ONES = np.ones((2, 1, 1, 1), np.float32)
+MIXES = {
+    "cumsum": lambda x: jnp.cumsum(x, -1),
+    "sort": lambda x: jnp.sort(x, -1),
+    "flip": lambda x: jnp.flip(x, -1),
+    "shift": lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1],
+    "stride": lambda x: jnp.concatenate([x[:, ::2]] * 2, -1),
+    "middle": lambda x: jnp.concatenate([x[:, 1:3]] * 2, -1),
+    "iota": lambda x: x * jnp.arange(4.0)[None],
+    "constant": lambda x: x * np.array([[1, 2, 3, 4]], np.float32),
+    "argmax": lambda x: jax.nn.one_hot(x.argmax(-1), 4),
+    "take": lambda x: jnp.take(x, np.array([0, 2, 1, 3]), axis=-1),
+    "dynamic": lambda x: lax.dynamic_slice_in_dim(x, 1, 1, axis=1) + x,
+    "update": lambda x: lax.dynamic_update_slice_in_dim(x, x[:, :2] * 2, 1, 1),
+    "top_k": lambda x: lax.top_k(x, 4)[0],
+    "window": lambda x: lax.reduce_window(
+        x, 0.0, lax.add, (1, 3), (1, 1), ((0, 0), (1, 1))
+    ),
+    "convolution": lambda x: jnp.concatenate(
+        [convolve(x[..., None, None], ONES)[..., 0, 0], np.ones((2, 1), "f")], 1
+    ),
+    "scan": lambda x: lax.scan(
+        lambda carry, y: (carry + y, carry * y), jnp.zeros(2), x.T
+    )[1].T,
+    "unequal parts": lambda x: jnp.concatenate([x[:, :1], x[:, 1:]], -1),
+    "stack": lambda x: jnp.stack([x[:, 0], *x.T[1:]], -1),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_what_depends_on_the_order_is_left_alone(mix):
-  params = draw(first=(3, 4), second=(4, 5), third=(5, 2))
+  params = draw(
+      first=(3, 4), bias=(4,), scale=(4,), second=(4, 5), third=(5, 2)
+  )
 
   def run(p: Params, x: jax.Array) -> jax.Array:
-    return jnp.tanh(mix(x @ p["first"]) @ p["second"]) @ p["third"]
+    # The bias and the scale tie axes on either side of the mix, so that both
+    # would make a group if they were not blocked.
+    x = mix(x @ p["first"] + p["bias"][None]) * p["scale"][None]
+    return jnp.tanh(x @ p["second"]) @ p["third"]
 
-  axes = discover.discover_channels(run, params, jnp.ones((2, 3)))
+  axes = discover.infer_channels(run, params, jnp.ones((2, 3)))
   assert channels.group_sizes(params, axes) == {"second": 5}
 
 

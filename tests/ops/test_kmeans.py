@@ -282,6 +282,18 @@ def test_half_precision_input_is_computed_in_float32(dtype):
   assert half.codebook.dtype == jnp.float32
 
 
+def test_64_bit_mode_changes_nothing():
+  vectors = np.float64(_normal(300, 9))
+  run = functools.partial(
+    kmeans.annealed_kmeans, jax.random.key(0), num_codes=16, num_steps=4
+  )
+  usual = run(vectors)
+  with jax.enable_x64(True):
+    wide = run(vectors)
+  jax.tree.map(np.testing.assert_array_equal, usual, wide)
+  assert [x.dtype for x in usual] == [x.dtype for x in wide]
+
+
 def test_key_decides_the_result():
   run = functools.partial(
     kmeans.annealed_kmeans, vectors=_normal(300, 9), num_codes=16, num_steps=4
