@@ -1,21 +1,17 @@
 """The self-check: permute every group at random and compare the outputs."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jax_core
 
-from pqf_jax.core import channels, tracing, widening
+from pqf_jax.core import channels, permuted_network, tracing
 
 PyTree = Any
 JITTER = 0.1
-TOLERANCE = 1e-10
-OWN_PRECISION_TOLERANCE = 1e-2
 
 
 def check_channels(
@@ -72,109 +68,24 @@ def check_program(
   rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
   variables, inputs = _jitter(rng, (variables, inputs))
   drawn = {group: _draw_permutation(rng, sizes[group]) for group in sizes}
-  with _on_cpu():
-    network = _compile(program, variables, inputs)
-    reference = network.outputs({}, {})
+  network = permuted_network.compile_network(program, variables, inputs)
+  reference = network.outputs({}, {})
 
-    def changes(axes: channels.ChannelAxes, groups: Iterable[str]) -> bool:
-      chosen = {group: drawn[group] for group in groups}
-      outputs = network.outputs(axes, chosen)
-      return not _agree(reference, outputs, network.tolerance)
+  def changes(axes: channels.ChannelAxes, groups: Iterable[str]) -> bool:
+    outputs = network.outputs(axes, {group: drawn[group] for group in groups})
+    return not _agree(reference, outputs, network.tolerance)
 
-    if changes(axes, sizes):
-      failed = [group for group in sizes if changes(axes, [group])]
-      return _without(axes, failed or list(sizes))
-    if not changes(_first_places(axes), sizes):
-      warnings.warn(
-          "the self-check of the channel groups saw nothing: even wrong "
-          "permutations leave the outputs as they are; pass inputs for which "
-          "the outputs are finite and depend on the variables",
-          stacklevel=3,
-      )
-  return axes
-
-
-class _Network(NamedTuple):
-  """A compiled program with the variables to be permuted.
-
-  Attributes:
-    run: (*leaves of the variables) -> leaves of the outputs.
-    variables: of the precision in which it runs.
-    wide: whether this is float64.
-  """
-
-  run: Callable[..., list[jax.Array]]
-  variables: PyTree
-  wide: bool
-
-  @property
-  def tolerance(self) -> float:
-    """The difference of outputs that counts as rounding, relative."""
-    return TOLERANCE if self.wide else OWN_PRECISION_TOLERANCE
-
-  def outputs(
-      self, axes: channels.ChannelAxes, permutations: channels.Permutations
-  ) -> list[np.ndarray]:
-    """The outputs after permuting the variables."""
-    with _precision(self.wide):
-      permuted = channels.apply_permutations(
-          self.variables, axes, permutations
-      )
-      return jax.device_get(self.run(*jax.tree.leaves(permuted)))
-
-
-def _precision(wide: bool) -> contextlib.AbstractContextManager[Any]:
-  return jax.enable_x64(True) if wide else contextlib.nullcontext()
-
-
-def _compile(
-    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
-) -> _Network:
-  try:
-    return _compile_in(program, variables, inputs, wide=True)
-  except Exception as error:  # of any primitive that insists on its own type
+  if changes(axes, sizes):
+    failed = [group for group in sizes if changes(axes, [group])]
+    return _without(axes, failed or list(sizes))
+  if not changes(_first_places(axes), sizes):
     warnings.warn(
-        "the network cannot be run in float64, so that the self-check of the "
-        f"channel groups misses changes below 1 %: {error}",
-        stacklevel=4,
+        "the self-check of the channel groups saw nothing: even wrong "
+        "permutations leave the outputs as they are; pass inputs for which "
+        "the outputs are finite and depend on the variables",
+        stacklevel=3,
     )
-    return _compile_in(program, variables, inputs, wide=False)
-
-
-def _compile_in(
-    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree, *, wide: bool
-) -> _Network:
-  def cast(leaf: Any, aval: Any) -> Any:
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
-      return leaf
-    dtype = widening.widen_dtype(aval.dtype) if wide else aval.dtype
-    return np.asarray(leaf, dtype)
-
-  leaves, structure = jax.tree.flatten((variables, inputs))
-  arrays = list(map(cast, leaves, program.in_avals))
-  variables, inputs = structure.unflatten(arrays)
-  fixed = jax.tree.leaves(inputs)
-  evaluate = widening.run_widened if wide else _run_as_is
-  with _precision(wide):
-    traced = jax.jit(lambda *values: evaluate(program, values)).trace(*arrays)
-    # It runs a few times only: compiling with care would take longer.
-    options = {"xla_backend_optimization_level": 0}
-    compiled = traced.lower().compile(compiler_options=options)
-  return _Network(lambda *leaves: compiled(*leaves, *fixed), variables, wide)
-
-
-def _run_as_is(
-    program: tracing.Jaxpr, arguments: Sequence[Any]
-) -> list[jax.Array]:
-  return jax_core.jaxpr_as_fun(program)(*arguments)
-
-
-def _on_cpu() -> contextlib.AbstractContextManager[Any]:
-  """TPUs have no float64; on GPUs nothing is gained."""
-  try:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # JAX_PLATFORMS excludes it
-    return contextlib.nullcontext()
+  return axes
 
 
 def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:

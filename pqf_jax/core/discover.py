@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from pqf_jax.core import (
     axis_factors,
@@ -96,19 +97,19 @@ def _infer(
 ) -> channels.ChannelAxes:
   walk = propagation.Propagation()
   parameters = {
-      path: axis_factors.new_axes(leaf.shape)
+      path: axis_factors.new_axes(np.shape(leaf))
       for path, leaf in trees.flatten(variables).items()
   }
   examples = [
-      axis_factors.new_axes(leaf.shape, "input")
+      axis_factors.new_axes(np.shape(leaf), "input")
       for leaf in jax.tree.leaves(inputs)
   ]
   for output in walk.run(program, [*parameters.values(), *examples]):
     axis_factors.block_axes(output, "output")
 
   first_read = {
-      path: min((walk.reads.get(id(axis), math.inf) for axis in axes), default=0)
-      for path, axes in parameters.items()
+      path: min((walk.reads.get(id(axis), math.inf) for axis in row), default=0)
+      for path, row in parameters.items()
   }
   ordered = {
       path: parameters[path] for path in sorted(parameters, key=first_read.get)
@@ -131,7 +132,7 @@ def _places(
 
 
 def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
-  """The free factors that tie axes, those of one axis sorted out."""
+  """The free factors that tie axes; of those on one axis, the largest."""
   places = collections.defaultdict(list)
   for factor, place in _places(parameters):
     if not factor.blocked_by:
@@ -140,7 +141,9 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
   kept, taken = [], set()
   for factor in sorted(tied, key=lambda factor: -factor.size):
     occupied = {(place.path, place.dim) for place in places[factor]}
-    if not occupied & taken:
+    # An axis of the products of all pairs of channels has the factor twice.
+    once = len(occupied) == len(places[factor])
+    if once and not occupied & taken:
       kept.append(factor)
       taken |= occupied
   return [places[factor] for factor in tied if factor in kept]

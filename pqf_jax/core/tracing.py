@@ -13,10 +13,10 @@ ApplyFn = Callable[..., PyTree]
 Jaxpr = Any
 """`Jaxpr` or `ClosedJaxpr`: JAX 0.12 makes them one."""
 
-CALLS = frozenset("""
+CALLS = """
 call checkpoint closed_call core_call custom_jvp_call custom_vjp_call
 custom_vjp_call_jaxpr eval_jaxpr jit pjit remat remat2
-""".split())
+"""
 CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -54,6 +54,6 @@ def trace_program(
 
 def called_program(eqn: jax_core.JaxprEqn) -> Jaxpr | None:
   """The program that an equation does nothing but call, or None."""
-  if eqn.primitive.name not in CALLS:
+  if eqn.primitive.name not in CALLS.split():
     return None
   return next(eqn.params[key] for key in CALLED if key in eqn.params)

@@ -168,7 +168,7 @@ def _assign(
   """Fills the holes with their own channels at the least sum of scores."""
   channels = order.permutation[holes]
   scores = orders.placement_scores(grams, order, holes, model)
-  taken, hole = optimize.linear_sum_assignment(scores[channels])
+  taken, hole = optimize.linear_sum_assignment(scores)
   permutation = order.permutation.copy()
   permutation[holes[hole]] = channels[taken]
   return orders.evaluate(grams, permutation)

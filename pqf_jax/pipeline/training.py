@@ -16,7 +16,7 @@ from pqf_jax import checkpoint, errors, finetune, progress
 from pqf_jax.core import trees
 
 PyTree = Any
-LOG_SECONDS = 2.0
+LOGS_PER_EPOCH = 20
 
 
 class Schedule(NamedTuple):
@@ -111,7 +111,7 @@ def fit(
   ) as bar:
     for step, batch in enumerate(batches(first), start=first + 1):
       state, metrics = step_fn(state, batch)
-      meter.step(step, metrics)
+      meter.step(step, metrics["loss"])
       bar.advance(loss=metrics["loss"])
       if step % schedule.steps_per_epoch == 0:
         current = finetune.state_variables(state)
@@ -122,6 +122,7 @@ def fit(
           record |= {"top1_best": accuracy["top1"], "best_step": step}
         record |= accuracy
       if schedule.save_is_due(step):
+        meter.flush()
         checkpoints.save_progress(stage, step, (state, best), meter.record())
   last = finetune.state_variables(state)
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
@@ -144,7 +145,7 @@ def _diverged(
 
 
 class _Meter:
-  """Times, logs and says when to save; reads the device only to log."""
+  """Times and logs; reads a loss one interval late, so no step waits for it."""
 
   def __init__(
     self,
@@ -155,46 +156,44 @@ class _Meter:
   ):
     self._stage, self._schedule, self._record = stage, schedule, record
     self._on_metrics = on_metrics
+    self._interval = max(1, schedule.steps_per_epoch // LOGS_PER_EPOCH)
     self._seconds_before = record["seconds"]
-    self._start = self._logged_at = time.perf_counter()
-    self._logged_step: int | None = None
+    self._start = time.perf_counter()
+    self._unread: tuple[int, jax.Array] | None = None
+    self._read: tuple[int, float] | None = None
 
   def record(self) -> checkpoint.Record:
+    """The record of the stage so far, with all its seconds."""
     elapsed = time.perf_counter() - self._start
     return self._record | {"seconds": self._seconds_before + elapsed}
 
-  def step(self, step: int, metrics: finetune.Metrics) -> None:
-    now = time.perf_counter()
-    if step < self._schedule.num_steps and (
-      now - self._logged_at < LOG_SECONDS
-    ):
-      return
-    loss = float(metrics["loss"])  # waits for the device
-    if not math.isfinite(loss):
-      raise errors.InputError(
-        f"the loss of {self._stage} is {loss} at step {step}; the last save "
-        f"is good: lower the learning rate "
-        f"({self._schedule.learning_rate:g}) and use another --workdir"
-      )
-    now = time.perf_counter()
-    values = {"loss": loss}
-    if self._logged_step is not None:  # the first interval holds compilation
-      steps = step - self._logged_step
-      images = steps * self._schedule.batch_size
-      values["images_per_second"] = images / (now - self._logged_at)
-    self._logged_at, self._logged_step = now, step
-    self._emit(step, values)
+  def step(self, step: int, loss: jax.Array) -> None:
+    """Takes note of a step, whether or not the device is done with it."""
+    if step % self._interval == 0 or step == self._schedule.num_steps:
+      self.flush()
+      self._unread = step, loss
 
   def epoch(self, step: int, accuracy: dict[str, float]) -> None:
+    """Logs an evaluation."""
+    self.flush()
     self._emit(step, {"top1": accuracy["top1"]})
-    self._logged_at, self._logged_step = time.perf_counter(), step
+    self._read = step, time.perf_counter()
 
-  def save_is_due(self, step: int) -> bool:
-    schedule = self._schedule
-    return step < schedule.num_steps and (
-      step % schedule.checkpoint_steps == 0
-      or step % schedule.steps_per_epoch == 0
-    )
+  def flush(self) -> None:
+    """Logs the step that was noted last."""
+    if self._unread is None:
+      return
+    (step, loss), self._unread = self._unread, None
+    values = {"loss": float(loss)}  # waits for the device
+    if not math.isfinite(values["loss"]):
+      what = f"loss is {values['loss']}"
+      raise _diverged(self._stage, self._schedule, what, step)
+    now = time.perf_counter()
+    if self._read is not None:  # the first interval holds the compilation
+      images = (step - self._read[0]) * self._schedule.batch_size
+      values["images_per_second"] = images / (now - self._read[1])
+    self._read = step, now
+    self._emit(step, values)
 
   def _emit(self, step: int, values: dict[str, float]) -> None:
     epoch = step / self._schedule.steps_per_epoch

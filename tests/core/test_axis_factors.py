@@ -11,7 +11,7 @@ SIZES = st.lists(st.sampled_from([2, 3, 4, 6]), min_size=1, max_size=3)
 
 
 def make_axis(sizes: list[int]) -> axis_factors.Axis:
-  return tuple(factor for size in sizes for factor in axis_factors.new_axis(size))
+  return sum(map(axis_factors.new_axis, sizes), ())
 
 
 @hypothesis.given(SIZES, SIZES)
@@ -29,10 +29,10 @@ def test_tied_axes_have_one_factorization_or_are_blocked(first, second):
 def test_a_common_refinement_is_found():
   left, right = make_axis([4, 6]), make_axis([2, 6, 2])
   axis_factors.tie_axes(left, right)
-  sizes = [factor.size for factor in axis_factors.find_factors(left)]
-  assert sizes == [2, 2, 3, 2]
-  assert axis_factors.find_factors(left) == axis_factors.find_factors(right)
-  assert not any(factor.blocked_by for factor in axis_factors.find_factors(left))
+  found = axis_factors.find_factors(left)
+  assert [factor.size for factor in found] == [2, 2, 3, 2]
+  assert found == axis_factors.find_factors(right)
+  assert not any(factor.blocked_by for factor in found)
 
 
 def test_factors_without_a_common_refinement_are_blocked():

@@ -181,7 +181,8 @@ def test_finds_exactly_the_swaps_that_preserve_the_function(program):
 
 def test_shapes_suffice_to_infer():
   params = jax.eval_shape(lambda: PROGRAMS[residual])
-  axes = discover.infer_channels(residual, params, jax.eval_shape(lambda: INPUT))
+  inputs = jax.eval_shape(lambda: INPUT)
+  axes = discover.infer_channels(residual, params, inputs)
   assert axes == discover.infer_channels(residual, PROGRAMS[residual], INPUT)
   assert list(channels.group_sizes(params, axes)) == ["stem", "up"]
 
@@ -238,6 +239,18 @@ def test_of_two_groups_on_one_axis_the_larger_is_kept():
       "conv": (None, channels.ChannelAxis("conv", 4)),
       "out": (channels.ChannelAxis("conv", 4), None),
   }
+
+
+def test_products_of_all_pairs_of_channels_are_left_alone():
+  params = draw(first=(3, 4), pairs=(16, 5), third=(5, 2))
+
+  def run(p: Params, x: jax.Array) -> jax.Array:
+    x = jnp.tanh(x @ p["first"])
+    x = (x[:, :, None] * x[:, None, :]).reshape(2, 16)
+    return jnp.tanh(x @ p["pairs"]) @ p["third"]
+
+  axes = discover.discover_channels(run, params, jnp.ones((2, 3)))
+  assert channels.group_sizes(params, axes) == {"pairs": 5}
 
 
 ONES = np.ones((2, 1, 1, 1), np.float32)

@@ -128,7 +128,7 @@ class ViT(nn.Module):
     x = x.reshape(len(x), -1, 24)
     token = self.param("token", nn.initializers.normal(), (1, 1, 24))
     x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 24)), x], axis=1)
-    x = x + self.param("positions", nn.initializers.normal(), (1, x.shape[1], 24))
+    x = x + self.param("positions", nn.initializers.normal(), (1, 5, 24))
     for i in range(2):
       y = nn.LayerNorm(name=f"norm{i}a")(x)
       x = x + nn.MultiHeadDotProductAttention(4, name=f"attention{i}")(y)
@@ -164,8 +164,10 @@ class Upsampling(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     x = nn.relu(nn.Conv(6, (3, 3), name="conv")(x))
     x = nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2), name="up0")(x))
-    x = nn.ConvTranspose(10, (3, 3), (2, 2), transpose_kernel=True, name="up1")(x)
-    return nn.Conv(3, (1, 1), name="masks")(nn.relu(x))
+    flipped = nn.ConvTranspose(
+        10, (3, 3), (2, 2), transpose_kernel=True, name="up1"
+    )
+    return nn.Conv(3, (1, 1), name="masks")(nn.relu(flipped(x)))
 
 
 class Grouped(nn.Module):
@@ -185,7 +187,7 @@ class Grouped(nn.Module):
 
 
 class DenselyConnected(nn.Module):
-  """Channels of different lengths side by side: kept, all but the inner ones."""
+  """Unequal numbers of channels side by side: only the inner ones move."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -255,7 +257,9 @@ LINEN = [
 
 
 @pytest.mark.parametrize(
-    ("module", "inputs", "sizes"), LINEN, ids=[type(m).__name__ for m, *_ in LINEN]
+    ("module", "inputs", "sizes"),
+    LINEN,
+    ids=[type(module).__name__ for module, *_ in LINEN],
 )
 def test_finds_and_checks_the_groups_of_linen_networks(module, inputs, sizes):
   variables = make_variables(module, inputs)

@@ -45,22 +45,24 @@ def test_no_filling_of_the_holes_beats_its_bound(shapes):
 
 
 def test_the_bound_is_tight_for_small_changes():
-  # Two of 400 blocks change. Their channels are alike, so that M has off-diagonal
-  # parts and the first-order change is much larger than the second-order one.
+  # Two of 400 blocks change. The second channel of a block is like the first
+  # one, tap 0 like tap 1, all channels have means of their own, and they move to
+  # the other slot: so every part of the bound matters, and much more than what
+  # is of second order.
   rng = np.random.default_rng(1)
-  pair = rng.normal(loc=0.5, size=(20, 400, 1, 2))
-  weights = pair + 0.7 * rng.normal(size=(20, 400, 2, 2))
-  gram = covariance.channel_gram(weights.reshape(20, 800, 2), slots=2)
+  pair = rng.normal(size=(20, 400, 2, 2)) + rng.normal(1, size=(400, 2, 2))
+  pair[:, :, 1, 0] = pair[:, :, 0, 1] + rng.normal(size=(20, 400))
+  gram = covariance.channel_gram(pair.reshape(20, 800, 2), slots=2)
   order = orders.evaluate([gram], np.arange(800))
   bounds, changes = [], []
-  for holes in np.arange(0, 80, 2).reshape(-1, 2):
+  for holes in np.arange(0, 80, 4)[:, None] + np.array([0, 3]):
     scores = orders.placement_scores([gram], order, holes)
     bounds.append((scores[holes[::-1]] - scores[holes]).diagonal().sum())
     permutation = np.arange(800)
     permutation[holes] = holes[::-1]
     changes.append(orders.evaluate([gram], permutation).log_det - order.log_det)
   largest = np.abs(bounds).max()
-  np.testing.assert_allclose(changes, bounds, rtol=0, atol=0.02 * largest)
+  np.testing.assert_allclose(changes, bounds, rtol=0, atol=0.05 * largest)
 
 
 def test_the_objective_weights_kernels_by_their_sub_vectors():
