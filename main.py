@@ -26,12 +26,13 @@ _XLA_FLAGS = "--xla_gpu_ftz=true"
 def main(argv: list[str]) -> None:
   """Runs the config; see `pipeline.run`."""
   del argv
-  logging.set_verbosity(logging.WARNING)  # orbax reports every write
+  # Orbax logs every write, and with a traceback what it raises anyway.
+  logging.set_verbosity(logging.FATAL)
   pipeline.run(_CONFIG.value, _WORKDIR.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser; a bad recipe or override becomes an `InputError`."""
+  """Absl's parser; a bad recipe or override becomes an `InputError`."""
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, ValueError) as error:

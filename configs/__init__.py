@@ -1,0 +1,1 @@
+"""Recipes; see `configs/common.py` for every setting."""

@@ -13,19 +13,10 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pqf_jax import errors
+from pqf_jax import errors, files
 
 PyTree = Any
 Record = dict[str, Any]
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes JSON whole or not at all."""
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text(json.dumps(value, indent=2))
-  partial.replace(path)
 
 
 class Checkpoints:
@@ -80,9 +71,16 @@ class Checkpoints:
   def save(self, name: str, tree: PyTree, record: Record) -> None:
     """Saves arrays, then the record that makes them count."""
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(self._root / name, tree, force=True)
-      checkpointer.wait_until_finished()
-    write_json(self._root / f"{name}.json", record)
+      try:
+        checkpointer.save(self._root / name, tree, force=True)
+        checkpointer.wait_until_finished()
+      except ValueError as error:
+        # Tensorstore's own error for a full disk.
+        if "RESOURCE_EXHAUSTED" in str(error):
+          raise files.disk_full(self._root / name) from error
+        raise
+    record_file = self._root / f"{name}.json"
+    files.write(record_file, json.dumps(record, indent=2).encode())
 
   def save_progress(
     self, stage: str, step: int, tree: PyTree, record: Record

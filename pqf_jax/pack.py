@@ -11,7 +11,6 @@ Loading needs no training code and no pickle.
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pqf_jax import errors
+from pqf_jax import errors, files
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
 
@@ -43,6 +42,7 @@ class PackedModel(NamedTuple):
 
   @property
   def payload_bytes(self) -> int:
+    """Of all buffers; the file adds its header."""
     return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
@@ -122,7 +122,7 @@ def save(
   """Packs and writes a file, whole or not at all.
 
   Args:
-    path: of the file; a neighbour `<path>.partial` exists while it is written.
+    path: of the file.
     variables: see `pack_model`.
     norm_epsilon: see `pack_model`.
     architecture: see `pack_model`.
@@ -132,10 +132,7 @@ def save(
   )
   metadata = {METADATA_KEY: json.dumps(packed.header, separators=(",", ":"))}
   data = safetensors.numpy.save(packed.buffers, metadata=metadata)
-  partial = pathlib.Path(f"{os.fspath(path)}.partial")
-  partial.parent.mkdir(parents=True, exist_ok=True)
-  partial.write_bytes(data)
-  os.replace(partial, path)
+  files.write(path, data)
   return packed
 
 

@@ -80,3 +80,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
       file.write_bytes(b"")
   with pytest.raises(errors.InputError, match="damaged"):
     checkpoints.restore("a", {"x": jnp.ones(3)})
+
+
+def test_a_full_disk_is_named_and_the_earlier_save_kept(tmp_path, monkeypatch):
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save("a", _tree(1), {})
+
+  def full(*args, **kwargs):
+    # Tensorstore's message, seen on a file system of 10 MB.
+    raise ValueError(
+        "RESOURCE_EXHAUSTED: Failed to write 11718656 bytes to file 11: No "
+        "space left on device [os_error_code='28']"
+    )
+
+  monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
+  with pytest.raises(errors.InputError, match="no space is left for .*/b"):
+    checkpoints.save("b", _tree(2), {})
+  assert checkpoints.restore("b", _tree()) is None
+  assert checkpoints.restore("a", _tree()) is not None

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from pqf_jax import errors, pack
-from pqf_jax.core import trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
 
 
 class Net(nn.Module):

@@ -1,0 +1,1 @@
+"""What the data is: trees, blocks, VQ arrays, channels, plans."""

@@ -51,7 +51,7 @@ class BlockSpec:
     return c_out, c_in // self.channels, self.channels * taps
 
   def to_channels(self, kernel: jax.Array) -> jax.Array:
-    """Kernel -> [C_out, C_in, taps]: the input channels are what one permutes."""
+    """Kernel -> [C_out, C_in, taps]; the input channels can be permuted."""
     moved = jnp.moveaxis(kernel, (self.out_axis, self.in_axis), (0, 1))
     return moved.reshape(moved.shape[:2] + (-1,))
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
@@ -127,4 +126,5 @@ def _take(
   shape = leaf.shape
   split = (axis.outer, len(permutation), axis.inner)
   parts = leaf.reshape(shape[:position] + split + shape[position + 1 :])
-  return jnp.take(parts, permutation, axis=position + 1).reshape(shape)
+  # The method, so that NumPy leaves stay NumPy and nothing is compiled.
+  return parts.take(permutation, axis=position + 1).reshape(shape)

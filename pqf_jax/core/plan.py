@@ -78,6 +78,7 @@ class LayerSize(NamedTuple):
 
   @property
   def bits_per_weight(self) -> float:
+    """Of the dense variable."""
     return 8 * self.payload_bytes / math.prod(self.shape)
 
 
@@ -96,6 +97,7 @@ class SizeReport(NamedTuple):
 
   @property
   def ratio(self) -> float:
+    """How many times smaller."""
     return self.dense_bytes / self.payload_bytes
 
 
@@ -156,8 +158,8 @@ def _check_rule(rule: Rule) -> None:
   if min(numbers) < 1 or rule.num_codes == 1 or (rule.num_codes or 0) > 65536:
     raise errors.InputError(
         f"rule {rule.pattern!r} has num_codes={rule.num_codes}, "
-        f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; num_codes must "
-        "be 2 to 65536 or None, the others at least 1"
+        f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; num_codes "
+        "must be 2 to 65536 or None, the others at least 1"
     )
 
 
@@ -243,10 +245,8 @@ def _layer_size(
     return LayerSize(path, shape, 0, 0, 0, 4 * math.prod(shape))
   c_out, m, block = layer.spec.layout(shape)
   code_bytes = math.ceil(c_out * m * code_bits(layer.num_codes) / 8)
-  codebook_bytes = 2 * layer.num_codes * block
-  return LayerSize(
-      path, shape, block, layer.num_codes, c_out * m, code_bytes + codebook_bytes
-  )
+  num_bytes = code_bytes + 2 * layer.num_codes * block
+  return LayerSize(path, shape, block, layer.num_codes, c_out * m, num_bytes)
 
 
 def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:

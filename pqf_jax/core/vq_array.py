@@ -41,18 +41,22 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """The dense shape, leading axes included."""
     return self.codebook.shape[:-2] + self.kernel_shape
 
   @property
   def ndim(self) -> int:
+    """Of the dense array."""
     return len(self.shape)
 
   @property
   def size(self) -> int:
+    """Weights of the dense array."""
     return int(np.prod(self.shape))
 
   @property
   def dtype(self) -> jnp.dtype:
+    """Of the codebook, and so of the dense array."""
     return self.codebook.dtype
 
   def decode(self) -> jax.Array:
@@ -71,6 +75,7 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
     return self.decode()[index]
 
   def unbox(self) -> jax.Array:
+    """Linen's read of the variable."""
     return self.decode()
 
   def replace_boxed(self, val: Any) -> Any:
@@ -122,7 +127,7 @@ def decode_params(variables: PyTree) -> PyTree:
 
 
 def in_params(path: str, leaf: jax.Array) -> bool:
-  """Linen's rule of what learns: the float leaves of the `params` collection."""
+  """What learns in Linen: the float leaves of the `params` collection."""
   return path.startswith("params/") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 

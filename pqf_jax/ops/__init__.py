@@ -1,0 +1,1 @@
+"""Algorithms that take arrays and give arrays."""

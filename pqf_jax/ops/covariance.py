@@ -41,7 +41,6 @@ class ChannelGram(NamedTuple):
   slots: int
   num_vectors: int
   ridge: float
-  factors: np.ndarray
 
   @property
   def degrees(self) -> int:
@@ -96,16 +95,7 @@ def channel_gram(
     slots,
     rows * num_channels // slots,
     relative_ridge * float(np.mean(np.square(flat))),
-    _factors(flat, num_channels),
   )
-
-
-def _factors(flat: np.ndarray, num_channels: int) -> np.ndarray:
-  rows, width = flat.shape
-  if rows > width:
-    flat = np.linalg.qr(flat, mode="r")
-  factors = flat.T.reshape(num_channels, width // num_channels, -1)
-  return np.ascontiguousarray(factors, np.float32)
 
 
 def moments(gram: ChannelGram, permutation: np.ndarray) -> Moments:

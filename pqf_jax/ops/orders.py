@@ -76,7 +76,7 @@ def placement_scores(
   positions: np.ndarray,
   model: CovarianceModel = measured,
 ) -> np.ndarray:
-  """The linear bound on F of each channel at each of the positions.
+  """The linear bound on F of each channel at each position.
 
   log det is concave, so with M the inverse covariance a change dS of the
   covariance gives log det(S + dS) <= log det S + tr(M dS). A score is the part
@@ -92,10 +92,9 @@ def placement_scores(
     model: changes the covariance before it is inverted.
 
   Returns:
-    [P, P]: entry (i, j) is the score of the channel that is at `positions[i]`,
-    were it at `positions[j]`.
+    [C, P].
   """
-  total = np.zeros((len(positions), len(positions)))
+  total = np.zeros((len(order.permutation), len(positions)))
   for share, gram, sums in zip(shares(grams), grams, order.sums, strict=True):
     matrix = model(covariance.covariance(gram, sums), gram.slots)
     inverse = np.linalg.inv(matrix) * (share / gram.degrees)
@@ -110,27 +109,26 @@ def _scores(
   inverse: np.ndarray,
   positions: np.ndarray,
 ) -> np.ndarray:
-  """`placement_scores` [P, P] of one kernel, with `inverse` [D, D] for M."""
-  slots, taps = gram.slots, gram.sums.shape[1]
+  """`placement_scores` [C, P] of one kernel, with `inverse` [D, D] for M."""
+  num_channels, taps = gram.sums.shape
+  slots = gram.slots
+  tiles = gram.products.reshape(num_channels, num_channels, taps * taps)
   by_slot = inverse.reshape(slots, taps, slots, taps).swapaxes(1, 2)
   each = np.arange(slots)
   own = by_slot[each, each].reshape(slots, -1)
   mean = sums.first / gram.num_vectors
   pull = (inverse @ mean).reshape(slots, taps)
-  channels = permutation[positions]
-  tiles = gram.products[channels, channels].reshape(-1, taps * taps)
-  alone = tiles @ own.T - 2 * gram.sums[channels] @ pull.T
+  channels = np.arange(num_channels)
+  alone = own @ tiles[channels, channels].T - 2 * pull @ gram.sums.T
 
-  # 2 * M[slot, mate] applied to the mates, as in G[i, mate] = factor_i factor^T.
   block, slot = np.divmod(positions, slots)
+  scores = alone[slot]
+  # One product of a slab of tiles with a matrix for each neighbour: a gather
+  # of all tiles takes five times as long.
   mates = permutation.reshape(-1, slots)[block]
-  wanted = np.empty((len(positions), *gram.factors.shape[1:]), np.float32)
-  for a in np.unique(slot):
-    cross = 2 * by_slot[a]
-    cross[a] = 0
-    cross = cross.swapaxes(0, 1).reshape(taps, -1).astype(np.float32)
-    here = np.flatnonzero(slot == a)
-    beside = gram.factors[mates[here]].reshape(len(here), slots * taps, -1)
-    wanted[here] = cross @ beside
-  offered = gram.factors[channels].reshape(len(channels), -1)
-  return alone[:, slot] + offered @ wanted.reshape(len(positions), -1).T
+  cross = 2 * by_slot.swapaxes(0, 1).reshape(slots, slots, -1)
+  for row, a, neighbours in zip(scores, slot, mates, strict=True):
+    for c, channel in enumerate(neighbours):
+      if c != a:
+        row += tiles[channel] @ cross[a, c]
+  return scores.T

@@ -39,7 +39,7 @@ def search_permutation(
   rng: np.random.Generator,
   grams: orders.Grams,
   *,
-  num_starts: int = 4,
+  num_starts: int = 2,
   num_rounds: int = 8,
 ) -> orders.Order:
   """Searches by sorting, assignments and swaps (see the module docstring).
@@ -59,14 +59,15 @@ def search_permutation(
   """
   first = sorted_permutation(grams)
   starts = []
-  for number in range(num_starts):
+  repeats = _repeats(len(first))
+  for number in range(num_starts * repeats):
     permutation = first if number < 2 else _shuffle_slots(rng, grams, first)
     order = orders.evaluate(grams, permutation)
     if number % 2 == 0:
       order = align_slots(grams, order)
     starts.append(assign_slots(grams, order))
   best = trial = min(starts, key=lambda start: start.log_det)
-  for _ in range(num_rounds * _repeats(len(first))):
+  for _ in range(num_rounds * repeats):
     found = assign_random(rng, grams, trial, _ASSIGNMENTS_PER_ROUND)
     found = swaps.swap_round(grams, found)
     stalled = found.log_det > trial.log_det - orders.MIN_GAIN
@@ -168,7 +169,7 @@ def _assign(
   """Fills the holes with their own channels at the least sum of scores."""
   channels = order.permutation[holes]
   scores = orders.placement_scores(grams, order, holes, model)
-  taken, hole = optimize.linear_sum_assignment(scores)
+  taken, hole = optimize.linear_sum_assignment(scores[channels])
   permutation = order.permutation.copy()
   permutation[holes[hole]] = channels[taken]
   return orders.evaluate(grams, permutation)

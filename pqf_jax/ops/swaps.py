@@ -57,9 +57,10 @@ def swap_round(grams: orders.Grams, order: orders.Order) -> orders.Order:
     An order that is no worse.
   """
   size = len(order.permutation)
-  scores = orders.placement_scores(grams, order, np.arange(size))
-  stay = scores.diagonal()
-  bound = scores + scores.T - stay[:, None] - stay[None, :]
+  table = orders.placement_scores(grams, order, np.arange(size))
+  at_home = table[order.permutation]
+  home = at_home.diagonal()
+  bound = at_home + at_home.T - home[:, None] - home[None, :]
   pairs = np.stack(np.triu_indices(size, 1), axis=1)
   count = min(_PAIRS_PER_CHANNEL * size, len(pairs))
   promising = np.argpartition(bound[pairs[:, 0], pairs[:, 1]], count - 1)

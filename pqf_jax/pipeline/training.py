@@ -139,8 +139,9 @@ def _diverged(
     stage: str, schedule: Schedule, what: str, step: int
 ) -> errors.InputError:
   return errors.InputError(
-      f"{stage} diverged: its {what} at step {step}; lower --config.{stage}."
-      f"learning_rate, now {schedule.learning_rate:g}, and use another --workdir"
+      f"{stage} diverged: its {what} at step {step}; lower the learning rate, "
+      f"--config.{stage}.learning_rate, now {schedule.learning_rate:g}, and use "
+      "another --workdir"
   )
 
 

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from pqf_jax import errors
+from pqf_jax import errors, files
 from pqf_jax.report import schema
 
 Path = str | os.PathLike[str]
@@ -29,13 +29,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
   """Writes a file at once or not at all, in UTF-8."""
-  target = pathlib.Path(path)
-  temporary = target.with_name(target.name + ".tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, target)
+  files.write(path, text.encode())
 
 
 def append_metric(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Loss and metrics, one module a task."""

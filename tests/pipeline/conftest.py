@@ -40,7 +40,8 @@ def _tiny_architecture(monkeypatch):
   module.load_torch = torch_weights.torch_to_flax
   monkeypatch.setitem(sys.modules, "pqf_jax.models.tiny", module)
   monkeypatch.setattr(
-      "pqf_jax.models.get_model", lambda name: sys.modules[f"pqf_jax.models.{name}"]
+      "pqf_jax.models.get_model",
+      lambda name: sys.modules[f"pqf_jax.models.{name}"],
   )
   # The training stack multiplies floats by integer steps.
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

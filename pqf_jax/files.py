@@ -1,0 +1,38 @@
+"""Files that are written whole or not at all, on local and remote storage."""
+
+import errno
+
+from etils import epath
+
+from pqf_jax import errors
+
+
+def write(path: epath.PathLike, data: bytes) -> None:
+  """Writes a file; a neighbour `<path>.partial` exists while it is written.
+
+  Args:
+    path: of the file; its folder is made where there is none.
+    data: all of its content.
+
+  Raises:
+    InputError: the disk is full.
+  """
+  target = epath.Path(path)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  partial = target.with_name(f"{target.name}.partial")
+  try:
+    partial.write_bytes(data)
+    partial.replace(target)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    if error.errno == errno.ENOSPC:
+      raise disk_full(path) from error
+    raise
+
+
+def disk_full(path: epath.PathLike) -> errors.InputError:
+  """The error of a disk that cannot hold the file."""
+  return errors.InputError(
+    f"no space is left for {path}; free some and run the same command: it goes "
+    "on where it stopped"
+  )
