@@ -43,14 +43,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     raise errors.InputError(f"{' '.join(argv[1:])}: {told}") from error
   if not flags.FLAGS["config"].present:
     raise errors.InputError(
-        "no recipe given: python main.py --config=configs/resnet18.py"
+      "no recipe given: python main.py --config=configs/resnet18.py"
     )
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   path, _, _ = name.partition(":")
   if not os.path.isfile(path):
     raise errors.InputError(
-        f"no recipe {path!r} in {os.getcwd()}; run main.py in its own folder, "
-        "where the recipes are configs/*.py"
+      f"no recipe {path!r} in {os.getcwd()}; run main.py in its own folder, "
+      "where the recipes are configs/*.py"
     )
   return rest
 

@@ -89,8 +89,8 @@ def test_a_full_disk_is_named_and_the_earlier_save_kept(tmp_path, monkeypatch):
   def full(*args, **kwargs):
     # Tensorstore's message, seen on a file system of 10 MB.
     raise ValueError(
-        "RESOURCE_EXHAUSTED: Failed to write 11718656 bytes to file 11: No "
-        "space left on device [os_error_code='28']"
+      "RESOURCE_EXHAUSTED: Failed to write 11718656 bytes to file 11: No "
+      "space left on device [os_error_code='28']"
     )
 
   monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)

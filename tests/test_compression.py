@@ -20,9 +20,9 @@ class Net(nn.Module):
 
 
 RULES = [
-    pqf_jax.Rule("params/stem/kernel", None),
-    pqf_jax.Rule("params/head/kernel", 64, channels=4, kmeans_steps=20),
-    pqf_jax.Rule("params/.*/kernel", 32, channels=2, kmeans_steps=20),
+  pqf_jax.Rule("params/stem/kernel", None),
+  pqf_jax.Rule("params/head/kernel", 64, channels=4, kmeans_steps=20),
+  pqf_jax.Rule("params/.*/kernel", 32, channels=2, kmeans_steps=20),
 ]
 IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
 
@@ -35,7 +35,7 @@ def variables():
 @pytest.fixture(scope="module")
 def compressed(variables):
   return pqf_jax.compress(
-      Net().apply, variables, IMAGES, RULES, key=jax.random.key(0)
+    Net().apply, variables, IMAGES, RULES, key=jax.random.key(0)
   )
 
 
@@ -43,7 +43,9 @@ def test_only_the_quantization_changes_the_function(variables, compressed):
   """Its dense kernels, permuted, give the logits; the codes come close."""
   nodes = trees.flatten(compressed.variables, vq_array.is_vq)
   assert {path for path, leaf in nodes.items() if vq_array.is_vq(leaf)} == {
-      "params/conv0/kernel", "params/conv1/kernel", "params/head/kernel"
+    "params/conv0/kernel",
+    "params/conv1/kernel",
+    "params/head/kernel",
   }
   expected = Net().apply(variables, IMAGES)
   got = Net().apply(compressed.variables, IMAGES)
@@ -56,9 +58,9 @@ def test_what_is_saved_has_the_size_that_was_said(compressed, tmp_path):
   assert packed.payload_bytes == compressed.size.payload_bytes
   loaded = pqf_jax.load(tmp_path / "m.safetensors")
   np.testing.assert_allclose(
-      Net().apply(loaded, IMAGES),
-      Net().apply(compressed.variables, IMAGES),
-      atol=2e-3,
+    Net().apply(loaded, IMAGES),
+    Net().apply(compressed.variables, IMAGES),
+    atol=2e-3,
   )
 
 

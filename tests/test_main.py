@@ -12,38 +12,38 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def _run(*arguments, folder=ROOT):
   return subprocess.run(
-      [sys.executable, str(ROOT / "main.py"), *arguments],
-      cwd=folder,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      capture_output=True,
-      text=True,
-      check=False,
+    [sys.executable, str(ROOT / "main.py"), *arguments],
+    cwd=folder,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
   )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "no recipe given"),
-        (("--config=configs/nope.py",), "no recipe 'configs/nope.py'"),
-        (
-            ("--config=configs/resnet18.py:cifar11",),
-            "no variant 'cifar11'; its words are cifar10,",
-        ),
-        (
-            ("--config=configs/resnet18.py", "--config.finetune.epoch=3"),
-            'Did you mean "epochs"',
-        ),
-        (
-            ("--config=configs/resnet18.py", "--config.finetune.epochs=few"),
-            "'few'",
-        ),
-        (("--config=configs/resnet18.py", "--config.mode=fit"), "'fit'"),
-        (
-            ("--config=configs/resnet18.py:cifar10",),
-            "give --config.weights=FILE.safetensors",
-        ),
-    ],
+  ("arguments", "message"),
+  [
+    ((), "no recipe given"),
+    (("--config=configs/nope.py",), "no recipe 'configs/nope.py'"),
+    (
+      ("--config=configs/resnet18.py:cifar11",),
+      "no variant 'cifar11'; its words are cifar10,",
+    ),
+    (
+      ("--config=configs/resnet18.py", "--config.finetune.epoch=3"),
+      'Did you mean "epochs"',
+    ),
+    (
+      ("--config=configs/resnet18.py", "--config.finetune.epochs=few"),
+      "'few'",
+    ),
+    (("--config=configs/resnet18.py", "--config.mode=fit"), "'fit'"),
+    (
+      ("--config=configs/resnet18.py:cifar10",),
+      "give --config.weights=FILE.safetensors",
+    ),
+  ],
 )
 def test_bad_input_is_one_message(arguments, message):
   done = _run(*arguments)
@@ -57,10 +57,10 @@ def test_bad_input_is_one_message(arguments, message):
 def test_missing_data_is_named_before_any_work(tmp_path):
   workdir = tmp_path / "run"
   done = _run(
-      "--config=configs/resnet18.py:cifar10",
-      "--config.train.epochs=1",
-      f"--config.data.dir={tmp_path}",
-      f"--workdir={workdir}",
+    "--config=configs/resnet18.py:cifar10",
+    "--config.train.epochs=1",
+    f"--config.data.dir={tmp_path}",
+    f"--workdir={workdir}",
   )
   assert done.returncode == 2
   assert str(tmp_path) in done.stderr
@@ -69,18 +69,18 @@ def test_missing_data_is_named_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "payload_bytes"),
-    [
-        ("resnet18.py:imagenet2012", 1615904),
-        ("resnet18.py:imagenet2012,large", 1079328),
-        ("resnet50.py:imagenet2012", 5339296),
-        ("resnet50.py:imagenet2012,large", 3339872),
-    ],
+  ("recipe", "payload_bytes"),
+  [
+    ("resnet18.py:imagenet2012", 1615904),
+    ("resnet18.py:imagenet2012,large", 1079328),
+    ("resnet50.py:imagenet2012", 5339296),
+    ("resnet50.py:imagenet2012,large", 3339872),
+  ],
 )
 def test_plan_gives_the_published_sizes(recipe, payload_bytes, tmp_path):
   # Elsewhere than in the project's folder: no data, no weights, no workdir.
   done = _run(
-      f"--config={ROOT}/configs/{recipe}", "--config.mode=plan", folder=tmp_path
+    f"--config={ROOT}/configs/{recipe}", "--config.mode=plan", folder=tmp_path
   )
   assert done.stdout.splitlines()[-1] == f"payload_bytes={payload_bytes}"
   assert not list(tmp_path.iterdir())

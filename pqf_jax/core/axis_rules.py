@@ -107,18 +107,17 @@ def _gather(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   dropped = {*dims.collapsed_slice_dims, *dims.operand_batching_dims}
   window = [dim for dim in range(len(operand)) if dim not in dropped]
   passed = {
-      dim: out
-      for dim, out in zip(window, dims.offset_dims, strict=True)
-      if dim not in dims.start_index_map
-      and eqn.params["slice_sizes"][dim]
-      == axis_factors.axis_length(operand[dim])
+    dim: out
+    for dim, out in zip(window, dims.offset_dims, strict=True)
+    if dim not in dims.start_index_map
+    and eqn.params["slice_sizes"][dim] == axis_factors.axis_length(operand[dim])
   }
   for dim, out in passed.items():
     axis_factors.tie_axes(result[out], operand[dim])
   touched = (
-      *axis_factors.drop_axes(operand, passed.keys()),
-      *axis_factors.drop_axes(result, passed.values()),
-      *indices,
+    *axis_factors.drop_axes(operand, passed.keys()),
+    *axis_factors.drop_axes(result, passed.values()),
+    *indices,
   )
   axis_factors.block_axes(touched, "gather")
   return results
@@ -129,25 +128,25 @@ def _last_dim(eqn: Equation) -> int:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
-    **dict.fromkeys(PASS_THROUGH.split(), _pass_through),
-    **dict.fromkeys(REDUCTIONS.split(), _reduce),
-    **dict.fromkeys(
-        CUMULATIVE.split(), _blocking(lambda eqn: {eqn.params["axis"]})
-    ),
-    **dict.fromkeys(WINDOWED.split(), _blocking(_windowed_dims)),
-    **layout_rules.LAYOUT_RULES,
-    "argmax": _arg_reduce,
-    "argmin": _arg_reduce,
-    "conv_general_dilated": contraction_rules.tie_convolution,
-    "dot_general": contraction_rules.tie_dot,
-    "dynamic_slice": _blocking(lambda eqn: ()),
-    "dynamic_update_slice": _blocking(lambda eqn: ()),
-    "gather": _gather,
-    "iota": _iota,
-    "pad": _blocking(_padded_dims),
-    "rev": _blocking(lambda eqn: eqn.params["dimensions"]),
-    "sort": _blocking(lambda eqn: {eqn.params["dimension"]}),
-    "top_k": _blocking(lambda eqn: {eqn.params.get("axis", _last_dim(eqn))}),
+  **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
+  **dict.fromkeys(PASS_THROUGH.split(), _pass_through),
+  **dict.fromkeys(REDUCTIONS.split(), _reduce),
+  **dict.fromkeys(
+    CUMULATIVE.split(), _blocking(lambda eqn: {eqn.params["axis"]})
+  ),
+  **dict.fromkeys(WINDOWED.split(), _blocking(_windowed_dims)),
+  **layout_rules.LAYOUT_RULES,
+  "argmax": _arg_reduce,
+  "argmin": _arg_reduce,
+  "conv_general_dilated": contraction_rules.tie_convolution,
+  "dot_general": contraction_rules.tie_dot,
+  "dynamic_slice": _blocking(lambda eqn: ()),
+  "dynamic_update_slice": _blocking(lambda eqn: ()),
+  "gather": _gather,
+  "iota": _iota,
+  "pad": _blocking(_padded_dims),
+  "rev": _blocking(lambda eqn: eqn.params["dimensions"]),
+  "sort": _blocking(lambda eqn: {eqn.params["dimension"]}),
+  "top_k": _blocking(lambda eqn: {eqn.params.get("axis", _last_dim(eqn))}),
 }
 """{primitive: rule}; a primitive that is absent blocks all that it touches."""

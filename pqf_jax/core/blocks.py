@@ -44,8 +44,8 @@ class BlockSpec:
     c_in, c_out = shape[self.in_axis], shape[self.out_axis]
     if c_in % self.channels:
       raise errors.InputError(
-          f"a kernel of shape {tuple(shape)} has {c_in} input channels, which "
-          f"{self.channels} channels a sub-vector do not divide; use a divisor"
+        f"a kernel of shape {tuple(shape)} has {c_in} input channels, which "
+        f"{self.channels} channels a sub-vector do not divide; use a divisor"
       )
     taps = math.prod(shape) // (c_in * c_out)
     return c_out, c_in // self.channels, self.channels * taps

@@ -15,11 +15,11 @@ JITTER = 0.1
 
 
 def check_channels(
-    key: jax.Array,
-    apply_fn: tracing.ApplyFn,
-    variables: PyTree,
-    axes: channels.ChannelAxes,
-    *inputs: PyTree,
+  key: jax.Array,
+  apply_fn: tracing.ApplyFn,
+  variables: PyTree,
+  axes: channels.ChannelAxes,
+  *inputs: PyTree,
 ) -> channels.ChannelAxes:
   """Keeps the groups whose permutation leaves the function as it is.
 
@@ -55,11 +55,11 @@ def check_channels(
 
 
 def check_program(
-    key: jax.Array,
-    program: tracing.Jaxpr,
-    variables: PyTree,
-    axes: channels.ChannelAxes,
-    inputs: tuple[PyTree, ...],
+  key: jax.Array,
+  program: tracing.Jaxpr,
+  variables: PyTree,
+  axes: channels.ChannelAxes,
+  inputs: tuple[PyTree, ...],
 ) -> channels.ChannelAxes:
   """`check_channels` for a program that has been traced already."""
   sizes = channels.group_sizes(variables, axes)
@@ -80,10 +80,10 @@ def check_program(
     return _without(axes, failed or list(sizes))
   if not changes(_first_places(axes), sizes):
     warnings.warn(
-        "the self-check of the channel groups saw nothing: even wrong "
-        "permutations leave the outputs as they are; pass inputs for which "
-        "the outputs are finite and depend on the variables",
-        stacklevel=3,
+      "the self-check of the channel groups saw nothing: even wrong "
+      "permutations leave the outputs as they are; pass inputs for which "
+      "the outputs are finite and depend on the variables",
+      stacklevel=3,
     )
   return axes
 
@@ -112,11 +112,10 @@ def _draw_permutation(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _agree(
-    first: list[np.ndarray], second: list[np.ndarray], tolerance: float
+  first: list[np.ndarray], second: list[np.ndarray], tolerance: float
 ) -> bool:
   return all(
-      _leaves_agree(*pair, tolerance)
-      for pair in zip(first, second, strict=True)
+    _leaves_agree(*pair, tolerance) for pair in zip(first, second, strict=True)
   )
 
 
@@ -145,17 +144,17 @@ def _first_places(axes: channels.ChannelAxes) -> channels.ChannelAxes:
 
 
 def _without(
-    axes: channels.ChannelAxes, failed: list[str]
+  axes: channels.ChannelAxes, failed: list[str]
 ) -> channels.ChannelAxes:
   warnings.warn(
-      f"permuting the channel groups {failed} changes the outputs of the "
-      "network; they are left alone",
-      stacklevel=4,
+    f"permuting the channel groups {failed} changes the outputs of the "
+    "network; they are left alone",
+    stacklevel=4,
   )
   rows = {
-      path: tuple(
-          None if axis is None or axis.group in failed else axis for axis in row
-      )
-      for path, row in axes.items()
+    path: tuple(
+      None if axis is None or axis.group in failed else axis for axis in row
+    )
+    for path, row in axes.items()
   }
   return {path: row for path, row in rows.items() if any(row)}

@@ -53,15 +53,15 @@ def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
   unknown = axes.keys() - flat.keys()
   if unknown:
     raise errors.InputError(
-        f"channel axes name variables that the tree lacks: {sorted(unknown)}"
+      f"channel axes name variables that the tree lacks: {sorted(unknown)}"
     )
   sizes: dict[str, int] = {}
   for path, row in axes.items():
     shape = flat[path].shape
     if len(row) != len(shape):
       raise errors.InputError(
-          f"{path} has shape {shape} but {len(row)} channel axes; give one "
-          "entry (None where nothing is permuted) for each array axis"
+        f"{path} has shape {shape} but {len(row)} channel axes; give one "
+        "entry (None where nothing is permuted) for each array axis"
       )
     for axis, length in zip(row, shape, strict=True):
       if axis is None:
@@ -69,15 +69,15 @@ def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
       size, rest = divmod(length, axis.outer * axis.inner)
       if rest or sizes.setdefault(axis.group, size) != size:
         raise errors.InputError(
-            f"{path}: group {axis.group!r} has {sizes.get(axis.group)} "
-            f"channels elsewhere, but this axis of length {length} has "
-            f"{length / (axis.outer * axis.inner):g}"
+          f"{path}: group {axis.group!r} has {sizes.get(axis.group)} "
+          f"channels elsewhere, but this axis of length {length} has "
+          f"{length / (axis.outer * axis.inner):g}"
         )
   return sizes
 
 
 def apply_permutations(
-    variables: PyTree, axes: ChannelAxes, permutations: Permutations
+  variables: PyTree, axes: ChannelAxes, permutations: Permutations
 ) -> PyTree:
   """Reorders the channels of every group; exact, no arithmetic is done.
 
@@ -98,8 +98,8 @@ def apply_permutations(
     expected = np.arange(sizes.get(group, 0))
     if not np.array_equal(np.sort(permutation), expected):
       raise errors.InputError(
-          f"group {group!r} needs a permutation of {expected.size} channels, "
-          f"got {len(permutation)} entries that are not one"
+        f"group {group!r} needs a permutation of {expected.size} channels, "
+        f"got {len(permutation)} entries that are not one"
       )
   flat = trees.flatten(variables)
   changed = {}
@@ -115,13 +115,13 @@ def apply_permutations(
 def invert_permutations(permutations: Permutations) -> dict[str, np.ndarray]:
   """The permutations that undo the given ones."""
   return {
-      group: np.argsort(permutation).astype(np.int32)
-      for group, permutation in permutations.items()
+    group: np.argsort(permutation).astype(np.int32)
+    for group, permutation in permutations.items()
   }
 
 
 def _take(
-    leaf: jax.Array, position: int, axis: ChannelAxis, permutation: np.ndarray
+  leaf: jax.Array, position: int, axis: ChannelAxis, permutation: np.ndarray
 ) -> jax.Array:
   shape = leaf.shape
   split = (axis.outer, len(permutation), axis.inner)

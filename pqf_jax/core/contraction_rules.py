@@ -15,11 +15,13 @@ def tie_dot(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   for left, right in (contracted, batch):
     for one, other in zip(left, right, strict=True):
       axis_factors.tie_axes(lhs[one], rhs[other])
-  return [[
+  return [
+    [
       *(lhs[dim] for dim in batch[0]),
       *axis_factors.drop_axes(lhs, (*contracted[0], *batch[0])),
       *axis_factors.drop_axes(rhs, (*contracted[1], *batch[1])),
-  ]]
+    ]
+  ]
 
 
 def tie_convolution(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from pqf_jax.core import (
-    axis_factors,
-    channel_check,
-    channels,
-    propagation,
-    tracing,
-    trees,
+  axis_factors,
+  channel_check,
+  channels,
+  propagation,
+  tracing,
+  trees,
 )
 
 PyTree = Any
@@ -36,7 +36,7 @@ class _Place(NamedTuple):
 
 
 def discover_channels(
-    apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
+  apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
 ) -> channels.ChannelAxes:
   """Finds the groups of tied axes and checks them by permuting at random.
 
@@ -57,12 +57,12 @@ def discover_channels(
   program = tracing.trace_program(apply_fn, variables, inputs)
   axes = _infer(program, variables, inputs)
   return channel_check.check_program(
-      jax.random.key(0), program, variables, axes, inputs
+    jax.random.key(0), program, variables, axes, inputs
   )
 
 
 def infer_channels(
-    apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
+  apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
 ) -> channels.ChannelAxes:
   """What `discover_channels` checks: the groups that follow from the trace.
 
@@ -93,33 +93,33 @@ def infer_channels(
 
 
 def _infer(
-    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
+  program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
 ) -> channels.ChannelAxes:
   walk = propagation.Propagation()
   parameters = {
-      path: axis_factors.new_axes(np.shape(leaf))
-      for path, leaf in trees.flatten(variables).items()
+    path: axis_factors.new_axes(np.shape(leaf))
+    for path, leaf in trees.flatten(variables).items()
   }
   examples = [
-      axis_factors.new_axes(np.shape(leaf), "input")
-      for leaf in jax.tree.leaves(inputs)
+    axis_factors.new_axes(np.shape(leaf), "input")
+    for leaf in jax.tree.leaves(inputs)
   ]
   for output in walk.run(program, [*parameters.values(), *examples]):
     axis_factors.block_axes(output, "output")
 
   first_read = {
-      path: min((walk.reads.get(id(axis), math.inf) for axis in row), default=0)
-      for path, row in parameters.items()
+    path: min((walk.reads.get(id(axis), math.inf) for axis in row), default=0)
+    for path, row in parameters.items()
   }
   ordered = {
-      path: parameters[path] for path in sorted(parameters, key=first_read.get)
+    path: parameters[path] for path in sorted(parameters, key=first_read.get)
   }
   _warn_of_unknown(ordered, walk.unknown)
   return _table(ordered, _groups(ordered))
 
 
 def _places(
-    parameters: Mapping[str, axis_factors.Axes],
+  parameters: Mapping[str, axis_factors.Axes],
 ) -> Iterable[tuple[axis_factors.Factor, _Place]]:
   for path, axes in parameters.items():
     for dim, axis in enumerate(axes):
@@ -150,14 +150,14 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
 
 
 def _table(
-    parameters: Mapping[str, axis_factors.Axes], groups: list[list[_Place]]
+  parameters: Mapping[str, axis_factors.Axes], groups: list[list[_Place]]
 ) -> channels.ChannelAxes:
   rows: dict[str, list[channels.ChannelAxis | None]] = {
-      path: [None] * len(axes) for path, axes in parameters.items()
+    path: [None] * len(axes) for path, axes in parameters.items()
   }
   founders = [
-      next((place for place in group if len(rows[place.path]) > 1), group[0])
-      for group in groups
+    next((place for place in group if len(rows[place.path]) > 1), group[0])
+    for group in groups
   ]
   for name, group in zip(_names(founders), groups, strict=True):
     for path, dim, outer, inner in group:
@@ -174,18 +174,16 @@ def _names(founders: list[_Place]) -> list[str]:
     return module, f"{module}[{place.dim}]", f"{place.path}[{place.dim}]"
 
   counts = collections.Counter(
-      form for place in founders for form in set(forms(place))
+    form for place in founders for form in set(forms(place))
   )
   return [
-      next(
-          (form for form in forms(place) if counts[form] == 1), forms(place)[-1]
-      )
-      for place in founders
+    next((form for form in forms(place) if counts[form] == 1), forms(place)[-1])
+    for place in founders
   ]
 
 
 def _warn_of_unknown(
-    parameters: Mapping[str, axis_factors.Axes], unknown: set[str]
+  parameters: Mapping[str, axis_factors.Axes], unknown: set[str]
 ) -> None:
   lost, reasons = {}, set()
   for factor, place in _places(parameters):
@@ -194,7 +192,7 @@ def _warn_of_unknown(
       reasons |= factor.blocked_by
   if lost:
     warnings.warn(
-        f"axes left unpermuted only because discovery has no rule for the "
-        f"primitives {sorted(reasons)}: {', '.join(lost)}",
-        stacklevel=4,
+      f"axes left unpermuted only because discovery has no rule for the "
+      f"primitives {sorted(reasons)}: {', '.join(lost)}",
+      stacklevel=4,
     )

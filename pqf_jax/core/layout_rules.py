@@ -115,14 +115,14 @@ def _squeeze(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 LAYOUT_RULES: dict[str, axis_factors.Rule] = {
-    "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
-    "reshape": _reshape,
-    "slice": _slice,
-    "split": _split,
-    "squeeze": _squeeze,
-    "stack": _stack,
-    "tile": _tile,
-    "transpose": _transpose,
-    "unstack": _unstack,
+  "broadcast_in_dim": _broadcast,
+  "concatenate": _concatenate,
+  "reshape": _reshape,
+  "slice": _slice,
+  "split": _split,
+  "squeeze": _squeeze,
+  "stack": _stack,
+  "tile": _tile,
+  "transpose": _transpose,
+  "unstack": _unstack,
 }

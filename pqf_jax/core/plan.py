@@ -119,9 +119,9 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
       pattern, or a layer that the rule's block does not fit.
   """
   kernels = {
-      path: tuple(leaf.shape)
-      for path, leaf in trees.flatten(variables, vq_array.is_vq).items()
-      if KERNEL.fullmatch(path) and len(leaf.shape) >= 2
+    path: tuple(leaf.shape)
+    for path, leaf in trees.flatten(variables, vq_array.is_vq).items()
+    if KERNEL.fullmatch(path) and len(leaf.shape) >= 2
   }
   for rule in rules:
     _check_rule(rule)
@@ -129,21 +129,21 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
   uncovered = [path for path, rule in chosen.items() if rule is None]
   if uncovered:
     raise errors.InputError(
-        f"no rule covers {', '.join(uncovered)}; add one, with num_codes=None "
-        "where the kernel is to stay dense"
+      f"no rule covers {', '.join(uncovered)}; add one, with num_codes=None "
+      "where the kernel is to stay dense"
     )
   unused = set(rules) - set(chosen.values())
   if unused:
     patterns = sorted(rule.pattern for rule in unused)
     near = difflib.get_close_matches(patterns[0], kernels, n=3, cutoff=0)
     raise errors.InputError(
-        f"rules that decide for no kernel: {patterns}; mend or remove them, or "
-        f"move them before a rule that matches first (kernels near: {near})"
+      f"rules that decide for no kernel: {patterns}; mend or remove them, or "
+      f"move them before a rule that matches first (kernels near: {near})"
     )
   return {
-      path: _resolve(path, kernels[path], rule)
-      for path, rule in chosen.items()
-      if rule.num_codes is not None
+    path: _resolve(path, kernels[path], rule)
+    for path, rule in chosen.items()
+    if rule.num_codes is not None
   }
 
 
@@ -152,14 +152,14 @@ def _check_rule(rule: Rule) -> None:
     re.compile(rule.pattern)
   except re.error as error:
     raise errors.InputError(
-        f"rule {rule.pattern!r} is not a regular expression: {error}"
+      f"rule {rule.pattern!r} is not a regular expression: {error}"
     ) from error
   numbers = (rule.num_codes or 2, rule.channels, rule.kmeans_steps)
   if min(numbers) < 1 or rule.num_codes == 1 or (rule.num_codes or 0) > 65536:
     raise errors.InputError(
-        f"rule {rule.pattern!r} has num_codes={rule.num_codes}, "
-        f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; num_codes "
-        "must be 2 to 65536 or None, the others at least 1"
+      f"rule {rule.pattern!r} has num_codes={rule.num_codes}, "
+      f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; "
+      "num_codes must be 2 to 65536 or None, the others at least 1"
     )
 
 
@@ -174,14 +174,14 @@ def _resolve(path: str, shape: tuple[int, ...], rule: Rule) -> LayerPlan:
     c_out, m, _ = spec.layout(shape)
   except errors.InputError as error:
     raise errors.InputError(
-        f"{path}: {error} (rule {rule.pattern!r})"
+      f"{path}: {error} (rule {rule.pattern!r})"
     ) from error
   most = c_out * m // MIN_POINTS_PER_CODE
   if most < 2:
     raise errors.InputError(
-        f"{path} of shape {shape} has only {c_out * m} sub-vectors, too few "
-        f"for a codebook; add a rule before {rule.pattern!r} that keeps it "
-        "dense (num_codes=None)"
+      f"{path} of shape {shape} has only {c_out * m} sub-vectors, too few "
+      f"for a codebook; add a rule before {rule.pattern!r} that keeps it "
+      "dense (num_codes=None)"
     )
   num_codes = 1 << int(math.log2(min(rule.num_codes, most)))
   return LayerPlan(spec, num_codes, rule.kmeans_steps)
@@ -200,9 +200,9 @@ def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
   flat = trees.flatten(variables, vq_array.is_vq)
   folded = {path for norm in foldable_norms(flat).values() for path in norm[2:]}
   rows = tuple(
-      _layer_size(path, tuple(leaf.shape), plan.get(path))
-      for path, leaf in flat.items()
-      if path not in folded
+    _layer_size(path, tuple(leaf.shape), plan.get(path))
+    for path, leaf in flat.items()
+    if path not in folded
   )
   payload_bytes = sum(row.payload_bytes for row in rows)
   dense_bytes = sum(4 * math.prod(row.shape) for row in rows)
@@ -223,10 +223,10 @@ def foldable_norms(flat: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
   for match in filter(None, map(means.fullmatch, flat)):
     norm = match[1]
     members = (
-        f"params/{norm}/scale",
-        f"params/{norm}/bias",
-        f"batch_stats/{norm}/mean",
-        f"batch_stats/{norm}/var",
+      f"params/{norm}/scale",
+      f"params/{norm}/bias",
+      f"batch_stats/{norm}/mean",
+      f"batch_stats/{norm}/var",
     )
     if all(path in flat for path in members):
       found[norm] = members
@@ -239,7 +239,7 @@ def code_bits(num_codes: int) -> int:
 
 
 def _layer_size(
-    path: str, shape: tuple[int, ...], layer: LayerPlan | None
+  path: str, shape: tuple[int, ...], layer: LayerPlan | None
 ) -> LayerSize:
   if layer is None:
     return LayerSize(path, shape, 0, 0, 0, 4 * math.prod(shape))
@@ -258,10 +258,10 @@ def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
     c_out, m, block = layer.spec.layout(shape)
     codes = vq_array.code_dtype(layer.num_codes)
     return vq_array.VQArray(
-        jax.ShapeDtypeStruct((layer.num_codes, block), jnp.float32),
-        jax.ShapeDtypeStruct((c_out, m), codes),
-        shape,
-        layer.spec,
+      jax.ShapeDtypeStruct((layer.num_codes, block), jnp.float32),
+      jax.ShapeDtypeStruct((c_out, m), codes),
+      shape,
+      layer.spec,
     )
 
   nodes = {path: node(path, layer) for path, layer in plan.items()}
@@ -270,15 +270,17 @@ def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
 
 def to_json(plan: CompressionPlan) -> str:
   """The plan as text; `from_json` undoes it."""
-  return json.dumps({
+  return json.dumps(
+    {
       path: dict(layer._asdict(), spec=vars(layer.spec))
       for path, layer in plan.items()
-  })
+    }
+  )
 
 
 def from_json(text: str) -> CompressionPlan:
   """The plan of which `to_json` made this text."""
   return {
-      path: LayerPlan(**dict(fields, spec=blocks.BlockSpec(**fields["spec"])))
-      for path, fields in json.loads(text).items()
+    path: LayerPlan(**dict(fields, spec=blocks.BlockSpec(**fields["spec"])))
+    for path, fields in json.loads(text).items()
   }

@@ -77,8 +77,8 @@ class Propagation:
     body = eqn.params["jaxpr"]
     body = getattr(body, "jaxpr", body)
     inner = [
-        self._step(operand, variable.aval.ndim)
-        for operand, variable in zip(operands, body.invars, strict=True)
+      self._step(operand, variable.aval.ndim)
+      for operand, variable in zip(operands, body.invars, strict=True)
     ]
     outputs = self.run(body, inner)
     results = axis_factors.new_results(eqn)

@@ -21,7 +21,7 @@ CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def trace_program(
-    apply_fn: ApplyFn, variables: PyTree, inputs: tuple[PyTree, ...]
+  apply_fn: ApplyFn, variables: PyTree, inputs: tuple[PyTree, ...]
 ) -> Jaxpr:
   """Traces `apply_fn(variables, *inputs)` without running it.
 
@@ -40,15 +40,15 @@ def trace_program(
   try:
     # A new function, since bound methods of modules need not be hashable.
     return jax.make_jaxpr(lambda *arguments: apply_fn(*arguments))(
-        variables, *inputs
+      variables, *inputs
     )
   except Exception as error:  # whatever the caller's function may raise
     reason = str(error).strip().partition("\n")[0]
     raise errors.InputError(
-        "the apply function cannot be traced by JAX: "
-        f"{type(error).__name__}: {reason} -- it has to be a function of "
-        "(variables, *inputs) made of JAX operations; bind Python flags such "
-        "as train=False beforehand"
+      "the apply function cannot be traced by JAX: "
+      f"{type(error).__name__}: {reason} -- it has to be a function of "
+      "(variables, *inputs) made of JAX operations; bind Python flags such "
+      "as train=False beforehand"
     ) from error
 
 

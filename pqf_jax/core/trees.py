@@ -18,7 +18,7 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 
 
 def flatten(
-    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> FlatTree:
   """Lists the leaves of `tree` by path, in the tree's own order.
 
@@ -36,8 +36,8 @@ def flatten(
   flat = {path_name(key_path): leaf for key_path, leaf in named}
   if len(flat) != len(named):
     raise errors.InputError(
-        f"the tree has {len(named)} leaves but only {len(flat)} different "
-        "paths; rename the keys that contain '/' or look alike as text"
+      f"the tree has {len(named)} leaves but only {len(flat)} different "
+      "paths; rename the keys that contain '/' or look alike as text"
     )
   return flat
 
@@ -55,9 +55,9 @@ def nest(flat: Mapping[str, Any]) -> PyTree:
 
 
 def replace(
-    tree: PyTree,
-    leaves: Mapping[str, Any],
-    is_leaf: Callable[[Any], bool] | None = None,
+  tree: PyTree,
+  leaves: Mapping[str, Any],
+  is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree:
   """A copy of `tree` in which the leaves at the given paths are replaced.
 
@@ -73,14 +73,14 @@ def replace(
   if unknown:
     raise errors.InputError(f"no such leaf in the tree: {sorted(unknown)}")
   return tree_util.tree_map_with_path(
-      lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
-      tree,
-      is_leaf=is_leaf,
+    lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
+    tree,
+    is_leaf=is_leaf,
   )
 
 
 def shapes(tree: PyTree) -> PyTree:
   """The tree with a `jax.ShapeDtypeStruct` in the place of every array."""
   return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
   )

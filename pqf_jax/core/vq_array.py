@@ -62,7 +62,7 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
   def decode(self) -> jax.Array:
     """The dense kernel, of `shape`."""
     decode_one = functools.partial(
-        _decode, shape=self.kernel_shape, spec=self.spec
+      _decode, shape=self.kernel_shape, spec=self.spec
     )
     for _ in self.codebook.shape[:-2]:
       decode_one = jax.vmap(decode_one)
@@ -97,10 +97,10 @@ nnx.register_data_type(VQArray)
 
 
 def _decode(
-    codebook: jax.Array,
-    codes: jax.Array,
-    shape: tuple[int, ...],
-    spec: blocks.BlockSpec,
+  codebook: jax.Array,
+  codes: jax.Array,
+  shape: tuple[int, ...],
+  spec: blocks.BlockSpec,
 ) -> jax.Array:
   # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
   sub_vectors = jnp.take(codebook, codes, axis=0, mode="clip")
@@ -120,9 +120,9 @@ def code_dtype(num_codes: int) -> jnp.dtype:
 def decode_params(variables: PyTree) -> PyTree:
   """The same tree with every `VQArray` replaced by its dense kernel."""
   return jax.tree.map(
-      lambda leaf: leaf.decode() if is_vq(leaf) else leaf,
-      variables,
-      is_leaf=is_vq,
+    lambda leaf: leaf.decode() if is_vq(leaf) else leaf,
+    variables,
+    is_leaf=is_vq,
   )
 
 
@@ -132,8 +132,8 @@ def in_params(path: str, leaf: jax.Array) -> bool:
 
 
 def split_trainable(
-    variables: PyTree,
-    is_trainable: Callable[[str, jax.Array], bool] = in_params,
+  variables: PyTree,
+  is_trainable: Callable[[str, jax.Array], bool] = in_params,
 ) -> tuple[PyTree, PyTree]:
   """Parts the leaves that learn from those that do not (codes, statistics).
 
@@ -150,10 +150,12 @@ def split_trainable(
 
   def keep(wanted: bool) -> PyTree:
     return jax.tree_util.tree_map_with_path(
-        lambda key_path, leaf: leaf
+      lambda key_path, leaf: (
+        leaf
         if is_trainable(trees.path_name(key_path), leaf) == wanted
-        else None,
-        variables,
+        else None
+      ),
+      variables,
     )
 
   return keep(True), keep(False)
@@ -162,8 +164,8 @@ def split_trainable(
 def merge_trainable(trainable: PyTree, frozen: PyTree) -> PyTree:
   """The variable tree of which `split_trainable` made these two parts."""
   return jax.tree.map(
-      lambda left, right: right if left is None else left,
-      trainable,
-      frozen,
-      is_leaf=lambda leaf: leaf is None,
+    lambda left, right: right if left is None else left,
+    trainable,
+    frozen,
+    is_leaf=lambda leaf: leaf is None,
   )

@@ -25,7 +25,7 @@ def widen_dtype(dtype: Any) -> Any:
 
 
 def run_widened(
-    program: tracing.Jaxpr, arguments: Sequence[Any]
+  program: tracing.Jaxpr, arguments: Sequence[Any]
 ) -> list[jax.Array]:
   """Evaluates a program with all its floating types made float64.
 
@@ -66,7 +66,7 @@ def run_widened(
 
 
 def _evaluate(
-    eqn: jax_core.JaxprEqn, operands: list[Any]
+  eqn: jax_core.JaxprEqn, operands: list[Any]
 ) -> Sequence[jax.Array]:
   called = tracing.called_program(eqn)
   if called is not None:
@@ -100,8 +100,7 @@ def _widen_program(program: tracing.Jaxpr) -> tracing.Jaxpr:
   body = getattr(program, "jaxpr", program)
   avals = [variable.aval for variable in body.invars]
   arguments = [
-      jax.ShapeDtypeStruct(aval.shape, widen_dtype(aval.dtype))
-      for aval in avals
+    jax.ShapeDtypeStruct(aval.shape, widen_dtype(aval.dtype)) for aval in avals
   ]
   trace = jax.make_jaxpr(lambda *values: run_widened(program, values))
   return trace(*arguments)

@@ -37,7 +37,7 @@ def get_model(name: str) -> types.ModuleType:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise errors.InputError(
-        f"no model is named {name!r}: {hint}there are {', '.join(known)}"
+      f"no model is named {name!r}: {hint}there are {', '.join(known)}"
     )
   return _import(name)
 

@@ -35,11 +35,11 @@ def bottleneck(features: int, stride: int) -> tuple[Conv, ...]:
 
 
 DEPTHS = {
-    18: (basic, (2, 2, 2, 2)),
-    34: (basic, (3, 4, 6, 3)),
-    50: (bottleneck, (3, 4, 6, 3)),
-    101: (bottleneck, (3, 4, 23, 3)),
-    152: (bottleneck, (3, 8, 36, 3)),
+  18: (basic, (2, 2, 2, 2)),
+  34: (basic, (3, 4, 6, 3)),
+  50: (bottleneck, (3, 4, 6, 3)),
+  101: (bottleneck, (3, 4, 23, 3)),
+  152: (bottleneck, (3, 8, 36, 3)),
 }
 STEMS = {"imagenet": (7, 64, 2), "small": (3, 64, 1)}
 DTYPES = tuple(map(np.dtype, (jnp.bfloat16, "float16", "float32", "float64")))
@@ -129,12 +129,12 @@ class ResNet(nn.Module):
     """
     conv = functools.partial(convolution, dtype=self.dtype)
     norm = functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=self.norm_epsilon,
-        dtype=self.dtype,
-        param_dtype=at_least_float32(self.dtype),
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      param_dtype=at_least_float32(self.dtype),
     )
     x = conv(*STEMS[self.stem], name="conv1")(images)
     x = nn.relu(norm(name="bn1")(x))
@@ -153,22 +153,22 @@ class ResNet(nn.Module):
 
 
 def convolution(
-    size: int, features: int, stride: int, *, dtype: DTypeLike, name: str
+  size: int, features: int, stride: int, *, dtype: DTypeLike, name: str
 ) -> nn.Conv:
   """A convolution without bias, padded by the same amount on every side.
 
   'SAME' would pad strided ones by less on the left and at the top.
   """
   return nn.Conv(
-      features,
-      (size, size),
-      strides=stride,
-      padding=size // 2,
-      use_bias=False,
-      dtype=dtype,
-      param_dtype=at_least_float32(dtype),
-      kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-      name=name,
+    features,
+    (size, size),
+    strides=stride,
+    padding=size // 2,
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=at_least_float32(dtype),
+    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    name=name,
   )
 
 
@@ -178,11 +178,11 @@ def at_least_float32(dtype: DTypeLike) -> np.dtype:
 
 
 def make(
-    *,
-    depth: int,
-    num_classes: int,
-    stem: str = "imagenet",
-    dtype: DTypeLike = jnp.float32,
+  *,
+  depth: int,
+  num_classes: int,
+  stem: str = "imagenet",
+  dtype: DTypeLike = jnp.float32,
 ) -> ResNet:
   """Builds the network.
 
@@ -197,18 +197,18 @@ def make(
     InputError: a setting has another value than these.
   """
   settings = (
-      ("depth", depth, tuple(DEPTHS)),
-      ("stem", stem, tuple(STEMS)),
-      ("dtype", dtype, DTYPES),
+    ("depth", depth, tuple(DEPTHS)),
+    ("stem", stem, tuple(STEMS)),
+    ("dtype", dtype, DTYPES),
   )
   for name, value, choices in settings:
     if value not in choices:
       raise errors.InputError(
-          f"ResNet has no {name}={value!r}; choose from {choices}"
+        f"ResNet has no {name}={value!r}; choose from {choices}"
       )
   if not isinstance(num_classes, int) or num_classes < 1:
     raise errors.InputError(
-        f"ResNet has no num_classes={num_classes!r}; choose an integer >= 1"
+      f"ResNet has no num_classes={num_classes!r}; choose an integer >= 1"
     )
   return ResNet(depth, num_classes, stem, dtype)
 

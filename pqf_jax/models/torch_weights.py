@@ -26,12 +26,12 @@ from pqf_jax.core import trees
 PyTree = Any
 StateDict = dict[str, np.ndarray]
 TORCH_NAMES = {
-    "kernel": "weight",
-    "embedding": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
+  "kernel": "weight",
+  "embedding": "weight",
+  "scale": "weight",
+  "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
 }
 NUM_LISTED = 5
 
@@ -55,24 +55,24 @@ def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
       NaN or infinite; one message lists them all, in torch's terms.
   """
   found = {
-      name: np.asarray(value)
-      for name, value in state_dict.items()
-      if name.rpartition(".")[2] != "num_batches_tracked"
+    name: np.asarray(value)
+    for name, value in state_dict.items()
+    if name.rpartition(".")[2] != "num_batches_tracked"
   }
   leaves = trees.flatten(template)
   names = {path: _torch_name(path) for path in leaves}
   shapes = {
-      names[path]: tuple(leaf.shape[axis] for axis in _torch_axes(path, leaf))
-      for path, leaf in leaves.items()
+    names[path]: tuple(leaf.shape[axis] for axis in _torch_axes(path, leaf))
+    for path, leaf in leaves.items()
   }
   _check(found, shapes)
   # jnp.array copies, where jnp.asarray may keep the caller's memory.
   variables = {
-      path: jnp.array(
-          found[names[path]].transpose(np.argsort(_torch_axes(path, leaf))),
-          leaf.dtype,
-      )
-      for path, leaf in leaves.items()
+    path: jnp.array(
+      found[names[path]].transpose(np.argsort(_torch_axes(path, leaf))),
+      leaf.dtype,
+    )
+    for path, leaf in leaves.items()
   }
   return trees.replace(template, variables)
 
@@ -93,11 +93,11 @@ def flax_to_torch(variables: PyTree) -> StateDict:
     InputError: a variable has no counterpart in torch.
   """
   return {
-      # Contiguous, because safetensors writes the bytes of others in disorder.
-      _torch_name(path): np.array(
-          np.asarray(leaf).transpose(_torch_axes(path, leaf)), order="C"
-      )
-      for path, leaf in trees.flatten(variables).items()
+    # Contiguous, because safetensors writes the bytes of others in disorder.
+    _torch_name(path): np.array(
+      np.asarray(leaf).transpose(_torch_axes(path, leaf)), order="C"
+    )
+    for path, leaf in trees.flatten(variables).items()
   }
 
 
@@ -111,21 +111,21 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
   path = pathlib.Path(path).absolute()
   if not path.is_file():
     raise errors.InputError(
-        f"no weights file {path}; give the path of a .safetensors file"
+      f"no weights file {path}; give the path of a .safetensors file"
     )
   try:
     return safetensors_numpy.load_file(path)
   except safetensors.SafetensorError as error:
     raise errors.InputError(
-        f"{path} is incomplete or no safetensors file ({error}); copy it "
-        "again or, if torch.save wrote it, convert it by "
-        "safetensors.torch.save_file"
+      f"{path} is incomplete or no safetensors file ({error}); copy it "
+      "again or, if torch.save wrote it, convert it by "
+      "safetensors.torch.save_file"
     ) from error
   except AttributeError as error:
     # How safetensors says it of types such as float8.
     raise errors.InputError(
-        f"{path} holds weights of a type that NumPy lacks ({error}); store "
-        "them as float16 or float32"
+      f"{path} holds weights of a type that NumPy lacks ({error}); store "
+      "them as float16 or float32"
     ) from error
 
 
@@ -135,9 +135,9 @@ def _torch_name(path: str) -> str:
   modules = parents[1:]
   if not modules or name not in TORCH_NAMES:
     raise errors.InputError(
-        f"{path} has no counterpart in torch: variables are "
-        f"<collection>/<modules>/<name> with a name among {list(TORCH_NAMES)}; "
-        "decode compressed kernels first"
+      f"{path} has no counterpart in torch: variables are "
+      f"<collection>/<modules>/<name> with a name among {list(TORCH_NAMES)}; "
+      "decode compressed kernels first"
     )
   return ".".join([*modules, TORCH_NAMES[name]])
 
@@ -149,8 +149,8 @@ def _torch_axes(path: str, leaf: Any) -> tuple[int, ...]:
     return tuple(range(rank))
   if not 2 <= rank <= 5:
     raise errors.InputError(
-        f"{path} of shape {tuple(leaf.shape)} has rank {rank}; kernels of "
-        "torch have rank 2 (linear) to 5 (convolution in three dimensions)"
+      f"{path} of shape {tuple(leaf.shape)} has rank {rank}; kernels of "
+      "torch have rank 2 (linear) to 5 (convolution in three dimensions)"
     )
   return (rank - 1, rank - 2, *range(rank - 2))
 
@@ -158,26 +158,26 @@ def _torch_axes(path: str, leaf: Any) -> tuple[int, ...]:
 def _check(found: StateDict, shapes: Mapping[str, tuple[int, ...]]) -> None:
   both = sorted(shapes.keys() & found.keys())
   problems = {
-      "missing": sorted(shapes.keys() - found.keys()),
-      "extra": sorted(found.keys() - shapes.keys()),
-      "of another shape": [
-          f"{name} is {found[name].shape}, the model has {shapes[name]}"
-          for name in both
-          if found[name].shape != shapes[name]
-      ],
-      "NaN or infinite": [
-          name for name in both if not np.isfinite(found[name]).all()
-      ],
+    "missing": sorted(shapes.keys() - found.keys()),
+    "extra": sorted(found.keys() - shapes.keys()),
+    "of another shape": [
+      f"{name} is {found[name].shape}, the model has {shapes[name]}"
+      for name in both
+      if found[name].shape != shapes[name]
+    ],
+    "NaN or infinite": [
+      name for name in both if not np.isfinite(found[name]).all()
+    ],
   }
   listed = [
-      f"{len(names)} {problem} ({_shorten(names)})"
-      for problem, names in problems.items()
-      if names
+    f"{len(names)} {problem} ({_shorten(names)})"
+    for problem, names in problems.items()
+    if names
   ]
   if listed:
     raise errors.InputError(
-        f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
-        "weights, or the settings of the model that they were trained with"
+      f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
+      "weights, or the settings of the model that they were trained with"
     )
 
 

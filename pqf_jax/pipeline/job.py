@@ -96,9 +96,7 @@ def prepare(
   )
 
 
-def _check_training(
-  config: ml_collections.ConfigDict, num_images: int
-) -> None:
+def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
   if config.pack not in ("last", "best"):
     raise errors.InputError(
       f"config.pack is {config.pack!r}; it must be 'last' or 'best'"
@@ -146,9 +144,9 @@ def print_plan(
 def load_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
   """The images of `config.data`."""
   dataset = data.get_dataset(
-      config.data.name,
-      data_dir=config.data.dir or None,
-      image_size=config.data.image_size or None,
+    config.data.name,
+    data_dir=config.data.dir or None,
+    image_size=config.data.image_size or None,
   )
   if dataset.num_classes != config.model.num_classes:
     raise errors.InputError(

@@ -67,9 +67,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   module, template = jobs.build_model(config)
   variables = weights.read(config.weights, config.model.name, template)
   dataset = jobs.load_dataset(config)
-  files = workspace.Workspace(
-    workdir or f"runs/{config.name}_evaluate", config
-  )
+  files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
   files.claim()
   accuracy = jobs.make_evaluate(config, module, dataset)(variables)
   files.write_results({"weights": config.weights} | accuracy)
@@ -115,9 +113,7 @@ def dense_stage(job: jobs.Job) -> Staged:
     fitted, record = fit(job, "train", variables, job.config.train)
     return fitted.last, record
 
-  staged = job.run(
-      "dense", job.template, read if job.config.weights else train
-  )
+  staged = job.run("dense", job.template, read if job.config.weights else train)
   job.files.checkpoints.drop_progress("train")
   return staged
 

@@ -46,7 +46,7 @@ class Schedule(NamedTuple):
   def save_is_due(self, step: int) -> bool:
     """Whether progress is saved after it; the last step is the stage's own."""
     return step < self.num_steps and (
-        step % self.checkpoint_steps == 0 or step % self.steps_per_epoch == 0
+      step % self.checkpoint_steps == 0 or step % self.steps_per_epoch == 0
     )
 
 
@@ -103,11 +103,11 @@ def fit(
   meter = _Meter(stage, schedule, record, on_metrics)
   first = int(state.step)
   with progress.track(
-      stage,
-      schedule.num_steps,
-      done=first,
-      unit="img",
-      units_per_step=schedule.batch_size,
+    stage,
+    schedule.num_steps,
+    done=first,
+    unit="img",
+    units_per_step=schedule.batch_size,
   ) as bar:
     for step, batch in enumerate(batches(first), start=first + 1):
       state, metrics = step_fn(state, batch)
@@ -136,12 +136,12 @@ def _first_record() -> checkpoint.Record:
 
 
 def _diverged(
-    stage: str, schedule: Schedule, what: str, step: int
+  stage: str, schedule: Schedule, what: str, step: int
 ) -> errors.InputError:
   return errors.InputError(
-      f"{stage} diverged: its {what} at step {step}; lower the learning rate, "
-      f"--config.{stage}.learning_rate, now {schedule.learning_rate:g}, and use "
-      "another --workdir"
+    f"{stage} diverged: its {what} at step {step}; lower the learning rate "
+    f"(--config.{stage}.learning_rate is {schedule.learning_rate:g}) and use "
+    "another --workdir"
   )
 
 

@@ -34,9 +34,9 @@ class Workspace:
     # As JSON reads it back, so that tuples and lists are alike.
     self._config = json.loads(json.dumps(config.to_dict()))
     self._curves = (
-        report.TensorBoardWriter(path / "tensorboard")
-        if config.tensorboard
-        else None
+      report.TensorBoardWriter(path / "tensorboard")
+      if config.tensorboard
+      else None
     )
     if self._config_file.exists():
       stored = json.loads(self._config_file.read_text())

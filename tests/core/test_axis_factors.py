@@ -57,12 +57,12 @@ def state_facts(facts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
       axis_factors.block_axes([axes[chosen[0]]], "why")
   classes: dict[axis_factors.Factor, int] = {}
   return [
-      [
-          (factor.size, classes.setdefault(factor, len(classes)))
-          for factor in axis_factors.find_factors(axis)
-          if not factor.blocked_by
-      ]
-      for axis in axes
+    [
+      (factor.size, classes.setdefault(factor, len(classes)))
+      for factor in axis_factors.find_factors(axis)
+      if not factor.blocked_by
+    ]
+    for axis in axes
   ]
 
 

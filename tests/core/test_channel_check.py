@@ -40,10 +40,12 @@ def fresh_variables() -> Any:
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(Small().init, jax.random.key(0), IMAGES)
   starts = {"kernel": rng.standard_normal, "scale": np.ones, "var": np.ones}
-  return trees.nest({
+  return trees.nest(
+    {
       path: starts.get(path.rpartition("/")[2], np.zeros)(leaf.shape)
       for path, leaf in trees.flatten(shapes).items()
-  })
+    }
+  )
 
 
 @pytest.fixture(scope="module", name="axes")
@@ -53,15 +55,15 @@ def small_axes(fresh: Any) -> channels.ChannelAxes:
 
 def ties(axes: channels.ChannelAxes) -> list[tuple[str, int]]:
   return [
-      (path, dim)
-      for path, row in axes.items()
-      for dim, axis in enumerate(row)
-      if axis is not None
+    (path, dim)
+    for path, row in axes.items()
+    for dim, axis in enumerate(row)
+    if axis is not None
   ]
 
 
 def drop(
-    axes: channels.ChannelAxes, path: str, dim: int
+  axes: channels.ChannelAxes, path: str, dim: int
 ) -> channels.ChannelAxes:
   row = list(axes[path])
   row[dim] = None
@@ -74,7 +76,7 @@ def test_right_axes_pass_unchanged(fresh, axes):
   assert len(ties(axes)) == 15
   before = jax.tree.map(np.array, fresh)
   checked = channel_check.check_channels(
-      KEY, Small().apply, fresh, axes, IMAGES
+    KEY, Small().apply, fresh, axes, IMAGES
   )
   assert checked == axes
   assert jax.tree.all(jax.tree.map(np.array_equal, before, fresh))
@@ -86,10 +88,10 @@ def test_every_dropped_tie_is_noticed_and_named(fresh, axes):
     group = axes[path][dim].group
     with pytest.warns(UserWarning, match=rf"\['{group}'\] changes the outputs"):
       kept = channel_check.check_program(
-          KEY, program, fresh, drop(axes, path, dim), (IMAGES,)
+        KEY, program, fresh, drop(axes, path, dim), (IMAGES,)
       )
     assert channels.group_sizes(fresh, kept).keys() == (
-        channels.group_sizes(fresh, axes).keys() - {group}
+      channels.group_sizes(fresh, axes).keys() - {group}
     )
 
 
@@ -119,7 +121,7 @@ def test_wrong_order_of_flattened_features_is_noticed(fresh, axes):
   wrong = {**axes, "params/fc1/kernel": row}
   with pytest.warns(UserWarning, match=r"\['stem'\]"):
     kept = channel_check.check_channels(
-        KEY, Small().apply, fresh, wrong, IMAGES
+      KEY, Small().apply, fresh, wrong, IMAGES
     )
   assert list(channels.group_sizes(fresh, kept)) == ["conv1", "fc1"]
 
@@ -130,22 +132,22 @@ def test_groups_of_two_are_really_permuted():
   for seed in range(8):
     with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
       assert not channel_check.check_channels(
-          jax.random.key(seed),
-          lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
-          params,
-          axes,
-          jnp.ones((1, 2)),
+        jax.random.key(seed),
+        lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
+        params,
+        axes,
+        jnp.ones((1, 2)),
       )
 
 
 @pytest.mark.parametrize(
-    "apply_fn",
-    [
-        lambda p, x: jnp.nan * (x @ p["first"] @ p["second"]),
-        lambda p, x: x @ p["first"] @ p["second"] > 1e9,
-        lambda p, x: jnp.zeros((0, 3)) @ (x @ p["first"] @ p["second"]).T,
-    ],
-    ids=["nan", "constant", "empty"],
+  "apply_fn",
+  [
+    lambda p, x: jnp.nan * (x @ p["first"] @ p["second"]),
+    lambda p, x: x @ p["first"] @ p["second"] > 1e9,
+    lambda p, x: jnp.zeros((0, 3)) @ (x @ p["first"] @ p["second"]).T,
+  ],
+  ids=["nan", "constant", "empty"],
 )
 def test_a_check_that_saw_nothing_says_so(apply_fn):
   hidden = channels.ChannelAxis("hidden")
@@ -153,7 +155,7 @@ def test_a_check_that_saw_nothing_says_so(apply_fn):
   axes = {"first": (None, hidden), "second": (hidden, None)}
   with pytest.warns(UserWarning, match="saw nothing"):
     assert axes == channel_check.check_channels(
-        KEY, apply_fn, params, axes, jnp.ones((1, 3))
+      KEY, apply_fn, params, axes, jnp.ones((1, 3))
     )
 
 
@@ -162,11 +164,11 @@ def test_whole_numbers_of_the_output_have_to_agree_exactly():
   axes = {"first": (None, channels.ChannelAxis("hidden"))}
   with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
     assert not channel_check.check_channels(
-        KEY,
-        lambda p, x: jnp.argsort((x @ p["first"])[0]),
-        params,
-        axes,
-        jnp.ones((1, 3)),
+      KEY,
+      lambda p, x: jnp.argsort((x @ p["first"])[0]),
+      params,
+      axes,
+      jnp.ones((1, 3)),
     )
 
 
@@ -177,20 +179,20 @@ def test_what_cannot_run_in_float64_is_checked_in_its_own_precision():
 
   rng = np.random.default_rng(0)
   params = {
-      name: rng.standard_normal(shape).astype(np.float32)
-      for name, shape in (("first", (3, 5)), ("second", (5, 3)))
+    name: rng.standard_normal(shape).astype(np.float32)
+    for name, shape in (("first", (3, 5)), ("second", (5, 3)))
   }
   hidden = channels.ChannelAxis("hidden")
   axes = {"first": (None, hidden), "second": (hidden, None)}
   with pytest.warns(UserWarning, match="cannot be run in float64") as caught:
     assert axes == channel_check.check_channels(
-        KEY, run, params, axes, jnp.ones((1, 3))
+      KEY, run, params, axes, jnp.ones((1, 3))
     )
   assert len(caught) == 1
   wrong = drop(axes, "second", 0)
   with (
-      pytest.warns(UserWarning, match="cannot be run in float64"),
-      pytest.warns(UserWarning, match=r"\['hidden'\] changes"),
+    pytest.warns(UserWarning, match="cannot be run in float64"),
+    pytest.warns(UserWarning, match=r"\['hidden'\] changes"),
   ):
     channel_check.check_channels(KEY, run, params, wrong, jnp.ones((1, 3)))
 

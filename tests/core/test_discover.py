@@ -21,15 +21,15 @@ Params = dict[str, np.ndarray]
 def draw(**shapes: tuple[int, ...]) -> Params:
   rng = np.random.default_rng(0)
   return {
-      name: rng.standard_normal(shape).astype(np.float32)
-      for name, shape in shapes.items()
+    name: rng.standard_normal(shape).astype(np.float32)
+    for name, shape in shapes.items()
   }
 
 
 def convolve(x: jax.Array, kernel: jax.Array, **settings: Any) -> jax.Array:
   layout = ("NHWC", "HWIO", "NHWC")
   return lax.conv_general_dilated(
-      x, kernel, (1, 1), "VALID", dimension_numbers=layout, **settings
+    x, kernel, (1, 1), "VALID", dimension_numbers=layout, **settings
   )
 
 
@@ -95,30 +95,30 @@ def branching(p: Params, x: jax.Array) -> jax.Array:
   small = jnp.tanh(p["while"])[None]
   # The two values change places, so that only the loop itself ties them.
   x, _ = lax.while_loop(
-      lambda pair: jnp.abs(pair[0]).sum() > 0.1,
-      lambda pair: (pair[1] * small, pair[0] / 2),
-      (x, jnp.ones_like(x)),
+    lambda pair: jnp.abs(pair[0]).sum() > 0.1,
+    lambda pair: (pair[1] * small, pair[0] / 2),
+    (x, jnp.ones_like(x)),
   )
   return jax.checkpoint(jnp.sin)(x) @ p["out"]
 
 
 PROGRAMS = {
-    residual: draw(
-        stem=(2, 2), up=(2, 2), bias=(2,), down=(2, 2), scale=(2,), head=(2, 2)
-    ),
-    attention: draw(q=(2, 2, 2), k=(2, 2, 2), v=(2, 2, 2), out=(2, 2, 2)),
-    flatten: draw(conv=(1, 1, 2, 2), fc1=(6, 2), fc2=(2, 2)),
-    depthwise: draw(
-        expand=(1, 1, 2, 2), space=(2, 1, 1, 2), project=(1, 1, 2, 2)
-    ),
-    recurrent: draw(input=(2, 2), hidden=(2, 2), bias=(2,), output=(2, 2)),
-    gated: draw(both=(2, 4), bias=(4,), out=(2, 2)),
-    sliced: draw(both=(2, 4), bias=(4,), out=(2, 2)),
-    joined: draw(stem=(2, 2), new=(2, 2), scale=(4,), out=(4, 2)),
-    embedded: draw(table=(2, 2), mix=(2, 2), bias=(2,)),
-    branching: draw(
-        stem=(2, 2), yes=(2,), no=(2,), loop=(2,), out=(2, 2), **{"while": (2,)}
-    ),
+  residual: draw(
+    stem=(2, 2), up=(2, 2), bias=(2,), down=(2, 2), scale=(2,), head=(2, 2)
+  ),
+  attention: draw(q=(2, 2, 2), k=(2, 2, 2), v=(2, 2, 2), out=(2, 2, 2)),
+  flatten: draw(conv=(1, 1, 2, 2), fc1=(6, 2), fc2=(2, 2)),
+  depthwise: draw(
+    expand=(1, 1, 2, 2), space=(2, 1, 1, 2), project=(1, 1, 2, 2)
+  ),
+  recurrent: draw(input=(2, 2), hidden=(2, 2), bias=(2,), output=(2, 2)),
+  gated: draw(both=(2, 4), bias=(4,), out=(2, 2)),
+  sliced: draw(both=(2, 4), bias=(4,), out=(2, 2)),
+  joined: draw(stem=(2, 2), new=(2, 2), scale=(4,), out=(4, 2)),
+  embedded: draw(table=(2, 2), mix=(2, 2), bias=(2,)),
+  branching: draw(
+    stem=(2, 2), yes=(2,), no=(2,), loop=(2,), out=(2, 2), **{"while": (2,)}
+  ),
 }
 INPUT = draw(x=(3, 2))["x"]
 
@@ -126,11 +126,11 @@ INPUT = draw(x=(3, 2))["x"]
 def swaps(params: Params) -> list[tuple[str, int, int, int]]:
   """Every way to swap two channels of an axis: (path, dim, outer, inner)."""
   return [
-      (name, dim, outer, length // (2 * outer))
-      for name, array in params.items()
-      for dim, length in enumerate(array.shape)
-      for outer in range(1, length)
-      if length % (2 * outer) == 0
+    (name, dim, outer, length // (2 * outer))
+    for name, array in params.items()
+    for dim, length in enumerate(array.shape)
+    for outer in range(1, length)
+    if length % (2 * outer) == 0
   ]
 
 
@@ -153,7 +153,7 @@ def preserved_swaps(program: Callable[..., Any], params: Params) -> set[Any]:
   error = np.abs(outputs - outputs[:1]).reshape(len(every), -1).max(1)
   assert not np.any((error > 1e-5) & (error < 1e-4)), "no clear margin"
   return {
-      frozenset(itertools.compress(places, row)) for row in every[error < 1e-5]
+    frozenset(itertools.compress(places, row)) for row in every[error < 1e-5]
   }
 
 
@@ -166,8 +166,8 @@ def spanned_swaps(axes: channels.ChannelAxes) -> set[Any]:
         place = (path, dim, axis.outer, axis.inner)
         groups.setdefault(axis.group, set()).add(place)
   return {
-      frozenset().union(*itertools.compress(groups.values(), row))
-      for row in itertools.product([False, True], repeat=len(groups))
+    frozenset().union(*itertools.compress(groups.values(), row))
+    for row in itertools.product([False, True], repeat=len(groups))
   }
 
 
@@ -236,8 +236,8 @@ def test_of_two_groups_on_one_axis_the_larger_is_kept():
 
   axes = discover.discover_channels(run, params, jnp.ones((2, 3)))
   assert axes == {
-      "conv": (None, channels.ChannelAxis("conv", 4)),
-      "out": (channels.ChannelAxis("conv", 4), None),
+    "conv": (None, channels.ChannelAxis("conv", 4)),
+    "out": (channels.ChannelAxis("conv", 4), None),
   }
 
 
@@ -255,37 +255,37 @@ def test_products_of_all_pairs_of_channels_are_left_alone():
 
 ONES = np.ones((2, 1, 1, 1), np.float32)
 MIXES = {
-    "cumsum": lambda x: jnp.cumsum(x, -1),
-    "sort": lambda x: jnp.sort(x, -1),
-    "flip": lambda x: jnp.flip(x, -1),
-    "shift": lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1],
-    "stride": lambda x: jnp.concatenate([x[:, ::2]] * 2, -1),
-    "middle": lambda x: jnp.concatenate([x[:, 1:3]] * 2, -1),
-    "iota": lambda x: x * jnp.arange(4.0)[None],
-    "constant": lambda x: x * np.array([[1, 2, 3, 4]], np.float32),
-    "argmax": lambda x: jax.nn.one_hot(x.argmax(-1), 4),
-    "take": lambda x: jnp.take(x, np.array([0, 2, 1, 3]), axis=-1),
-    "dynamic": lambda x: lax.dynamic_slice_in_dim(x, 1, 1, axis=1) + x,
-    "update": lambda x: lax.dynamic_update_slice_in_dim(x, x[:, :2] * 2, 1, 1),
-    "top_k": lambda x: lax.top_k(x, 4)[0],
-    "window": lambda x: lax.reduce_window(
-        x, 0.0, lax.add, (1, 3), (1, 1), ((0, 0), (1, 1))
-    ),
-    "convolution": lambda x: jnp.concatenate(
-        [convolve(x[..., None, None], ONES)[..., 0, 0], np.ones((2, 1), "f")], 1
-    ),
-    "scan": lambda x: lax.scan(
-        lambda carry, y: (carry + y, carry * y), jnp.zeros(2), x.T
-    )[1].T,
-    "unequal parts": lambda x: jnp.concatenate([x[:, :1], x[:, 1:]], -1),
-    "stack": lambda x: jnp.stack([x[:, 0], *x.T[1:]], -1),
+  "cumsum": lambda x: jnp.cumsum(x, -1),
+  "sort": lambda x: jnp.sort(x, -1),
+  "flip": lambda x: jnp.flip(x, -1),
+  "shift": lambda x: jnp.pad(x, ((0, 0), (1, 0)))[:, :-1],
+  "stride": lambda x: jnp.concatenate([x[:, ::2]] * 2, -1),
+  "middle": lambda x: jnp.concatenate([x[:, 1:3]] * 2, -1),
+  "iota": lambda x: x * jnp.arange(4.0)[None],
+  "constant": lambda x: x * np.array([[1, 2, 3, 4]], np.float32),
+  "argmax": lambda x: jax.nn.one_hot(x.argmax(-1), 4),
+  "take": lambda x: jnp.take(x, np.array([0, 2, 1, 3]), axis=-1),
+  "dynamic": lambda x: lax.dynamic_slice_in_dim(x, 1, 1, axis=1) + x,
+  "update": lambda x: lax.dynamic_update_slice_in_dim(x, x[:, :2] * 2, 1, 1),
+  "top_k": lambda x: lax.top_k(x, 4)[0],
+  "window": lambda x: lax.reduce_window(
+    x, 0.0, lax.add, (1, 3), (1, 1), ((0, 0), (1, 1))
+  ),
+  "convolution": lambda x: jnp.concatenate(
+    [convolve(x[..., None, None], ONES)[..., 0, 0], np.ones((2, 1), "f")], 1
+  ),
+  "scan": lambda x: (
+    lax.scan(lambda carry, y: (carry + y, carry * y), jnp.zeros(2), x.T)[1].T
+  ),
+  "unequal parts": lambda x: jnp.concatenate([x[:, :1], x[:, 1:]], -1),
+  "stack": lambda x: jnp.stack([x[:, 0], *x.T[1:]], -1),
 }
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_what_depends_on_the_order_is_left_alone(mix):
   params = draw(
-      first=(3, 4), bias=(4,), scale=(4,), second=(4, 5), third=(5, 2)
+    first=(3, 4), bias=(4,), scale=(4,), second=(4, 5), third=(5, 2)
   )
 
   def run(p: Params, x: jax.Array) -> jax.Array:

@@ -28,8 +28,8 @@ def make_variables(module: nn.Module, *inputs: Any) -> Any:
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
   return jax.tree.map(
-      lambda leaf: rng.uniform(-0.3, 0.7, leaf.shape).astype(leaf.dtype) ** 2,
-      shapes,
+    lambda leaf: rng.uniform(-0.3, 0.7, leaf.shape).astype(leaf.dtype) ** 2,
+    shapes,
   )
 
 
@@ -45,13 +45,13 @@ def list_groups(axes: channels.ChannelAxes) -> set[frozenset[Any]]:
 
 
 def as_places(
-    parents: list[str], children: list[str], flat: trees.FlatTree
+  parents: list[str], children: list[str], flat: trees.FlatTree
 ) -> frozenset[Any]:
   """The axes that torch's names stand for: outputs and inputs of modules."""
   outputs = {
-      (path, leaf.ndim - 1)
-      for path, leaf in flat.items()
-      if re.sub(r"^\w+/|/\w+$", "", path).replace("/", ".") in parents
+    (path, leaf.ndim - 1)
+    for path, leaf in flat.items()
+    if re.sub(r"^\w+/|/\w+$", "", path).replace("/", ".") in parents
   }
   kernels = [f"params/{name.replace('.', '/')}/kernel" for name in children]
   return frozenset(outputs | {(path, flat[path].ndim - 2) for path in kernels})
@@ -62,10 +62,10 @@ def expected_resnet(depth: int, flat: trees.FlatTree) -> set[frozenset[Any]]:
   blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
   last = {18: 2, 50: 3}[depth]
   inside = [
-      ([f"{block}.conv{i}", f"{block}.bn{i}"], [f"{block}.conv{i + 1}"])
-      for stage, length in enumerate(blocks, start=1)
-      for block in (f"layer{stage}.{j}" for j in range(length))
-      for i in range(1, last)
+    ([f"{block}.conv{i}", f"{block}.bn{i}"], [f"{block}.conv{i + 1}"])
+    for stage, length in enumerate(blocks, start=1)
+    for block in (f"layer{stage}.{j}" for j in range(length))
+    for i in range(1, last)
   ]
   streams = [(["conv1", "bn1"], [])]
   for stage, length in enumerate(blocks, start=1):
@@ -89,9 +89,9 @@ def test_finds_the_groups_of_the_paper_in_resnet_18():
   assert len(expected) == 12
   assert list_groups(axes) == expected
   assert list(channels.group_sizes(variables, axes))[:3] == [
-      "conv1",
-      "layer1/0/conv1",
-      "layer1/1/conv1",
+    "conv1",
+    "layer1/0/conv1",
+    "layer1/1/conv1",
   ]
 
 
@@ -148,7 +148,7 @@ class MobileNet(nn.Module):
       y = nn.Conv(6 * 8, (1, 1), use_bias=False, name=f"expand{i}")(x)
       y = nn.relu6(norm(name=f"bn{i}a")(y))
       y = nn.Conv(
-          48, (3, 3), feature_group_count=48, use_bias=False, name=f"deep{i}"
+        48, (3, 3), feature_group_count=48, use_bias=False, name=f"deep{i}"
       )(y)
       y = nn.relu6(norm(name=f"bn{i}b")(y))
       y = nn.Conv(features, (1, 1), use_bias=False, name=f"project{i}")(y)
@@ -165,7 +165,7 @@ class Upsampling(nn.Module):
     x = nn.relu(nn.Conv(6, (3, 3), name="conv")(x))
     x = nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2), name="up0")(x))
     flipped = nn.ConvTranspose(
-        10, (3, 3), (2, 2), transpose_kernel=True, name="up1"
+      10, (3, 3), (2, 2), transpose_kernel=True, name="up1"
     )
     return nn.Conv(3, (1, 1), name="masks")(nn.relu(flipped(x)))
 
@@ -206,17 +206,16 @@ class Recurrent(nn.Module):
     table = nn.Embed(11, 6, name="table")
     x = nn.RNN(nn.LSTMCell(10))(table(tokens))
     stack = nn.scan(
-        nn.remat(Residual),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=3,
+      nn.remat(Residual),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=3,
     )
     x, _ = stack(name="stack")(x, None)
     return table.attend(nn.Dense(6, name="out")(x))
 
 
 class Residual(nn.Module):
-
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     y = nn.tanh(nn.Dense(14, name="up")(x))
@@ -225,41 +224,41 @@ class Residual(nn.Module):
 
 IMAGES = jnp.zeros((2, 8, 8, 3))
 LINEN = [
-    (
-        ViT(),
-        IMAGES,
-        {"patches": 24}
-        | {
-            f"attention{i}/{name}": size
-            for i in range(2)
-            for name, size in (("query[1]", 4), ("query[2]", 6), ("value", 6))
-        }
-        | {"up0": 40, "up1": 40},
-    ),
-    (
-        MobileNet(),
-        IMAGES,
-        {"stem": 8, "expand0": 48, "project0": 12, "expand1": 48},
-    ),
-    (Upsampling(), IMAGES, {"conv": 6, "up0": 8, "up1": 10}),
-    (
-        Grouped(),
-        IMAGES,
-        {"conv0": 10, "conv1": 6, "conv2": 12, "conv3": 7, "fc1": 9},
-    ),
-    (DenselyConnected(), IMAGES, {"narrow0": 12, "narrow1": 12}),
-    (
-        Recurrent(),
-        jnp.arange(12).reshape(2, 6) % 11,
-        {"table": 6, "LSTMCell_0/ii": 10, "stack/up": 14},
-    ),
+  (
+    ViT(),
+    IMAGES,
+    {"patches": 24}
+    | {
+      f"attention{i}/{name}": size
+      for i in range(2)
+      for name, size in (("query[1]", 4), ("query[2]", 6), ("value", 6))
+    }
+    | {"up0": 40, "up1": 40},
+  ),
+  (
+    MobileNet(),
+    IMAGES,
+    {"stem": 8, "expand0": 48, "project0": 12, "expand1": 48},
+  ),
+  (Upsampling(), IMAGES, {"conv": 6, "up0": 8, "up1": 10}),
+  (
+    Grouped(),
+    IMAGES,
+    {"conv0": 10, "conv1": 6, "conv2": 12, "conv3": 7, "fc1": 9},
+  ),
+  (DenselyConnected(), IMAGES, {"narrow0": 12, "narrow1": 12}),
+  (
+    Recurrent(),
+    jnp.arange(12).reshape(2, 6) % 11,
+    {"table": 6, "LSTMCell_0/ii": 10, "stack/up": 14},
+  ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("module", "inputs", "sizes"),
-    LINEN,
-    ids=[type(module).__name__ for module, *_ in LINEN],
+  ("module", "inputs", "sizes"),
+  LINEN,
+  ids=[type(module).__name__ for module, *_ in LINEN],
 )
 def test_finds_and_checks_the_groups_of_linen_networks(module, inputs, sizes):
   variables = make_variables(module, inputs)
@@ -271,8 +270,8 @@ def test_heads_and_their_channels_are_permuted_apart():
   variables = make_variables(ViT(), IMAGES)
   axes = discover.infer_channels(ViT().apply, variables, IMAGES)
   heads, queries, values = (
-      channels.ChannelAxis(f"attention0/{name}")
-      for name in ("query[1]", "query[2]", "value")
+    channels.ChannelAxis(f"attention0/{name}")
+    for name in ("query[1]", "query[2]", "value")
   )
   stream = channels.ChannelAxis("patches")
   for name, last in (("query", queries), ("key", queries), ("value", values)):
@@ -287,10 +286,16 @@ def test_transposed_convolutions_have_their_axes_the_right_way_round():
   variables = make_variables(Upsampling(), IMAGES)
   axes = discover.infer_channels(Upsampling().apply, variables, IMAGES)
   assert [axis and axis.group for axis in axes["params/up0/kernel"]] == [
-      None, None, "conv", "up0"
+    None,
+    None,
+    "conv",
+    "up0",
   ]
   assert [axis and axis.group for axis in axes["params/up1/kernel"]] == [
-      None, None, "up1", "up0"
+    None,
+    None,
+    "up1",
+    "up0",
   ]
 
 
@@ -301,7 +306,7 @@ class NnxNetwork(nnx.Module):
     self.conv = nnx.Conv(3, 16, (3, 3), rngs=rngs)
     self.norm = nnx.BatchNorm(16, use_running_average=True, rngs=rngs)
     self.attention = nnx.MultiHeadAttention(
-        2, 16, decode=False, deterministic=True, rngs=rngs
+      2, 16, decode=False, deterministic=True, rngs=rngs
     )
     self.head = nnx.Linear(16, 7, rngs=rngs)
 
@@ -319,8 +324,8 @@ def test_finds_and_checks_the_groups_of_an_nnx_network():
   variables = nnx.to_pure_dict(state)
   axes = discover.discover_channels(run, variables, IMAGES)
   assert channels.group_sizes(variables, axes) == {
-      "conv": 16,
-      "attention/query[1]": 2,
-      "attention/query[2]": 8,
-      "attention/value": 8,
+    "conv": 16,
+    "attention/query[1]": 2,
+    "attention/query[2]": 8,
+    "attention/value": 8,
   }

@@ -108,7 +108,7 @@ def accumulate(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
 def crop(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
   start = int(b.rng.integers(n // 2 + 1))
   return lambda p, x: lax.slice_in_dim(x, start, start + n // 2, axis=-1), [
-      n // 2
+    n // 2
   ]
 
 
@@ -120,20 +120,30 @@ def recur(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
       return jnp.tanh(carry * p[name] + part), carry + part
 
     return jnp.moveaxis(
-        lax.scan(step, jnp.zeros(lead, x.dtype), jnp.moveaxis(x, -1, 0))[1],
-        0,
-        -1,
+      lax.scan(step, jnp.zeros(lead, x.dtype), jnp.moveaxis(x, -1, 0))[1],
+      0,
+      -1,
     )
 
   return run, [n]
 
 
 KINDS = {
-    kind.__name__: kind
-    for kind in (
-        dense, scale, gate, heads, unite, shuffle, join, normalize, attend,
-        accumulate, crop, recur,
-    )
+  kind.__name__: kind
+  for kind in (
+    dense,
+    scale,
+    gate,
+    heads,
+    unite,
+    shuffle,
+    join,
+    normalize,
+    attend,
+    accumulate,
+    crop,
+    recur,
+  )
 }
 EVEN = {"gate", "heads", "shuffle", "crop"}
 

@@ -49,7 +49,7 @@ def test_equals_the_function_written_in_float64(dtype):
 
 def test_reinterpreted_bits_are_refused():
   program = tracing.trace_program(
-      lambda x: lax.bitcast_convert_type(x, jnp.int32), jnp.zeros(3), ()
+    lambda x: lax.bitcast_convert_type(x, jnp.int32), jnp.zeros(3), ()
   )
   with jax.enable_x64(True), pytest.raises(TypeError):
     widening.run_widened(program, [np.zeros(3)])

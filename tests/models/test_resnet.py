@@ -13,7 +13,7 @@ from pqf_jax.models import resnet, torch_weights
 from tests.oracles import resnet_weights
 
 GOLDEN = np.load(
-    pathlib.Path(__file__).parents[1] / "goldens" / "resnet_logits.npz"
+  pathlib.Path(__file__).parents[1] / "goldens" / "resnet_logits.npz"
 )
 CASES = resnet_weights.CASES
 
@@ -22,10 +22,10 @@ def shapes(dtype=jnp.float32, **settings):
   """The variables as shapes, all of one type (Flax starts with float32)."""
   model = resnet.make(**settings)
   variables = jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
   )
   return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables
   )
 
 
@@ -54,12 +54,12 @@ def forward(case, dtype, train=False):
 def assert_close(found, expected, tolerance):
   """Equal up to `tolerance` of the largest entry."""
   np.testing.assert_allclose(
-      found, expected, rtol=0, atol=tolerance * np.abs(expected).max()
+    found, expected, rtol=0, atol=tolerance * np.abs(expected).max()
   )
 
 
 @pytest.mark.parametrize(
-    ("depth", "num_parameters"), [(18, 11_689_512), (50, 25_557_032)]
+  ("depth", "num_parameters"), [(18, 11_689_512), (50, 25_557_032)]
 )
 def test_names_and_shapes_are_torchvisions(depth, num_parameters):
   template = shapes(depth=depth, num_classes=1000)
@@ -74,13 +74,13 @@ def test_names_and_shapes_are_torchvisions(depth, num_parameters):
 def test_paths_are_torchvisions_names_with_slashes():
   paths = trees.flatten(shapes(depth=18, num_classes=10))
   assert {
-      "params/conv1/kernel",
-      "params/bn1/scale",
-      "params/layer1/0/conv1/kernel",
-      "params/layer2/0/downsample/0/kernel",
-      "params/layer2/0/downsample/1/scale",
-      "params/fc/kernel",
-      "batch_stats/bn1/mean",
+    "params/conv1/kernel",
+    "params/bn1/scale",
+    "params/layer1/0/conv1/kernel",
+    "params/layer2/0/downsample/0/kernel",
+    "params/layer2/0/downsample/1/scale",
+    "params/fc/kernel",
+    "batch_stats/bn1/mean",
   } <= paths.keys()
 
 
@@ -129,9 +129,9 @@ def test_logits_equal_torchs(case, dtype):
   images = resnet_weights.images(2, *CASES[case][2], 3)
   is_double = dtype == jnp.float64
   expected = torch_resnet.forward(
-      weights(case),
-      images,
-      dtype=torch.float64 if is_double else torch.float32,
+    weights(case),
+    images,
+    dtype=torch.float64 if is_double else torch.float32,
   )
   tolerance = 1e-10 if is_double else 1e-4
   assert_close(forward(case, dtype)[0], expected.logits, tolerance)
@@ -164,10 +164,10 @@ def test_parameters_are_float32_where_the_computation_is_bfloat16():
   model = resnet.make(depth=18, num_classes=10, dtype=jnp.bfloat16)
   with jax.numpy_dtype_promotion("standard"):
     variables = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+      model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
     )
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
-      np.dtype("float32")
+    np.dtype("float32")
   }
 
 
@@ -175,28 +175,27 @@ def test_a_type_may_be_given_by_name():
   model = resnet.make(depth=18, num_classes=10, dtype="bfloat16")
   with jax.numpy_dtype_promotion("standard"):
     logits, _ = jax.eval_shape(
-        model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+      model.init_with_output, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
     )
   assert logits.dtype == np.float32
 
 
 def test_a_backbone_may_use_the_maps_alone():
   class Backbone(resnet.ResNet):
-
     @nn.compact
     def __call__(self, images):
       return self.maps(images, train=False)
 
   maps, variables = jax.eval_shape(
-      Backbone(depth=50, num_classes=0).init_with_output,
-      jax.random.key(0),
-      jnp.zeros((2, 64, 57, 3)),
+    Backbone(depth=50, num_classes=0).init_with_output,
+    jax.random.key(0),
+    jnp.zeros((2, 64, 57, 3)),
   )
   assert [tuple(x.shape) for x in maps] == [
-      (2, 16, 15, 256),
-      (2, 8, 8, 512),
-      (2, 4, 4, 1024),
-      (2, 2, 2, 2048),
+    (2, 16, 15, 256),
+    (2, 8, 8, 512),
+    (2, 4, 4, 1024),
+    (2, 2, 2, 2048),
   ]
   whole = trees.flatten(shapes(depth=50, num_classes=10)).keys()
   head = {"params/fc/kernel", "params/fc/bias"}
@@ -226,7 +225,7 @@ def test_compressed_kernels_need_no_code_of_their_own():
       codebook = rng.normal(0, 0.1, (16, size)).astype(np.float32)
       codes = rng.integers(0, 16, (c_out, m)).astype(np.uint8)
       nodes[path] = vq_array.VQArray(
-          jnp.asarray(codebook), jnp.asarray(codes), leaf.shape, spec
+        jnp.asarray(codebook), jnp.asarray(codes), leaf.shape, spec
       )
   compressed = trees.replace(variables, nodes)
   apply = jax.jit(model.apply)
@@ -236,16 +235,16 @@ def test_compressed_kernels_need_no_code_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("depth", 20),
-        ("depth", "18"),
-        ("num_classes", 0),
-        ("num_classes", "10"),
-        ("stem", "cifar"),
-        ("dtype", jnp.int32),
-        ("dtype", "float31"),
-    ],
+  ("name", "value"),
+  [
+    ("depth", 20),
+    ("depth", "18"),
+    ("num_classes", 0),
+    ("num_classes", "10"),
+    ("stem", "cifar"),
+    ("dtype", jnp.int32),
+    ("dtype", "float31"),
+  ],
 )
 def test_other_settings_are_refused(name, value):
   settings = {"depth": 18, "num_classes": 10, name: value}
@@ -269,8 +268,8 @@ def test_another_depth_is_refused():
 def test_another_number_of_classes_is_refused_with_both_shapes():
   template = shapes(depth=18, num_classes=1000)
   with pytest.raises(
-      errors.InputError,
-      match=r"fc\.weight is \(10, 512\), the model has \(1000, 512\)",
+    errors.InputError,
+    match=r"fc\.weight is \(10, 512\), the model has \(1000, 512\)",
   ):
     resnet.load_torch(weights("18_imagenet"), template)
 

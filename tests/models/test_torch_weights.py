@@ -20,29 +20,31 @@ def normal(*shape, dtype=np.float32):
 
 def template(**leaves):
   """{path with '__' for '/': shape} -> variables as shapes."""
-  return trees.nest({
+  return trees.nest(
+    {
       path.replace("__", "/"): jax.ShapeDtypeStruct(shape, jnp.float32)
       for path, shape in leaves.items()
-  })
+    }
+  )
 
 
 STATE_DICT = {
-    "conv.weight": normal(6, 4, 3, 5),
-    "bn.weight": normal(6),
-    "bn.bias": normal(6),
-    "bn.running_mean": normal(6),
-    "bn.running_var": normal(6),
-    "head.0.weight": normal(7, 6),
-    "head.0.bias": normal(7),
+  "conv.weight": normal(6, 4, 3, 5),
+  "bn.weight": normal(6),
+  "bn.bias": normal(6),
+  "bn.running_mean": normal(6),
+  "bn.running_var": normal(6),
+  "head.0.weight": normal(7, 6),
+  "head.0.bias": normal(7),
 }
 TEMPLATE = template(
-    params__conv__kernel=(3, 5, 4, 6),
-    params__bn__scale=(6,),
-    params__bn__bias=(6,),
-    batch_stats__bn__mean=(6,),
-    batch_stats__bn__var=(6,),
-    params__head__0__kernel=(6, 7),
-    params__head__0__bias=(7,),
+  params__conv__kernel=(3, 5, 4, 6),
+  params__bn__scale=(6,),
+  params__bn__bias=(6,),
+  batch_stats__bn__mean=(6,),
+  batch_stats__bn__var=(6,),
+  params__head__0__kernel=(6, 7),
+  params__head__0__bias=(7,),
 )
 
 
@@ -57,14 +59,14 @@ def test_every_entry_arrives_at_its_place():
   for (h, w, i, o), value in np.ndenumerate(flat["params/conv/kernel"]):
     assert value == STATE_DICT["conv.weight"][o, i, h, w]
   np.testing.assert_array_equal(
-      flat["params/head/0/kernel"], STATE_DICT["head.0.weight"].T
+    flat["params/head/0/kernel"], STATE_DICT["head.0.weight"].T
   )
   for path, name in {
-      "params/bn/scale": "bn.weight",
-      "params/bn/bias": "bn.bias",
-      "batch_stats/bn/mean": "bn.running_mean",
-      "batch_stats/bn/var": "bn.running_var",
-      "params/head/0/bias": "head.0.bias",
+    "params/bn/scale": "bn.weight",
+    "params/bn/bias": "bn.bias",
+    "batch_stats/bn/mean": "bn.running_mean",
+    "batch_stats/bn/var": "bn.running_var",
+    "params/head/0/bias": "head.0.bias",
   }.items():
     np.testing.assert_array_equal(flat[path], STATE_DICT[name])
 
@@ -97,23 +99,23 @@ def test_convolutions_with_groups_compute_the_same_in_torch(groups, features):
   weight = normal(features, 4 // groups, 3, 3)
   images = normal(2, 9, 8, 4)
   conv = nn.Conv(
-      features,
-      (3, 3),
-      strides=2,
-      padding=1,
-      feature_group_count=groups,
-      use_bias=False,
-      name="conv",
+    features,
+    (3, 3),
+    strides=2,
+    padding=1,
+    feature_group_count=groups,
+    use_bias=False,
+    name="conv",
   )
   shape = template(params__conv__kernel=(3, 3, 4 // groups, features))
   kernel = torch_weights.torch_to_flax({"conv.weight": weight}, shape)
   ours = conv.apply({"params": kernel["params"]["conv"]}, images)
   theirs = torch.nn.functional.conv2d(
-      torch.tensor(images).permute(0, 3, 1, 2),
-      torch.tensor(weight),
-      stride=2,
-      padding=1,
-      groups=groups,
+    torch.tensor(images).permute(0, 3, 1, 2),
+    torch.tensor(weight),
+    stride=2,
+    padding=1,
+    groups=groups,
   )
   theirs = theirs.permute(0, 2, 3, 1).numpy()
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -121,34 +123,30 @@ def test_convolutions_with_groups_compute_the_same_in_torch(groups, features):
 
 def test_depthwise_and_other_ranks_follow_the_same_rule():
   cases = {
-      (8, 1, 3, 3): (3, 3, 1, 8),
-      (5, 4, 3): (3, 4, 5),
-      (5, 4, 1, 2, 3): (1, 2, 3, 4, 5),
+    (8, 1, 3, 3): (3, 3, 1, 8),
+    (5, 4, 3): (3, 4, 5),
+    (5, 4, 1, 2, 3): (1, 2, 3, 4, 5),
   }
   for theirs, ours in cases.items():
     shape = template(params__conv__kernel=ours)
     weight = normal(*theirs)
     loaded = torch_weights.torch_to_flax({"conv.weight": weight}, shape)
     kernel = loaded["params"]["conv"]["kernel"]
-    np.testing.assert_array_equal(
-        kernel, np.moveaxis(weight, (0, 1), (-1, -2))
-    )
+    np.testing.assert_array_equal(kernel, np.moveaxis(weight, (0, 1), (-1, -2)))
 
 
 def test_embeddings_keep_their_axes():
   weight = normal(5, 3)
   shape = template(params__words__embedding=(5, 3))
   loaded = torch_weights.torch_to_flax({"words.weight": weight}, shape)
-  np.testing.assert_array_equal(
-      loaded["params"]["words"]["embedding"], weight
-  )
+  np.testing.assert_array_equal(loaded["params"]["words"]["embedding"], weight)
 
 
 def test_halves_become_the_templates_float32():
   halves = {k: v.astype(np.float16) for k, v in STATE_DICT.items()}
   variables = torch_weights.torch_to_flax(halves, TEMPLATE)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {
-      np.dtype("float32")
+    np.dtype("float32")
   }
   back = torch_weights.flax_to_torch(variables)
   for name, array in back.items():
@@ -195,11 +193,11 @@ def test_all_that_is_wrong_is_said_in_one_message():
   nan = STATE_DICT["head.0.bias"].copy()
   nan[0] = np.nan
   state_dict = changed(
-      bn__running_mean=None,
-      module__fc__weight=normal(2),
-      head__0__weight=normal(6, 7),
-      bn__bias=infinite,
-      head__0__bias=nan,
+    bn__running_mean=None,
+    module__fc__weight=normal(2),
+    head__0__weight=normal(6, 7),
+    bn__bias=infinite,
+    head__0__bias=nan,
   )
   with pytest.raises(errors.InputError) as caught:
     torch_weights.torch_to_flax(state_dict, TEMPLATE)
@@ -213,8 +211,8 @@ def test_all_that_is_wrong_is_said_in_one_message():
 def test_long_lists_are_cut_with_a_count():
   extra = {f"fc{i}.weight": normal(2, 2) for i in range(9)}
   expected = re.escape(
-      "9 extra (fc0.weight, fc1.weight, fc2.weight, fc3.weight, fc4.weight, "
-      "and 4 more)"
+    "9 extra (fc0.weight, fc1.weight, fc2.weight, fc3.weight, fc4.weight, "
+    "and 4 more)"
   )
   with pytest.raises(errors.InputError, match=expected):
     torch_weights.torch_to_flax(STATE_DICT | extra, TEMPLATE)
@@ -237,10 +235,10 @@ def test_variables_without_a_counterpart_are_refused():
 
 def test_compressed_kernels_have_to_be_decoded_first():
   kernel = vq_array.VQArray(
-      jnp.zeros((2, 4)),
-      jnp.zeros((5, 1), jnp.uint8),
-      (4, 5),
-      blocks.BlockSpec(4),
+    jnp.zeros((2, 4)),
+    jnp.zeros((5, 1), jnp.uint8),
+    (4, 5),
+    blocks.BlockSpec(4),
   )
   variables = {"params": {"fc": {"kernel": kernel}}}
   with pytest.raises(errors.InputError, match="decode compressed kernels"):
@@ -271,7 +269,7 @@ def test_bfloat16_files_are_read(tmp_path):
   halves = np.asarray(jnp.arange(7, dtype=jnp.bfloat16))
   safetensors_numpy.save_file({"fc.bias": halves}, path)
   loaded = torch_weights.torch_to_flax(
-      torch_weights.read_safetensors(path), template(params__fc__bias=(7,))
+    torch_weights.read_safetensors(path), template(params__fc__bias=(7,))
   )
   np.testing.assert_array_equal(loaded["params"]["fc"]["bias"], np.arange(7.0))
 

@@ -11,17 +11,17 @@ Shapes = dict[str, tuple[int, ...]]
 # {case: (depth, stem, (height, width))}. Even sides tell symmetric padding from
 # 'SAME', odd ones floor from ceil, and unequal ones height from width.
 CASES = {
-    "18_imagenet": (18, "imagenet", (64, 57)),
-    "18_small": (18, "small", (16, 13)),
-    "50_imagenet": (50, "imagenet", (64, 57)),
-    "50_small": (50, "small", (16, 13)),
+  "18_imagenet": (18, "imagenet", (64, 57)),
+  "18_small": (18, "small", (16, 13)),
+  "50_imagenet": (50, "imagenet", (64, 57)),
+  "50_small": (50, "small", (16, 13)),
 }
 TRAIN_CASE = "18_small"
 TRAIN_STATISTICS = (
-    "bn1.running_mean",
-    "bn1.running_var",
-    "layer2.0.downsample.1.running_mean",
-    "layer2.0.downsample.1.running_var",
+  "bn1.running_mean",
+  "bn1.running_var",
+  "layer2.0.downsample.1.running_mean",
+  "layer2.0.downsample.1.running_var",
 )
 
 
@@ -31,7 +31,7 @@ def shapes(depth: int, num_classes: int, stem: str) -> Shapes:
 
 
 def _shapes(
-    depth: int, num_classes: int, stem: str
+  depth: int, num_classes: int, stem: str
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
   size = 7 if stem == "imagenet" else 3
   yield "conv1.weight", (64, 3, size, size)
@@ -44,9 +44,9 @@ def _shapes(
     for block in range(length):
       name = f"layer{stage}.{block}"
       convs = (
-          [(c_in, width, 3), (width, width, 3)]
-          if depth == 18
-          else [(c_in, width, 1), (width, width, 3), (width, c_out, 1)]
+        [(c_in, width, 3), (width, width, 3)]
+        if depth == 18
+        else [(c_in, width, 1), (width, width, 3), (width, c_out, 1)]
       )
       for i, (n_in, n_out, k) in enumerate(convs, start=1):
         yield f"{name}.conv{i}.weight", (n_out, n_in, k, k)

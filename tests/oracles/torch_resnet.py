@@ -33,11 +33,11 @@ class Result(NamedTuple):
 
 
 def forward(
-    state_dict: dict[str, np.ndarray],
-    images: np.ndarray,
-    *,
-    dtype: torch.dtype = torch.float64,
-    train: bool = False,
+  state_dict: dict[str, np.ndarray],
+  images: np.ndarray,
+  *,
+  dtype: torch.dtype = torch.float64,
+  train: bool = False,
 ) -> Result:
   """Runs the network that the names imply on images [B, H, W, 3]."""
   w = {name: torch.tensor(a, dtype=dtype) for name, a in state_dict.items()}
@@ -46,14 +46,14 @@ def forward(
   def norm(x: Tensor, name: str) -> Tensor:
     counts[name] = x.numel() // x.shape[1]
     return F.batch_norm(
-        x,
-        w[f"{name}.running_mean"],
-        w[f"{name}.running_var"],
-        w[f"{name}.weight"],
-        w[f"{name}.bias"],
-        training=train,
-        momentum=MOMENTUM,
-        eps=EPSILON,
+      x,
+      w[f"{name}.running_mean"],
+      w[f"{name}.running_var"],
+      w[f"{name}.weight"],
+      w[f"{name}.bias"],
+      training=train,
+      momentum=MOMENTUM,
+      eps=EPSILON,
     )
 
   def conv(x: Tensor, name: str, stride: int) -> Tensor:

@@ -39,16 +39,20 @@ def test_results_say_what_the_file_is(config, undisturbed, finished):
   assert results["images"] == 360
   assert results["top1_permuted"] == results["top1_dense"] > 0.5
   assert results["top1_packed"] == pytest.approx(
-      results["top1_finetuned"], abs=0.02
+    results["top1_finetuned"], abs=0.02
   )
   assert results["top1_finetuned"] > results["top1_quantized"] - 0.05
   assert set(results["seconds"]) == {
-      "dense", "permuted", "quantized", "finetuned", "packed"
+    "dense",
+    "permuted",
+    "quantized",
+    "finetuned",
+    "packed",
   }
 
 
 def test_the_same_command_again_says_that_it_is_done(
-    config, undisturbed, finished, capsys
+  config, undisturbed, finished, capsys
 ):
   before = os.stat(finished["folder"] / "model.safetensors").st_mtime_ns
   pipeline.run(config, str(finished["folder"]))
@@ -57,18 +61,18 @@ def test_the_same_command_again_says_that_it_is_done(
 
 
 @pytest.mark.parametrize(
-    ("target", "calls"),
-    [
-        ("pqf_jax.checkpoint.Checkpoints.save_progress", 3),  # in training
-        ("pqf_jax.permute.permute_channels", 1),
-        ("pqf_jax.quantize.quantize_params", 1),
-        ("pqf_jax.checkpoint.Checkpoints.save_progress", 11),  # in fine-tuning
-        ("pqf_jax.pack.save", 1),
-        ("pqf_jax.report.write_html", 1),
-    ],
+  ("target", "calls"),
+  [
+    ("pqf_jax.checkpoint.Checkpoints.save_progress", 3),  # in training
+    ("pqf_jax.permute.permute_channels", 1),
+    ("pqf_jax.quantize.quantize_params", 1),
+    ("pqf_jax.checkpoint.Checkpoints.save_progress", 11),  # in fine-tuning
+    ("pqf_jax.pack.save", 1),
+    ("pqf_jax.report.write_html", 1),
+  ],
 )
 def test_killed_anywhere_it_goes_on_to_the_same_file(
-    config, undisturbed, tmp_path, monkeypatch, target, calls
+  config, undisturbed, tmp_path, monkeypatch, target, calls
 ):
   module, _, name = target.rpartition(".")
   count = iter(range(1, calls))
@@ -91,8 +95,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_file(
   assert results["top1_finetuned"] == undisturbed[0]["top1_finetuned"]
   history = (tmp_path / "metrics.jsonl").read_text().splitlines()
   places = [
-      (record["stage"], record["step"], "top1" in record)
-      for record in map(json.loads, history)
+    (record["stage"], record["step"], "top1" in record)
+    for record in map(json.loads, history)
   ]
   assert len(places) == len(set(places)), "a resumed step was logged twice"
 
@@ -139,7 +143,7 @@ def test_evaluate_without_weights_says_what_is_missing(config):
 
 
 def test_weights_of_another_architecture_are_refused(
-    config, undisturbed, finished, tmp_path
+  config, undisturbed, finished, tmp_path
 ):
   config.weights = str(finished["folder"] / "model.safetensors")
   config.model.num_classes = 12
@@ -160,7 +164,7 @@ def test_a_diverged_training_is_named(config, tmp_path):
 
 
 def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
-    config, tmp_path
+  config, tmp_path
 ):
   config.finetune.epochs = 0
   results, _ = _run(config, tmp_path)
@@ -168,12 +172,12 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("finetune.batch_size", 5000, "5000, but there are 1437"),
-        ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
-        ("pack", "latest", "'latest'; it must be 'last' or 'best'"),
-    ],
+  ("name", "value", "message"),
+  [
+    ("finetune.batch_size", 5000, "5000, but there are 1437"),
+    ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
+    ("pack", "latest", "'latest'; it must be 'last' or 'best'"),
+  ],
 )
 def test_bad_settings_are_refused(config, tmp_path, name, value, message):
   config.update_from_flattened_dict({name: value})
