@@ -1,4 +1,4 @@
-"""Checks what the README's main job promises: python check_results.py WORKDIR."""
+"""Checks what README's main job promises: check_results.py WORKDIR."""
 
 import json
 import os

@@ -4,13 +4,14 @@
 
 FILE holds torchvision's names (conv1 3x3, 10 classes). Table 1 looks at one
 kernel at a time, as the authors do: log-determinant of the covariance of its
-sub-vectors in the order it has, after the authors' search as rewritten here (the
-same rule, other random swaps), and after ours; and the seconds of these two,
-Gram matrix included. --published adds what the authors' own code reached on the
-weights that these figures were made with; it took 1,307 s for 12 groups on 2
-cores. Table 2 is the stage itself: every group, all kernels that read it, and
-the relative squared error after --kmeans-steps steps of k-means.
-About 20 s on 2 cores, and 20 s more with --kmeans-steps 10.
+sub-vectors as it is, after the authors' search as rewritten here (the same
+rule, other random swaps), and after ours; with the seconds of both, Gram matrix
+included. --published adds what the authors' own code reached on the weights
+that these figures were made with; it took 1,307 s for the 12 groups on 2 cores.
+
+Table 2 is the stage itself: every group, all kernels that read it, and the
+relative squared error after --kmeans-steps steps of k-means. Both take 20 s on 2
+cores, and 10 s more with --kmeans-steps 10.
 """
 
 import argparse

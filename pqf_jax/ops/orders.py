@@ -2,9 +2,9 @@
 
 A group's channels are read by one or more kernels k, and one order serves all
 of them. Its worth is F(order) = sum_k share_k * log det cov_k(order), where
-share_k is the share of kernel k in the sub-vectors of all of them: to first
-order, the squared error of kernel k, with N sub-vectors of length D, falls by
-the fraction log det / D of N * D equally important numbers.
+share_k is the share of kernel k in the sub-vectors of all of them. For a given
+rate the error of a number of kernel k grows with exp(log det cov_k / D_k), and
+the kernel has N_k * D_k numbers: so F weighs all numbers alike.
 """
 
 import math

@@ -40,19 +40,22 @@ def search_permutation(
   grams: orders.Grams,
   *,
   num_starts: int = 2,
-  num_rounds: int = 8,
+  num_rounds: int = 4,
 ) -> orders.Order:
   """Searches by sorting, assignments and swaps (see the module docstring).
 
   Args:
     rng: random number generator, consumed.
-    grams: of the kernels that read the group's channels.
-    num_starts: sorted starts, aligned and not in turn, the third and later ones
-      shuffled within their slots; the best after its assignments goes on.
-    num_rounds: rounds of random assignments and swaps that follow, for groups
-      of more than 128 channels. Smaller ones have poorer optima and cheaper
-      rounds, and get up to 8 times as many. A round that brings nothing is
-      followed by one that starts from the best order with a few channels moved.
+    grams: of the kernels that read the group's channels; with a ridge, unless
+      all orders have regular covariances.
+    num_starts: sorted starts, in turn aligned and not; the third and later ones
+      are shuffled within their slots. The best after its assignments goes on.
+    num_rounds: rounds of random assignments and swaps that follow. A round that
+      brings nothing is followed by one that starts from the best order with a
+      few channels moved.
+
+  Groups of 128 channels or less have poorer optima and cheaper rounds: they get
+  256 / C times as many starts and rounds, 16 times at most.
 
   Returns:
     The best order found; an order that one already has may be better.
@@ -176,8 +179,8 @@ def _assign(
 
 
 def _repeats(size: int) -> int:
-  """How many times more rounds a group of this size gets."""
-  return min(8, max(1, 256 // size))
+  """How many times as much is tried for a group of this size."""
+  return min(16, max(1, 256 // size))
 
 
 def _kick(

@@ -1,7 +1,7 @@
 """Orders improved by swapping two channels, exactly evaluated.
 
-`swap_rounds` looks at all pairs at once; `random_swaps` is the authors' search
-(section 3.2 of arXiv 2010.15703), kept for comparison.
+`swap_round` looks at all pairs at once; `stochastic_swaps` is the authors'
+search (section 3.2 of arXiv 2010.15703), kept for comparison.
 """
 
 from typing import NamedTuple
@@ -28,18 +28,6 @@ class SwapTrace(NamedTuple):
   permutation: np.ndarray
   accepted: np.ndarray
   log_det: float
-
-
-def swap_rounds(
-  grams: orders.Grams, order: orders.Order, num_rounds: int
-) -> orders.Order:
-  """Rounds of `swap_round`, until one does not help."""
-  for _ in range(num_rounds):
-    found = swap_round(grams, order)
-    if found.log_det > order.log_det - orders.MIN_GAIN:
-      break
-    order = found
-  return order
 
 
 def swap_round(grams: orders.Grams, order: orders.Order) -> orders.Order:
