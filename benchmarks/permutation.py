@@ -10,8 +10,8 @@ included. --published adds what the authors' own code reached on the weights
 that these figures were made with; it took 1,307 s for the 12 groups on 2 cores.
 
 Table 2 is the stage itself: every group, all kernels that read it, and the
-relative squared error after --kmeans-steps steps of k-means. Both take 20 s on 2
-cores, and 10 s more with --kmeans-steps 10.
+relative squared error after --kmeans-steps steps of k-means. On 2 cores both
+take 20 s, and 15 s more with --kmeans-steps 10.
 """
 
 import argparse

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pqf_jax.core import (
+from pqf_jax.core import channels, trees
+from pqf_jax.core.discovery import (
   axis_factors,
   channel_check,
-  channels,
   propagation,
   tracing,
-  trees,
 )
 
 PyTree = Any

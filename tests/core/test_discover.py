@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 from pqf_jax import errors
-from pqf_jax.core import axis_rules, channels, discover
+from pqf_jax.core import channels, discover
+from pqf_jax.core.discovery import axis_rules
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.extend import core as jax_core
 
-from pqf_jax.core import axis_factors, axis_rules, tracing
+from pqf_jax.core.discovery import axis_factors, axis_rules, tracing
 
 Axes = axis_factors.Axes
 Equation = axis_factors.Equation

@@ -5,7 +5,7 @@ import math
 import hypothesis
 from hypothesis import strategies as st
 
-from pqf_jax.core import axis_factors
+from pqf_jax.core.discovery import axis_factors
 
 SIZES = st.lists(st.sampled_from([2, 3, 4, 6]), min_size=1, max_size=3)
 

@@ -10,7 +10,8 @@ from flax import linen as nn
 from jax import lax
 
 from pqf_jax import errors
-from pqf_jax.core import channel_check, channels, discover, trees
+from pqf_jax.core import channels, discover, trees
+from pqf_jax.core.discovery import channel_check
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from pqf_jax.core import tracing
+from pqf_jax.core.discovery import tracing
 
 
 def widen_dtype(dtype: Any) -> Any:

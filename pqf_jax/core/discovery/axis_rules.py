@@ -9,7 +9,7 @@ that is known of primitives is kept in the modules of rules, `propagation`
 
 from collections.abc import Callable, Collection, Sequence
 
-from pqf_jax.core import axis_factors, contraction_rules, layout_rules
+from pqf_jax.core.discovery import axis_factors, contraction_rules, layout_rules
 
 Axes = axis_factors.Axes
 Equation = axis_factors.Equation

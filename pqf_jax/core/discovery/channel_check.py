@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pqf_jax.core import channels, permuted_network, tracing
+from pqf_jax.core import channels
+from pqf_jax.core.discovery import permuted_network, tracing
 
 PyTree = Any
 JITTER = 0.1

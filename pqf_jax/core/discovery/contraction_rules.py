@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pqf_jax.core import axis_factors
+from pqf_jax.core.discovery import axis_factors
 
 Axes = axis_factors.Axes
 Equation = axis_factors.Equation

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from pqf_jax.core import channels, tracing, widening
+from pqf_jax.core import channels
+from pqf_jax.core.discovery import tracing, widening
 
 PyTree = Any
 TOLERANCE = 1e-10
@@ -36,13 +37,11 @@ class PermutedNetwork(NamedTuple):
     return TOLERANCE if self.wide else OWN_PRECISION_TOLERANCE
 
   def outputs(
-      self, axes: channels.ChannelAxes, permutations: channels.Permutations
+    self, axes: channels.ChannelAxes, permutations: channels.Permutations
   ) -> list[np.ndarray]:
     """The leaves of the outputs after permuting the variables."""
     with _on_cpu(), _precision(self.wide):
-      permuted = channels.apply_permutations(
-          self.variables, axes, permutations
-      )
+      permuted = channels.apply_permutations(self.variables, axes, permutations)
       return jax.device_get(self.run(*jax.tree.leaves(permuted)))
 
 
@@ -51,7 +50,7 @@ def _precision(wide: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def compile_network(
-    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
+  program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
 ) -> PermutedNetwork:
   """Compiles a program in float64, or with a warning in its own precision.
 
@@ -64,15 +63,15 @@ def compile_network(
     return _compile_in(program, variables, inputs, wide=True)
   except Exception as error:  # of any primitive that insists on its own type
     warnings.warn(
-        "the network cannot be run in float64, so that the self-check of the "
-        f"channel groups misses changes below 1 %: {error}",
-        stacklevel=4,
+      "the network cannot be run in float64, so that the self-check of the "
+      f"channel groups misses changes below 1 %: {error}",
+      stacklevel=4,
     )
     return _compile_in(program, variables, inputs, wide=False)
 
 
 def _compile_in(
-    program: tracing.Jaxpr, variables: PyTree, inputs: PyTree, *, wide: bool
+  program: tracing.Jaxpr, variables: PyTree, inputs: PyTree, *, wide: bool
 ) -> PermutedNetwork:
   def cast(leaf: Any, aval: Any) -> Any:
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
@@ -91,12 +90,12 @@ def _compile_in(
     options = {"xla_backend_optimization_level": 0}
     compiled = traced.lower().compile(compiler_options=options)
   return PermutedNetwork(
-      lambda *leaves: compiled(*leaves, *fixed), variables, wide
+    lambda *leaves: compiled(*leaves, *fixed), variables, wide
   )
 
 
 def _run_as_is(
-    program: tracing.Jaxpr, arguments: Sequence[Any]
+  program: tracing.Jaxpr, arguments: Sequence[Any]
 ) -> list[jax.Array]:
   return jax_core.jaxpr_as_fun(program)(*arguments)
 

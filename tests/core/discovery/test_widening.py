@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pqf_jax.core import tracing, widening
+from pqf_jax.core.discovery import tracing, widening
 
 
 def loops(x: jax.Array) -> jax.Array:
