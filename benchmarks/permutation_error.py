@@ -22,23 +22,23 @@ from pqf_jax.models import resnet, torch_weights
 from pqf_jax.ops import permutation_search
 
 SEARCHES = {
-    "paper's: sorted, 10,000 swaps": permutation_search.search_like_authors,
-    "ours": permutation_search.search_permutation,
+  "paper's: sorted, 10,000 swaps": permutation_search.search_like_authors,
+  "ours": permutation_search.search_permutation,
 }
 RULES = (
-    ("params/conv1/kernel", None, 1),
-    (".*/(fc|downsample/0)/kernel", 256, 4),
-    (".*/conv[12]/kernel", 256, 2),
+  ("params/conv1/kernel", None, 1),
+  (".*/(fc|downsample/0)/kernel", 256, 4),
+  (".*/conv[12]/kernel", 256, 2),
 )
 
 
 def layer_errors(
-    variables: object, plan: plans.CompressionPlan, seeds: int
+  variables: object, plan: plans.CompressionPlan, seeds: int
 ) -> np.ndarray:
   """[seeds, layers] mean squared error over variance."""
   runs = [
-      quantize.quantize_params(jax.random.key(seed), variables, plan)[1]
-      for seed in range(seeds)
+    quantize.quantize_params(jax.random.key(seed), variables, plan)[1]
+    for seed in range(seeds)
   ]
   return np.array([[run[path].distortion for path in plan] for run in runs])
 
@@ -65,14 +65,14 @@ def main() -> None:
   for name, search in SEARCHES.items():
     start = time.perf_counter()
     permuted, _, _ = permute.permute_channels(
-        jax.random.key(0), variables, axes, plan, search=search
+      jax.random.key(0), variables, axes, plan, search=search
     )
     seconds = time.perf_counter() - start
     errors = layer_errors(permuted, plan, options.seeds) / before.mean(0)
     by_seed = errors.mean(1)
     print(
-        f"| {name} | {by_seed.mean():.4f} +- {by_seed.std():.4f} (worst layer "
-        f"{errors.mean(0).max():.4f}) | {seconds:.1f} |"
+      f"| {name} | {by_seed.mean():.4f} +- {by_seed.std():.4f} (worst layer "
+      f"{errors.mean(0).max():.4f}) | {seconds:.1f} |"
     )
 
 

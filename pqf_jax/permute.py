@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pqf_jax import errors
 from pqf_jax.core import channels, trees
 from pqf_jax.core import plan as plans
 from pqf_jax.ops import covariance, kmeans, orders, permutation_search
@@ -160,12 +159,7 @@ def _entries(
   flat = trees.flatten(variables)
   kernels = {path: flat[path] for paths in readers.values() for path in paths}
   for path, kernel in kernels.items():
-    bad = int(np.size(kernel) - np.isfinite(kernel).sum())
-    if bad:
-      raise errors.InputError(
-        f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
-        "file is damaged or its training diverged: take an earlier checkpoint"
-      )
+    trees.check_finite(path, kernel)
 
   def by_channel(kernels: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {

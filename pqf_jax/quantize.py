@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pqf_jax import errors
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
 from pqf_jax.ops import kmeans
@@ -59,27 +58,13 @@ def quantize_params(
   """
   flat = trees.flatten(variables)
   for path in plan:
-    check_finite(path, flat[path])
+    trees.check_finite(path, flat[path])
   nodes, summaries = {}, {}
   for path, layer in plan.items():
     layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     nodes[path], summaries[path] = _quantize(layer_key, path, flat[path], layer)
     on_layer(summaries[path])
   return trees.replace(variables, nodes), summaries
-
-
-def check_finite(path: str, kernel: jax.Array) -> None:
-  """Refuses NaN and infinite weights.
-
-  Raises:
-    InputError: names the variable and how many of its entries are bad.
-  """
-  bad = int(np.size(kernel) - np.isfinite(kernel).sum())
-  if bad:
-    raise errors.InputError(
-      f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
-      "file is damaged or its training diverged: take an earlier checkpoint"
-    )
 
 
 def _quantize(

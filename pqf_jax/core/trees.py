@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import tree_util
 
 from pqf_jax import errors
@@ -84,3 +85,17 @@ def shapes(tree: PyTree) -> PyTree:
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
   )
+
+
+def check_finite(path: str, kernel: jax.Array) -> None:
+  """Refuses NaN and infinite weights.
+
+  Raises:
+    InputError: names the variable and how many of its entries are bad.
+  """
+  bad = int(np.size(kernel) - np.isfinite(kernel).sum())
+  if bad:
+    raise errors.InputError(
+      f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
+      "file is damaged or its training diverged: take an earlier checkpoint"
+    )

@@ -28,8 +28,8 @@ def _error(model, variables, axes, dtype):
   """Largest change of a logit, relative to the largest logit."""
   rng = np.random.default_rng(1)
   permutations = {
-      group: rng.permutation(size).astype(np.int32)
-      for group, size in channels.group_sizes(variables, axes).items()
+    group: rng.permutation(size).astype(np.int32)
+    for group, size in channels.group_sizes(variables, axes).items()
   }
   permuted = channels.apply_permutations(variables, axes, permutations)
   images = jnp.asarray(rng.normal(size=SHAPE), dtype)
@@ -39,15 +39,20 @@ def _error(model, variables, axes, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "limit"), [("float32", 1e-4), ("float64", 1e-10)]
+  ("dtype", "limit"), [("float32", 1e-4), ("float64", 1e-10)]
 )
 def test_logits_stay_and_one_dropped_member_changes_them(dtype, limit):
-  with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("standard"):
+  with (
+    jax.enable_x64(dtype == "float64"),
+    jax.numpy_dtype_promotion("standard"),
+  ):
     model = resnet.make(depth=18, num_classes=10, stem="small", dtype=dtype)
     images = jax.ShapeDtypeStruct(SHAPE, dtype)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     axes = discover.infer_channels(model.apply, shapes, images)
-    assert len({axis.group for row in axes.values() for axis in row if axis}) == 12
+    assert (
+      len({axis.group for row in axes.values() for axis in row if axis}) == 12
+    )
     variables = _random(shapes, dtype)
     assert _error(model, variables, axes, dtype) < limit
 
