@@ -36,6 +36,13 @@ def get_config() -> ml_collections.ConfigDict:
   # pqf_jax.core.plan.Rule. The first that matches a kernel's path decides.
   config.rules = ()
 
+  config.permute = ml_collections.ConfigDict()
+  # 'assignment' is ours; 'paper' the sorted start and 10,000 random swaps of
+  # the paper, judged by one kernel a group; 'none' leaves the order as it is.
+  config.permute.search = "assignment"
+  # If not 0, an order is also judged by a k-means of so many steps.
+  config.permute.kmeans_steps = 0
+
   # Stage 0, where there are no weights to start from.
   config.train = ml_collections.ConfigDict()
   config.train.epochs = 0

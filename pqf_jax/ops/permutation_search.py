@@ -93,6 +93,12 @@ def search_like_authors(
   return swaps.random_swaps(rng, grams, start, num_swaps)
 
 
+def keep_order(rng: np.random.Generator, grams: orders.Grams) -> orders.Order:
+  """No search: the order that the channels have, to compare with."""
+  del rng
+  return orders.evaluate(grams, np.arange(len(grams[0].sums)))
+
+
 def sorted_permutation(grams: orders.Grams) -> np.ndarray:
   """[C]: slot by slot, channels of falling log-determinant.
 

@@ -12,6 +12,7 @@ import ml_collections
 
 from pqf_jax import checkpoint, data, errors, models, progress, report
 from pqf_jax.core import plan as plans
+from pqf_jax.ops import permutation_search
 from pqf_jax.pipeline import summary, weights, workspace
 from pqf_jax.tasks import classification
 
@@ -19,6 +20,12 @@ PyTree = Any
 Record = checkpoint.Record
 # Convolutional networks take any size; this one suits every stem and is cheap.
 SAMPLE_SHAPE = (1, 64, 64, 3)
+# What `config.permute.search` may name.
+SEARCHES = {
+  "assignment": permutation_search.search_permutation,
+  "paper": permutation_search.search_like_authors,
+  "none": permutation_search.keep_order,
+}
 
 
 class Job(NamedTuple):
@@ -70,6 +77,7 @@ def prepare(
   config: ml_collections.ConfigDict, files: workspace.Workspace
 ) -> Job:
   """Resolves everything that can be refused before any long work."""
+  _check_choices(config)
   module, template = build_model(config)
   plan = make_plan(config, template)
   print_plan(plan, template)
@@ -96,11 +104,19 @@ def prepare(
   )
 
 
+def _check_choices(config: ml_collections.ConfigDict) -> None:
+  choices = (
+    ("pack", config.pack, ("last", "best")),
+    ("permute.search", config.permute.search, tuple(SEARCHES)),
+  )
+  for name, value, known in choices:
+    if value not in known:
+      raise errors.InputError(
+        f"config.{name} is {value!r}; it must be one of {known}"
+      )
+
+
 def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
-  if config.pack not in ("last", "best"):
-    raise errors.InputError(
-      f"config.pack is {config.pack!r}; it must be 'last' or 'best'"
-    )
   for stage in ("train", "finetune"):
     settings = config[stage]
     if settings.epochs and not 0 < settings.batch_size <= num_images:

@@ -120,6 +120,7 @@ def dense_stage(job: jobs.Job) -> Staged:
 
 def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
   """The same function with its channels in a better order."""
+  settings = job.config.permute
 
   def compute() -> Staged:
     axes = discover.discover_channels(
@@ -132,6 +133,8 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         dense,
         axes,
         job.plan,
+        search=jobs.SEARCHES[settings.search],
+        kmeans_steps=settings.kmeans_steps,
         on_group=lambda group: bar.advance(),
       )
     record = {

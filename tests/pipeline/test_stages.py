@@ -4,7 +4,7 @@ import pkgutil
 
 import pytest
 
-from pqf_jax import errors, pack, pipeline
+from pqf_jax import errors, pack, permute, pipeline
 
 
 class Killed(BaseException):
@@ -176,7 +176,8 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
   [
     ("finetune.batch_size", 5000, "5000, but there are 1437"),
     ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
-    ("pack", "latest", "'latest'; it must be 'last' or 'best'"),
+    ("pack", "latest", "'latest'; it must be one of .*'best'"),
+    ("permute.search", "papers", "'papers'; it must be .*'paper', 'none'"),
   ],
 )
 def test_bad_settings_are_refused(config, tmp_path, name, value, message):
@@ -184,3 +185,23 @@ def test_bad_settings_are_refused(config, tmp_path, name, value, message):
   with pytest.raises(errors.InputError, match=message):
     pipeline.run(config, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("search", ["paper", "none"])
+def test_the_search_of_the_channel_order_can_be_chosen(
+  config, tmp_path, monkeypatch, search
+):
+  config.train.epochs = config.finetune.epochs = 1
+  config.permute.search = search
+  groups = []
+  original = permute.permute_channels
+
+  def spy(*args, **kwargs):
+    result = original(*args, **kwargs)
+    groups.extend(result[2])
+    return result
+
+  monkeypatch.setattr("pqf_jax.permute.permute_channels", spy)
+  results, _ = _run(config, tmp_path)
+  assert any(group.accepted for group in groups) == (search == "paper")
+  assert results["top1_permuted"] == results["top1_dense"]
