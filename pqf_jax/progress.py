@@ -45,6 +45,7 @@ class Bar:
     self._start = time.monotonic()
     self._next = self._start + seconds
     self._first: tuple[float, int] | None = None
+    self._shown: int | None = None
     self._latest: Mapping[str, Value] = {}
     self._awaited: Mapping[str, Value] | None = None
 
@@ -70,12 +71,13 @@ class Bar:
       self._awaited = self._latest
     if all(map(_is_ready, self._awaited.values())):
       self._show(self._done, self._text(now, self._awaited))
+      self._shown = self._done
       self._awaited = None
       self._next = now + self._seconds
 
   def finish(self) -> None:
-    """Shows the last state; `track` calls it at the end of its block."""
-    if self._show is not None:
+    """Shows the last state unless it was; `track` calls it at the end."""
+    if self._show is not None and self._shown != self._done:
       self._show(self._done, self._text(time.monotonic(), self._latest))
 
   def _text(self, now: float, values: Mapping[str, Value]) -> str:

@@ -240,7 +240,8 @@ def finish(
     config=job.config.to_dict(),
     plan_rows=summary.plan_rows(size),
     layers=summary.layer_rows(size, records["quantized"]["distortion"]),
-    groups=records["permuted"]["groups"],
+    # Of the others no order changes a sub-vector.
+    groups=[row for row in records["permuted"]["groups"] if row["children"]],
     history=files.history(),
   )
   files.write_results(results)
