@@ -3,8 +3,10 @@ import os
 import pkgutil
 
 import pytest
+import safetensors.numpy
 
 from pqf_jax import errors, pack, permute, pipeline
+from pqf_jax.models import torch_weights
 
 
 class Killed(BaseException):
@@ -205,3 +207,44 @@ def test_the_search_of_the_channel_order_can_be_chosen(
   results, _ = _run(config, tmp_path)
   assert any(group.accepted for group in groups) == (search == "paper")
   assert results["top1_permuted"] == results["top1_dense"]
+
+
+@pytest.fixture
+def weights_files(config, tmp_path):
+  """The same trained weights as a dense file of ours and with torch's names."""
+  config.train.epochs, config.finetune.epochs = 3, 0
+  config.rules = (("params/.*", None),)
+  pipeline.run(config, str(tmp_path / "dense"))
+  ours = tmp_path / "dense" / "model.safetensors"
+  torch = tmp_path / "torch.safetensors"
+  state_dict = torch_weights.flax_to_torch(pack.load(ours))
+  safetensors.numpy.save_file(state_dict, torch)
+  results = json.loads((tmp_path / "dense" / "results.json").read_text())
+  return (ours, torch), results["top1_packed"]
+
+
+def test_evaluate_reads_dense_files_and_those_with_torchs_names(
+  config, tmp_path, weights_files
+):
+  files, top1 = weights_files
+  config.mode = "evaluate"
+  for index, file in enumerate(files):
+    config.weights = str(file)
+    pipeline.run(config, str(tmp_path / f"evaluate{index}"))
+    text = (tmp_path / f"evaluate{index}" / "results.json").read_text()
+    assert json.loads(text)["top1"] == top1
+
+
+def test_compression_starts_from_weights_without_training(
+  config, tmp_path, weights_files
+):
+  files, top1 = weights_files
+  config.train.epochs = 0
+  config.rules = (
+    ("params/conv0/kernel", None),
+    ("params/.*", 16, 2, 10),
+  )
+  for index, file in enumerate(files):
+    config.weights = str(file)
+    results, _ = _run(config, tmp_path / f"run{index}")
+    assert results["top1_dense"] == top1
