@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -70,6 +71,10 @@ class Checkpoints:
 
   def save(self, name: str, tree: PyTree, record: Record) -> None:
     """Saves arrays, then the record that makes them count."""
+    # Asked before: where it fails, tensorstore's threads print tracebacks.
+    self._root.mkdir(parents=True, exist_ok=True)
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    files.check_space(self._root, num_bytes)
     with ocp.StandardCheckpointer() as checkpointer:
       try:
         checkpointer.save(self._root / name, tree, force=True)

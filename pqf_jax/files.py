@@ -1,6 +1,8 @@
 """Files that are written whole or not at all, on local and remote storage."""
 
 import errno
+import os
+import shutil
 
 from etils import epath
 
@@ -28,6 +30,21 @@ def write(path: epath.PathLike, data: bytes) -> None:
     if error.errno == errno.ENOSPC:
       raise disk_full(path) from error
     raise
+
+
+def check_space(folder: epath.PathLike, num_bytes: int) -> None:
+  """Refuses what the disk cannot hold, before it is written.
+
+  Args:
+    folder: exists; remote storage is not asked.
+    num_bytes: that will be written there.
+
+  Raises:
+    InputError: less than that is free.
+  """
+  remote = "://" in os.fspath(folder)
+  if not remote and shutil.disk_usage(folder).free < num_bytes:
+    raise disk_full(folder)
 
 
 def disk_full(path: epath.PathLike) -> errors.InputError:

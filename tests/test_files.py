@@ -27,3 +27,10 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     files.write(path, b"new")
   assert path.read_bytes() == b"old"
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_disk_cannot_hold_is_refused_before(tmp_path):
+  files.check_space(tmp_path, 1)
+  files.check_space("gs://bucket/run", 10**18)
+  with pytest.raises(errors.InputError, match="no space is left for"):
+    files.check_space(tmp_path, 10**18)
