@@ -3,7 +3,7 @@
 import functools
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import ml_collections
 
 from pqf_jax import checkpoint, data, errors, models, progress, report
 from pqf_jax.core import plan as plans
+from pqf_jax.core import vq_array
 from pqf_jax.ops import permutation_search
 from pqf_jax.pipeline import summary, weights, workspace
 from pqf_jax.tasks import classification
@@ -37,6 +38,8 @@ class Job(NamedTuple):
     module: the Flax module.
     template: its dense variables, as shapes.
     plan: what is compressed, and how.
+    weights: dense variables read from `config.weights`, or None where the
+      network is trained first.
     dataset: images.
     loss_fn: see `finetune.LossFn`.
     evaluate: variables -> {top1, top5, images}.
@@ -47,6 +50,7 @@ class Job(NamedTuple):
   module: Any
   template: PyTree
   plan: plans.CompressionPlan
+  weights: PyTree | None
   dataset: data.ImageDataset
   loss_fn: Callable[..., Any]
   evaluate: Callable[[PyTree], dict[str, float]]
@@ -77,12 +81,15 @@ def prepare(
   config: ml_collections.ConfigDict, files: workspace.Workspace
 ) -> Job:
   """Resolves everything that can be refused before any long work."""
-  _check_choices(config)
+  check_choice("pack", config.pack, ("last", "best"))
+  check_choice("permute.search", config.permute.search, SEARCHES)
   module, template = build_model(config)
   plan = make_plan(config, template)
   print_plan(plan, template)
+  variables = None
   if config.weights:
-    weights.read(config.weights, config.model.name, template)
+    stored = weights.read(config.weights, config.model.name, template)
+    variables = vq_array.decode_params(stored)  # of a file packed before
   elif not config.train.epochs:
     raise errors.InputError(
       "nothing to compress: give --config.weights=FILE.safetensors, or train "
@@ -98,22 +105,23 @@ def prepare(
     module,
     template,
     plan,
+    variables,
     dataset,
     loss_fn,
     make_evaluate(config, module, dataset),
   )
 
 
-def _check_choices(config: ml_collections.ConfigDict) -> None:
-  choices = (
-    ("pack", config.pack, ("last", "best")),
-    ("permute.search", config.permute.search, tuple(SEARCHES)),
-  )
-  for name, value, known in choices:
-    if value not in known:
-      raise errors.InputError(
-        f"config.{name} is {value!r}; it must be one of {known}"
-      )
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+  """Refuses a setting that is none of the known ones.
+
+  Raises:
+    InputError: names the setting, its value and the choices.
+  """
+  if value not in (choices := tuple(known)):
+    raise errors.InputError(
+      f"config.{name} is {value!r}; it must be one of {choices}"
+    )
 
 
 def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:

@@ -23,7 +23,7 @@ from pqf_jax import (
   quantize,
   report,
 )
-from pqf_jax.core import channels, discover, trees, vq_array
+from pqf_jax.core import channels, discover, trees
 from pqf_jax.core import plan as plans
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, training, weights, workspace
@@ -43,10 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     InputError: bad input, found before any long work wherever that can be.
   """
   modes = {"compress": compress, "evaluate": evaluate, "plan": show_plan}
-  if config.mode not in modes:
-    raise errors.InputError(
-      f"config.mode is {config.mode!r}; it must be one of {sorted(modes)}"
-    )
+  jobs.check_choice("mode", config.mode, modes)
   modes[config.mode](config, workdir)
 
 
@@ -101,11 +98,8 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 def dense_stage(job: jobs.Job) -> Staged:
   """The trained network: read from a file, or trained here."""
 
-  def read() -> Staged:
-    config = job.config
-    variables = weights.read(config.weights, config.model.name, job.template)
-    variables = vq_array.decode_params(variables)  # of a file packed before
-    return variables, job.evaluate(variables)
+  def take() -> Staged:
+    return job.weights, job.evaluate(job.weights)
 
   def train() -> Staged:
     sample = jnp.zeros(jobs.SAMPLE_SHAPE)
@@ -113,7 +107,9 @@ def dense_stage(job: jobs.Job) -> Staged:
     fitted, record = fit(job, "train", variables, job.config.train)
     return fitted.last, record
 
-  staged = job.run("dense", job.template, read if job.config.weights else train)
+  staged = job.run(
+    "dense", job.template, train if job.weights is None else take
+  )
   job.files.checkpoints.drop_progress("train")
   return staged
 
