@@ -31,6 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = ""
   config.data.dir = ""  # parent folder of the prepared data set
   config.data.image_size = 0  # pixels; 0: as is usual for the data set
+  # Of red, green and blue in 0..1; empty: those of the data set.
+  config.data.mean = ()
+  config.data.std = ()
 
   # (pattern, num_codes or None, channels a sub-vector, k-means steps); see
   # pqf_jax.core.plan.Rule. The first that matches a kernel's path decides.
@@ -42,6 +45,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.permute.search = "assignment"
   # If not 0, an order is also judged by a k-means of so many steps.
   config.permute.kmeans_steps = 0
+
+  config.quantize = ml_collections.ConfigDict()
+  # The paper's annealed k-means (SR-C); False: plain k-means, to compare with.
+  config.quantize.annealed = True
 
   # Stage 0, where there are no weights to start from.
   config.train = ml_collections.ConfigDict()
@@ -55,6 +62,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.finetune.batch_size = 128
   config.finetune.learning_rate = 1e-3
   config.finetune.final_learning_rate = 1e-6
+  # Share of the fine-tuning loss, 0 to 1, that compares with the outputs of the
+  # dense network instead of the labels. The paper has none.
+  config.distillation = 0.0
 
   # Which weights of the fine-tuning are packed: 'last', as the paper reports,
   # or 'best' by top-1 on the test images (which then are no longer unseen).

@@ -36,6 +36,7 @@ def quantize_params(
   variables: PyTree,
   plan: plans.CompressionPlan,
   *,
+  annealed: bool = True,
   on_layer: Callable[[LayerSummary], None] = lambda summary: None,
 ) -> tuple[PyTree, dict[str, LayerSummary]]:
   """Learns a codebook and codes for every kernel of the plan.
@@ -47,6 +48,7 @@ def quantize_params(
     key: random number generator key, consumed.
     variables: dense variable tree.
     plan: which kernels, and how.
+    annealed: False: plain k-means (Lloyd), to compare with.
     on_layer: called after each layer, for progress.
 
   Returns:
@@ -59,20 +61,27 @@ def quantize_params(
   flat = trees.flatten(variables)
   for path in plan:
     trees.check_finite(path, flat[path])
+  quantizer = kmeans.annealed_kmeans if annealed else kmeans.lloyd_kmeans
   nodes, summaries = {}, {}
   for path, layer in plan.items():
     layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    nodes[path], summaries[path] = _quantize(layer_key, path, flat[path], layer)
+    nodes[path], summaries[path] = _quantize(
+      layer_key, path, flat[path], layer, quantizer
+    )
     on_layer(summaries[path])
   return trees.replace(variables, nodes), summaries
 
 
 def _quantize(
-  key: jax.Array, path: str, kernel: jax.Array, layer: plans.LayerPlan
+  key: jax.Array,
+  path: str,
+  kernel: jax.Array,
+  layer: plans.LayerPlan,
+  quantizer: Callable[..., kmeans.KMeansResult],
 ) -> tuple[vq_array.VQArray, LayerSummary]:
   sub_vectors = layer.spec.to_blocks(kernel)
   c_out, m, block = sub_vectors.shape
-  result = kmeans.annealed_kmeans(
+  result = quantizer(
     key,
     sub_vectors.reshape(-1, block),
     num_codes=layer.num_codes,

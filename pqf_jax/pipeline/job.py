@@ -41,7 +41,6 @@ class Job(NamedTuple):
     weights: dense variables read from `config.weights`, or None where the
       network is trained first.
     dataset: images.
-    loss_fn: see `finetune.LossFn`.
     evaluate: variables -> {top1, top5, images}.
   """
 
@@ -52,7 +51,6 @@ class Job(NamedTuple):
   plan: plans.CompressionPlan
   weights: PyTree | None
   dataset: data.ImageDataset
-  loss_fn: Callable[..., Any]
   evaluate: Callable[[PyTree], dict[str, float]]
 
   def key(self, stage: str) -> jax.Array:
@@ -98,7 +96,6 @@ def prepare(
   dataset = load_dataset(config)
   _check_training(config, len(dataset.train))
   files.claim()
-  loss_fn = classification.make_loss(module.apply, preprocess(dataset))
   return Job(
     config,
     files,
@@ -107,7 +104,6 @@ def prepare(
     plan,
     variables,
     dataset,
-    loss_fn,
     make_evaluate(config, module, dataset),
   )
 
@@ -125,6 +121,10 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
+  if not 0 <= config.distillation <= 1:
+    raise errors.InputError(
+      f"config.distillation is {config.distillation:g}; it is a share, 0 to 1"
+    )
   for stage in ("train", "finetune"):
     settings = config[stage]
     if settings.epochs and not 0 < settings.batch_size <= num_images:
@@ -177,6 +177,15 @@ def load_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
       f"config.model.num_classes is {config.model.num_classes}, but "
       f"{config.data.name} has {dataset.num_classes} classes"
     )
+  for field in ("mean", "std"):
+    values = tuple(config.data[field])
+    if len(values) not in (0, 3):
+      raise errors.InputError(
+        f"config.data.{field} is {values}; give one value in 0..1 for each of "
+        "red, green and blue, or none for those of the data set"
+      )
+    if values:
+      dataset = dataset._replace(**{field: values})
   return dataset
 
 

@@ -27,6 +27,7 @@ from pqf_jax.core import channels, discover, trees
 from pqf_jax.core import plan as plans
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, training, weights, workspace
+from pqf_jax.tasks import classification
 
 PyTree = Any
 Staged = tuple[PyTree, checkpoint.Record]
@@ -85,7 +86,7 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   dense, dense_record = dense_stage(job)
   permuted, permute_record = permute_stage(job, dense)
   quantized, quantize_record = quantize_stage(job, permuted)
-  tuned, finetune_record = finetune_stage(job, quantized)
+  tuned, finetune_record = finetune_stage(job, dense, quantized)
   records = {
     "dense": dense_record,
     "permuted": permute_record,
@@ -154,6 +155,7 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
         job.key("quantize"),
         permuted,
         job.plan,
+        annealed=job.config.quantize.annealed,
         on_layer=lambda layer: bar.advance(distortion=layer.distortion),
       )
     distortion = {path: layer.distortion for path, layer in layers.items()}
@@ -163,14 +165,15 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
   return job.run("quantize", target, compute)
 
 
-def finetune_stage(job: jobs.Job, quantized: PyTree) -> Staged:
+def finetune_stage(job: jobs.Job, dense: PyTree, quantized: PyTree) -> Staged:
   """Trained codebooks, norms and biases."""
+
+  def compute() -> Staged:
+    teacher = dense if job.config.distillation else None
+    return fit(job, "finetune", quantized, job.config.finetune, teacher)
+
   target = trees.shapes(training.Fitted(quantized, quantized))
-  fitted, record = job.run(
-    "finetune",
-    target,
-    lambda: fit(job, "finetune", quantized, job.config.finetune),
-  )
+  fitted, record = job.run("finetune", target, compute)
   return getattr(fitted, job.config.pack), record
 
 
@@ -179,32 +182,37 @@ def fit(
   stage: str,
   variables: PyTree,
   settings: ml_collections.ConfigDict,
+  teacher: PyTree | None = None,
 ) -> tuple[training.Fitted, checkpoint.Record]:
   """`training.fit` with the settings of a config; no epochs, no change."""
   if not settings.epochs:
     return training.Fitted(variables, variables), job.evaluate(variables)
-  steps_per_epoch = len(job.dataset.train) // settings.batch_size
+  apply_fn, preprocess = job.module.apply, jobs.preprocess(job.dataset)
   schedule = training.Schedule(
-    steps_per_epoch=steps_per_epoch,
+    steps_per_epoch=len(job.dataset.train) // settings.batch_size,
     checkpoint_steps=job.config.checkpoint_steps,
     **settings,
   )
 
   def batches(first_step: int) -> Iterator[Any]:
     job.files.resume_log(stage, first_step + 1)
-    return data.train_batches(
+    read = data.train_batches(
       job.dataset,
       batch_size=settings.batch_size,
       seed=job.config.seed,
       start_step=first_step,
       num_steps=schedule.num_steps - first_step,
     )
+    if teacher is None:
+      return read
+    return map(classification.make_teacher(apply_fn, preprocess, teacher), read)
 
+  share = 0.0 if teacher is None else job.config.distillation
   return training.fit(
     stage,
     variables,
     schedule,
-    loss_fn=job.loss_fn,
+    loss_fn=classification.make_loss(apply_fn, preprocess, distillation=share),
     batches=batches,
     evaluate=job.evaluate,
     checkpoints=job.files.checkpoints,

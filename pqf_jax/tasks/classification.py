@@ -14,12 +14,17 @@ Preprocess = Callable[[jax.Array], jax.Array]
 TOP_K = 5
 
 
-def make_loss(apply_fn: ApplyFn, preprocess: Preprocess) -> Callable[..., Any]:
+def make_loss(
+  apply_fn: ApplyFn, preprocess: Preprocess, *, distillation: float = 0.0
+) -> Callable[..., Any]:
   """Cross-entropy in training mode, norm statistics updated.
 
   Args:
     apply_fn: a Linen module's `apply`, which takes `train`.
     preprocess: uint8 images [B, H, W, 3] -> float32, on the device.
+    distillation: share of the loss, 0 to 1, whose targets are the teacher's
+      probabilities instead of the labels (Hinton et al., arXiv 1503.02531, at
+      temperature 1); batches then come through `make_teacher`.
 
   Returns:
     A `finetune.LossFn` over batches with `image` and `label` int32 [B].
@@ -34,12 +39,30 @@ def make_loss(apply_fn: ApplyFn, preprocess: Preprocess) -> Callable[..., Any]:
       train=True,
       mutable=["batch_stats"],
     )
-    loss = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch["label"]
-    ).mean()
+    targets = jax.nn.one_hot(batch["label"], logits.shape[1])
+    if distillation:
+      taught = jax.nn.softmax(batch["teacher_logits"])
+      targets += distillation * (taught - targets)
+    loss = optax.softmax_cross_entropy(logits, targets).mean()
     return loss, (updated, {})
 
   return loss_fn
+
+
+def make_teacher(
+  apply_fn: ApplyFn, preprocess: Preprocess, variables: PyTree
+) -> Callable[[Batch], Batch]:
+  """The map that adds a network's `teacher_logits` [B, classes] to a batch."""
+
+  @jax.jit
+  def logits(variables: PyTree, images: jax.Array) -> jax.Array:
+    return apply_fn(variables, preprocess(images), train=False)
+
+  # An argument, because a constant of that size would be compiled in.
+  return lambda batch: {
+    **batch,
+    "teacher_logits": logits(variables, batch["image"]),
+  }
 
 
 def make_evaluate(
