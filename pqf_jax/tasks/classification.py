@@ -89,7 +89,7 @@ def make_evaluate(
     ahead = (logits > of_label) | ((logits == of_label) & (classes < label))
     rank = ahead.sum(axis=1)
     hits = jnp.stack([rank < 1, rank < TOP_K, rank >= 0])
-    return (hits * batch["mask"][None]).sum(axis=1)
+    return jnp.where(hits, batch["mask"][None], 0.0).sum(axis=1)
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     # One device value a batch, read at the end: no sync between batches.

@@ -1,0 +1,246 @@
+"""The paper's claims, one switch at a time: order, k-means, fine-tuning.
+
+    python benchmarks/ablation.py --data DIR --weights NAME=FILE ... --jobs 6
+
+Runs the whole job for every study, channel order, k-means and seed that
+`docs/ablation.json` does not hold yet, adds what came out, and writes
+`docs/ablation.md` and `docs/ablation.svg` from all it holds (which needs
+matplotlib). DIR is the parent folder of the data sets; NAME is resnet18_cifar10
+or mobilenet_v2. --studies picks some, --jobs says how many run side by side.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+Record = dict[str, Any]
+
+
+class Study(NamedTuple):
+  """One network, data set and block size.
+
+  Attributes:
+    title: what it is, for the table.
+    weights: which file of --weights it starts from.
+    flags: of main.py.
+  """
+
+  title: str
+  weights: str
+  flags: tuple[str, ...]
+
+
+# 3,500 images of 10 classes are no ImageNet: labels would teach the network
+# that the other 990 classes do not exist, so the dense network is the teacher.
+MOBILENET = ("--config.distillation=1.0", "--config.finetune.epochs=20")
+STUDIES = {
+  "resnet18_large": Study(
+    "ResNet-18, CIFAR-10, large blocks",
+    "resnet18_cifar10",
+    ("--config=configs/resnet18.py:cifar10,large",),
+  ),
+  "resnet18_small": Study(
+    "ResNet-18, CIFAR-10, small blocks",
+    "resnet18_cifar10",
+    ("--config=configs/resnet18.py:cifar10",),
+  ),
+  "mobilenet_v2_small": Study(
+    "MobileNetV2, 10 classes of ImageNet, blocks of 4",
+    "mobilenet_v2",
+    ("--config=configs/mobilenet_v2.py:imagenet2012", *MOBILENET),
+  ),
+  "mobilenet_v2_large": Study(
+    "MobileNetV2, 10 classes of ImageNet, blocks of 8",
+    "mobilenet_v2",
+    ("--config=configs/mobilenet_v2.py:imagenet2012,large", *MOBILENET),
+  ),
+}
+ORDERS = {"none": "as trained", "assignment": "permuted"}
+KMEANS = {False: "Lloyd", True: "annealed (SR-C)"}
+FIELDS = ("top1_dense", "top1_quantized", "top1_finetuned", "payload_bytes")
+COLUMNS = {
+  "error": ("squared error", 1),
+  "top1_quantized": ("top-1 quantized", 100),
+  "top1_finetuned": ("top-1 fine-tuned", 100),
+}
+
+
+def main() -> None:
+  """Runs what is missing and writes the page."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--data", help="parent folder of the data sets")
+  parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FILE")
+  parser.add_argument("--studies", nargs="*", default=list(STUDIES))
+  parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+  parser.add_argument("--jobs", type=int, default=1)
+  parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablation")
+  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
+  options = parser.parse_args()
+  store = options.docs / "ablation.json"
+  records = json.loads(store.read_text()) if store.exists() else []
+  known = {record["run"] for record in records}
+  weights = dict(pair.split("=", 1) for pair in options.weights)
+  with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+    waiting = [
+      pool.submit(run_one, name, study, order, annealed, seed, options, weights)
+      for study, order, annealed, seed in itertools.product(
+        options.studies, ORDERS, KMEANS, options.seeds
+      )
+      if (name := f"{study}-{order}-{annealed}-{seed}") not in known
+    ]
+    for done in concurrent.futures.as_completed(waiting):
+      records.append(done.result())
+      print(json.dumps(records[-1]), flush=True)
+      records.sort(key=lambda record: record["run"])
+      store.write_text(json.dumps(records, indent=1) + "\n")
+  (options.docs / "ablation.md").write_text("\n".join(page(records)))
+  draw(records, options.docs / "ablation.svg")
+
+
+def run_one(
+  name: str,
+  study: str,
+  order: str,
+  annealed: bool,
+  seed: int,
+  options: argparse.Namespace,
+  weights: dict[str, str],
+) -> Record:
+  """One whole job in a process of its own, from wherever it stopped."""
+  workdir = options.workdir / name
+  workdir.mkdir(parents=True, exist_ok=True)
+  command = [
+    sys.executable,
+    str(ROOT / "main.py"),
+    *STUDIES[study].flags,
+    f"--config.data.dir={options.data}",
+    f"--config.weights={weights[STUDIES[study].weights]}",
+    f"--config.permute.search={order}",
+    f"--config.quantize.annealed={annealed}",
+    f"--config.seed={seed}",
+    f"--workdir={workdir}",
+  ]
+  share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / options.jobs:.3f}"}
+  with open(workdir / "log", "a") as log:
+    subprocess.run(
+      command,
+      cwd=ROOT,
+      env=os.environ | share,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      check=True,
+    )
+  results = json.loads((workdir / "results.json").read_text())
+  quantized = json.loads((workdir / "checkpoints/quantize.json").read_text())
+  return {
+    "run": name,
+    "study": study,
+    "order": order,
+    "annealed": annealed,
+    "seed": seed,
+    "device": results["device"],
+    "date": results["date"],
+    "error": statistics.mean(quantized["distortion"].values()),
+    **{field: results[field] for field in FIELDS},
+  }
+
+
+def page(records: Sequence[Record]) -> Iterable[str]:
+  """The lines of docs/ablation.md."""
+  yield from (
+    "# The paper's claims, one switch at a time",
+    "",
+    "Written by `benchmarks/ablation.py`, which says how to run it again; its",
+    "figures are `docs/ablation.json`. Mean and, in parentheses, range over the",
+    "seeds of k-means and of the fine-tuning's batches. *Squared error* is",
+    "that of the quantized kernels over their variance, averaged over layers.",
+    "",
+    "![top-1 by order and k-means](ablation.svg)",
+    "",
+  )
+  for study, ours in _by_study(records).items():
+    dense = 100 * ours[0]["top1_dense"]
+    seeds = sorted({record["seed"] for record in ours})
+    devices = ", ".join(sorted({record["device"] for record in ours}))
+    yield from (
+      f"## {STUDIES[study].title}",
+      "",
+      f"`{' '.join(STUDIES[study].flags)}`; dense {dense:.2f} % top-1, payload "
+      f"{ours[0]['payload_bytes']:,} B, seeds {seeds}, {devices}, "
+      f"{max(record['date'] for record in ours)[:10]}.",
+      "",
+      "| order | k-means | "
+      + " | ".join(title for title, _ in COLUMNS.values())
+      + " |",
+      "|---|---|" + "---|" * len(COLUMNS),
+    )
+    for order, annealed in itertools.product(ORDERS, KMEANS):
+      cells = [
+        _cell([scale * r[field] for r in _of(ours, order, annealed)])
+        for field, (_, scale) in COLUMNS.items()
+      ]
+      yield f"| {ORDERS[order]} | {KMEANS[annealed]} | {' | '.join(cells)} |"
+    yield ""
+
+
+def draw(records: Sequence[Record], path: pathlib.Path) -> None:
+  """Top-1 after quantization and after fine-tuning, a panel a study."""
+  from matplotlib import pyplot  # only here, and not on every machine
+
+  studies = _by_study(records)
+  figure, axes = pyplot.subplots(
+    2, len(studies), figsize=(3.2 * len(studies), 5), squeeze=False
+  )
+  bars = list(itertools.product(ORDERS, KMEANS))
+  labels = [f"{ORDERS[o]}\n{KMEANS[a].split()[0]}" for o, a in bars]
+  for column, (study, ours) in enumerate(studies.items()):
+    for row, field in enumerate(("top1_quantized", "top1_finetuned")):
+      panel = axes[row][column]
+      for x, (order, annealed) in enumerate(bars):
+        values = [100 * r[field] for r in _of(ours, order, annealed)]
+        panel.plot([x] * len(values), values, "o", alpha=0.6, color="C0")
+        panel.plot(x, statistics.mean(values), "_", ms=24, color="C1")
+      panel.set_xticks(range(len(bars)), labels, fontsize=7)
+      panel.set_xlim(-0.5, len(bars) - 0.5)
+      panel.set_title(
+        f"{STUDIES[study].title}\n{COLUMNS[field][0]}, %", fontsize=7
+      )
+      panel.grid(axis="y", alpha=0.3)
+  figure.tight_layout()
+  # No date inside, so that the same figures give the same file.
+  figure.savefig(path, metadata={"Date": None})
+
+
+def _by_study(records: Sequence[Record]) -> dict[str, list[Record]]:
+  found = {
+    study: [record for record in records if record["study"] == study]
+    for study in STUDIES
+  }
+  return {study: ours for study, ours in found.items() if ours}
+
+
+def _of(records: Sequence[Record], order: str, annealed: bool) -> list[Record]:
+  return [
+    record
+    for record in records
+    if record["order"] == order and record["annealed"] == annealed
+  ]
+
+
+def _cell(values: Sequence[float]) -> str:
+  digits = 4 if max(values) < 1 else 2
+  ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+  return f"{statistics.mean(values):.{digits}f} ({ends})"
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,99 @@
+"""The loss and the count against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from pqf_jax.tasks import classification
+
+CLASSES = 7
+
+
+def _apply(variables, images, train, mutable=()):
+  logits = images.reshape(len(images), -1) @ variables["params"]["kernel"]
+  return (logits, {"batch_stats": {"seen": 1}}) if train else logits
+
+
+def _identity(images):
+  return images
+
+
+@pytest.fixture
+def student(rng):
+  return {"params": {"kernel": rng.normal(size=(12, CLASSES))}}
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+@pytest.fixture
+def batch(rng):
+  return {
+    "image": rng.normal(size=(5, 2, 2, 3)),
+    "label": rng.integers(0, CLASSES, 5).astype(np.int32),
+  }
+
+
+def _logits(variables, batch):
+  return batch["image"].reshape(5, -1) @ variables["params"]["kernel"]
+
+
+def _cross_entropy(targets, logits):
+  return -(targets * special.log_softmax(logits, axis=1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_loss_mixes_labels_and_teacher(student, batch, rng, share):
+  teacher = {"params": {"kernel": rng.normal(size=(12, CLASSES))}}
+  with jax.enable_x64(True):
+    taught = classification.make_teacher(_apply, _identity, teacher)(batch)
+    loss_fn = classification.make_loss(_apply, _identity, distillation=share)
+    loss, (updated, _) = loss_fn(student, taught)
+  hard = _cross_entropy(
+    np.eye(CLASSES)[batch["label"]], _logits(student, batch)
+  )
+  soft = _cross_entropy(
+    special.softmax(_logits(teacher, batch), axis=1), _logits(student, batch)
+  )
+  np.testing.assert_allclose(loss, (1 - share) * hard + share * soft, rtol=1e-6)
+  assert updated == {"batch_stats": {"seen": 1}}
+
+
+def test_a_student_equal_to_its_teacher_learns_nothing_from_it(student, batch):
+  student = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), student)
+  batch["image"] = batch["image"].astype(np.float32)
+  taught = classification.make_teacher(_apply, _identity, student)(batch)
+  loss_fn = classification.make_loss(_apply, _identity, distillation=1.0)
+  gradient = jax.grad(lambda v: loss_fn(v, taught)[0])(student)
+  assert np.abs(gradient["params"]["kernel"]).max() < 1e-6
+  by_label = classification.make_loss(_apply, _identity)
+  gradient = jax.grad(lambda v: by_label(v, taught)[0])(student)
+  assert np.abs(gradient["params"]["kernel"]).max() > 1e-3
+
+
+def test_evaluation_counts_masked_images_out_and_breaks_ties_as_argmax(rng):
+  logits = rng.integers(0, 4, (40, 9)).astype(np.float32)  # many ties
+  label = rng.integers(0, 9, 40).astype(np.int32)
+  mask = (np.arange(40) < 33).astype(np.float32)
+  evaluate = classification.make_evaluate(
+    lambda variables, images, train: images, _identity
+  )
+  batches = [
+    {
+      "image": logits[i : i + 8],
+      "label": label[i : i + 8],
+      "mask": mask[i : i + 8],
+    }
+    for i in range(0, 40, 8)
+  ]
+  order = np.argsort(-logits, axis=1, kind="stable")[:33]
+  hits = order == label[:33, None]
+  assert evaluate({}, batches) == {
+    "top1": pytest.approx(hits[:, 0].mean()),
+    "top5": pytest.approx(hits[:, :5].any(1).mean()),
+    "images": 33,
+  }
