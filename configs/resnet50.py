@@ -1,8 +1,10 @@
 """ResNet-50 (v1.5) on ImageNet.
 
-python main.py --config=configs/resnet50.py:imagenet2012[,large] \
-        --config.data.dir=DIR --config.weights=FILE.safetensors
-The paper: 5.09 MiB (19x) 75.04 % top-1, large 3.19 MiB (31x) 72.18 %.
+python main.py --config=configs/resnet50.py:imagenet2012[,large|,ssl] \
+        --config.data.dir=DIR
+The paper: 5.09 MiB (19x) 75.04 % top-1, large 3.19 MiB (31x) 72.18 %; of 76.15.
+ssl, semi-supervised weights: 5.09 MiB (19x) 77.19 % top-1, of 78.72.
+The weights come from the hub; those of ssl are CC-BY-NC 4.0, not for commerce.
 """
 
 import ml_collections
@@ -11,11 +13,17 @@ from configs import common
 
 
 def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
-  """The recipe; variant: imagenet2012, [large]."""
-  large = "large" in common.variant_words(variant, ("imagenet2012", "large"))
+  """The recipe; variant: imagenet2012, [large], [ssl]."""
+  extras = ("large", "ssl")
+  words = common.variant_words(variant, ("imagenet2012", *extras))
+  large = "large" in words
 
   config = common.get_config()
-  config.name = "_".join(["resnet50", "imagenet2012"] + ["large"] * large)
+  chosen = [word for word in extras if word in words]
+  config.name = "_".join(["resnet50", "imagenet2012", *chosen])
+  config.weights = "hf://timm/" + (
+    "resnet50.fb_ssl_yfcc100m_ft_in1k" if "ssl" in words else "resnet50.tv_in1k"
+  )
   config.model.name = "resnet"
   config.model.depth = 50
   config.model.num_classes = 1000
