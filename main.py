@@ -59,6 +59,9 @@ if __name__ == "__main__":
   os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
   try:
     app.run(main, flags_parser=parse_flags)
+  except errors.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(143)
   except (errors.InputError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -14,13 +14,20 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   # What is run: 'compress' does the whole job, 'evaluate' counts the accuracy
-  # of --config.weights, 'plan' prints layers and sizes and stops.
+  # of --config.weights, 'pack' writes them as a file of this library, 'plan'
+  # prints layers and sizes and stops.
   config.mode = "compress"
   config.name = ""  # names the default workdir, runs/<name>
   config.seed = 0
 
-  # Weights of the trained network (.safetensors with torchvision's names, or a
-  # file of this library). Empty: stage 0 trains the network from scratch.
+  # Several processes: 'auto' joins them where the environment names a cluster
+  # (TPU pods, Slurm, JAX_COORDINATOR_ADDRESS), 'on' insists, 'off' is alone.
+  config.distributed = "auto"
+  config.cluster_timeout = 300  # seconds to wait for the others
+
+  # Weights of the trained network: .safetensors or .pth with torch's names, the
+  # compressed files of the paper's authors, a file of this library, or a hub's,
+  # hf://OWNER/REPO[/FILE]. Empty: stage 0 trains the network from scratch.
   config.weights = ""
 
   # Arguments of pqf_jax.models.<name>.make, apart from the name itself.

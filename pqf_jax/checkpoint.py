@@ -3,18 +3,22 @@
 checkpoints/permute/         arrays, written by orbax (atomic rename)
 checkpoints/permute.json     the stage's record, written last: it is done
 checkpoints/finetune@1200/   progress inside a stage, at step 1200
+
+Trees are equal on all processes, local or replicated; all of them save, the
+first one writes the records. What comes back is local, on however many
+processes and devices.
 """
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pqf_jax import errors, files
+from pqf_jax import cluster, errors, files
 
 PyTree = Any
 Record = dict[str, Any]
@@ -58,9 +62,16 @@ class Checkpoints:
     sidecar = self._root / f"{name}.json"
     if not sidecar.exists():
       return None
+    # Without shardings orbax insists on the devices that it was saved on.
+    target = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=cluster.replicated()
+      ),
+      target,
+    )
     with ocp.StandardCheckpointer() as checkpointer:
       try:
-        tree = checkpointer.restore(self._root / name, target)
+        tree = cluster.local(checkpointer.restore(self._root / name, target))
       except (ValueError, FileNotFoundError, KeyError) as error:
         raise errors.InputError(
           f"the checkpoint {self._root / name} does not fit this run or is "
@@ -72,9 +83,13 @@ class Checkpoints:
   def save(self, name: str, tree: PyTree, record: Record) -> None:
     """Saves arrays, then the record that makes them count."""
     # Asked before: where it fails, tensorstore's threads print tracebacks.
-    self._root.mkdir(parents=True, exist_ok=True)
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    files.check_space(self._root, num_bytes)
+    if cluster.is_lead():
+      self._root.mkdir(parents=True, exist_ok=True)
+      num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+      files.check_space(self._root, num_bytes)
+    # Orbax refuses arrays of one process where there are several.
+    if jax.process_count() > 1:
+      tree = cluster.replicate(tree)
     with ocp.StandardCheckpointer() as checkpointer:
       try:
         checkpointer.save(self._root / name, tree, force=True)
@@ -84,8 +99,10 @@ class Checkpoints:
         if "RESOURCE_EXHAUSTED" in str(error):
           raise files.disk_full(self._root / name) from error
         raise
-    record_file = self._root / f"{name}.json"
-    files.write(record_file, json.dumps(record, indent=2).encode())
+    if cluster.is_lead():
+      record_file = self._root / f"{name}.json"
+      files.write(record_file, json.dumps(record, indent=2).encode())
+    cluster.barrier(f"saved {name}")
 
   def save_progress(
     self, stage: str, step: int, tree: PyTree, record: Record
@@ -110,8 +127,8 @@ class Checkpoints:
     names = [path.stem for path in self._root.glob(f"{stage}@*.json")]
     return {int(name.partition("@")[2]): name for name in names}
 
-  def _remove(self, names: Any) -> None:
-    for name in names:
+  def _remove(self, names: Iterable[str]) -> None:
+    for name in names if cluster.is_lead() else ():
       # The record first: without it the arrays count for nothing.
       (self._root / f"{name}.json").unlink()
       (self._root / name).rmtree()

@@ -1,4 +1,4 @@
-"""The one error type for bad input, so that callers can tell it from a bug."""
+"""The error types that are no defect, so that callers can tell them from one."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
   `main.py` prints the message and exits with status 2; every other exception
   is a defect and keeps its traceback.
+  """
+
+
+class Preempted(Exception):
+  """The process was asked to stop and has saved where it is.
+
+  `main.py` prints the message and exits with status 143, as SIGTERM would.
   """

@@ -130,10 +130,15 @@ def save(
   packed = pack_model(
     variables, norm_epsilon=norm_epsilon, architecture=architecture or {}
   )
+  write(path, packed)
+  return packed
+
+
+def write(path: str | os.PathLike[str], packed: PackedModel) -> None:
+  """Writes a packed model into a file, whole or not at all."""
   metadata = {METADATA_KEY: json.dumps(packed.header, separators=(",", ":"))}
   data = safetensors.numpy.save(packed.buffers, metadata=metadata)
   files.write(path, data)
-  return packed
 
 
 def read(path: str | os.PathLike[str]) -> PackedModel:

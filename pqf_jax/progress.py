@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
-import rich.text
 
 LOG_SECONDS = 5.0
 BAR_SECONDS = 0.2
@@ -147,27 +146,21 @@ def track(
 def say(text: str) -> None:
   """Writes one line, above the bars if there are any.
 
-  Asking for the process starts JAX: on a pod call `jax.distributed.initialize`
-  before.
+  Asking for the process starts JAX: on a pod call `cluster.start` before.
   """
   if jax.process_index() == 0:
     _CONSOLE.print(text, markup=False, soft_wrap=True)
+
+
+def say_everywhere(text: str) -> None:
+  """Writes one line from every process."""
+  _CONSOLE.print(text, markup=False, soft_wrap=True)
 
 
 def show(renderable: rich.console.RenderableType) -> None:
   """Writes a table or anything else that rich can draw."""
   if jax.process_index() == 0:
     _CONSOLE.print(renderable)
-
-
-def banner(title: str, facts: Mapping[str, object]) -> None:
-  """Writes a ruled title and one aligned line a fact, as a run begins."""
-  if jax.process_index() != 0:
-    return
-  _CONSOLE.rule(rich.text.Text(title, style="bold"), align="left")
-  width = max(map(len, facts), default=0)
-  for name, value in facts.items():
-    say(f"{name:<{width}}  {value}")
 
 
 @contextlib.contextmanager

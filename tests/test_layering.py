@@ -18,11 +18,13 @@ STAGES = ("permute", "quantize", "finetune", "pack")
 ALLOWED = {
   "pqf_jax.errors": (),
   "pqf_jax.progress": (),
+  "pqf_jax.cluster": (),
   "pqf_jax.ops": ("pqf_jax.ops",),
   "pqf_jax.core.trees": (),
   "pqf_jax.core.blocks": (),
   "pqf_jax.core": ("pqf_jax.core", "pqf_jax.ops"),
   "pqf_jax.data": ("pqf_jax.data",),
+  "pqf_jax.data.prepare": ("pqf_jax.data", "pqf_jax.progress"),
   "pqf_jax.models": ("pqf_jax.models", "pqf_jax.core", "pqf_jax.ops"),
   **{f"pqf_jax.{s}": ("pqf_jax.core", "pqf_jax.ops") for s in STAGES},
   "pqf_jax.compression": (
@@ -36,7 +38,7 @@ ALLOWED = {
     "pqf_jax.core",
     "pqf_jax.ops",
   ),
-  "pqf_jax.checkpoint": ("pqf_jax.core",),
+  "pqf_jax.checkpoint": ("pqf_jax.core", "pqf_jax.cluster"),
   "pqf_jax.report": ("pqf_jax.report", "pqf_jax.core"),
   "pqf_jax.pipeline": ("pqf_jax",),
   "pqf_jax": (),

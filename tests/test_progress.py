@@ -130,7 +130,6 @@ def test_other_processes_are_silent_and_ask_for_no_value(
       clock.now += 10
       bar.advance(loss=lambda: pytest.fail("asked"))
   progress.say("hello")
-  progress.banner("title", {"a": 1})
   progress.show(rich.table.Table("column"))
   assert pipe() == []
 
@@ -138,11 +137,8 @@ def test_other_processes_are_silent_and_ask_for_no_value(
 def test_text_is_taken_as_it_is_and_never_wrapped(pipe):
   long = "[bold] " + "x" * 200
   progress.say(long)
-  progress.banner("run [red]", {"device": "[cpu]", "seed": 3})
-  lines = pipe()
-  assert lines[0] == long
-  assert lines[1].startswith("run [red] ")
-  assert lines[2:] == ["device  [cpu]", "seed    3"]
+  progress.say_everywhere("[red] " + long)
+  assert pipe() == [long, "[red] " + long]
 
 
 def test_bars_on_a_terminal_nest(monkeypatch):

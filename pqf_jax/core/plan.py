@@ -268,6 +268,17 @@ def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
   return trees.replace(trees.shapes(variables), nodes)
 
 
+def kmeans_cost(
+  plan: CompressionPlan, variables: PyTree
+) -> dict[str, int]:
+  """{path: multiplications of its k-means}, to divide the work by."""
+  flat = trees.flatten(variables)
+  return {
+    path: math.prod(flat[path].shape) * layer.num_codes * layer.kmeans_steps
+    for path, layer in plan.items()
+  }
+
+
 def to_json(plan: CompressionPlan) -> str:
   """The plan as text; `from_json` undoes it."""
   return json.dumps(

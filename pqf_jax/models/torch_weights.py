@@ -8,6 +8,9 @@
 
 The same rule holds for grouped and depthwise convolutions, where `in` counts
 the channels of one group, and for convolutions over one or three dimensions.
+It does not hold for `nn.ConvTranspose`, whose weight torch has as
+[in, out, h, w] and applies without the flip of Flax: a model with such layers
+maps those itself.
 """
 
 import os
@@ -15,6 +18,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -60,12 +64,11 @@ def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
     if name.rpartition(".")[2] != "num_batches_tracked"
   }
   leaves = trees.flatten(template)
-  names = {path: _torch_name(path) for path in leaves}
+  names = {path: torch_name(path) for path in leaves}
   shapes = {
-    names[path]: tuple(leaf.shape[axis] for axis in _torch_axes(path, leaf))
-    for path, leaf in leaves.items()
+    names[path]: torch_shape(path, leaf) for path, leaf in leaves.items()
   }
-  _check(found, shapes)
+  check_fit(found, shapes)
   # jnp.array copies, where jnp.asarray may keep the caller's memory.
   variables = {
     path: jnp.array(
@@ -94,7 +97,7 @@ def flax_to_torch(variables: PyTree) -> StateDict:
   """
   return {
     # Contiguous, because safetensors writes the bytes of others in disorder.
-    _torch_name(path): np.array(
+    torch_name(path): np.array(
       np.asarray(leaf).transpose(_torch_axes(path, leaf)), order="C"
     )
     for path, leaf in trees.flatten(variables).items()
@@ -118,8 +121,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
   except safetensors.SafetensorError as error:
     raise errors.InputError(
       f"{path} is incomplete or no safetensors file ({error}); copy it "
-      "again or, if torch.save wrote it, convert it by "
-      "safetensors.torch.save_file"
+      "again or, if torch.save wrote it, rename it to .pth"
     ) from error
   except AttributeError as error:
     # How safetensors says it of types such as float8.
@@ -129,8 +131,59 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
     ) from error
 
 
-def _torch_name(path: str) -> str:
-  """'params/layer1/0/conv1/kernel' -> 'layer1.0.conv1.weight'."""
+def check_fit(
+  found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Refuses weights of another architecture than the model's, and NaN.
+
+  Args:
+    found: {name: array, or node of arrays with a shape}.
+    shapes: {name: shape} of the model, by the same names.
+
+  Raises:
+    InputError: names are missing or left over, shapes differ, or weights are
+      NaN or infinite; one message lists them all.
+  """
+  both = sorted(shapes.keys() & found.keys())
+  problems = {
+    "missing": sorted(shapes.keys() - found.keys()),
+    "extra": sorted(found.keys() - shapes.keys()),
+    "of another shape": [
+      f"{name} is {tuple(found[name].shape)}, the model has {shapes[name]}"
+      for name in both
+      if tuple(found[name].shape) != shapes[name]
+    ],
+    "NaN or infinite": [
+      name
+      for name in both
+      if not all(np.isfinite(x).all() for x in jax.tree.leaves(found[name]))
+    ],
+  }
+  listed = [
+    f"{len(names)} {problem} ({shorten(names)})"
+    for problem, names in problems.items()
+    if names
+  ]
+  if listed:
+    raise errors.InputError(
+      f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
+      "weights, or the settings of the model that they were trained with"
+    )
+
+
+def shorten(names: Sequence[str]) -> str:
+  """The first few names, and how many more there are."""
+  rest = len(names) - NUM_LISTED
+  more = f", and {rest} more" if rest > 0 else ""
+  return ", ".join(names[:NUM_LISTED]) + more
+
+
+def torch_name(path: str) -> str:
+  """'params/layer1/0/conv1/kernel' -> 'layer1.0.conv1.weight'.
+
+  Raises:
+    InputError: torch has no such variable.
+  """
   *parents, name = path.split("/")
   modules = parents[1:]
   if not modules or name not in TORCH_NAMES:
@@ -140,6 +193,19 @@ def _torch_name(path: str) -> str:
       "decode compressed kernels first"
     )
   return ".".join([*modules, TORCH_NAMES[name]])
+
+
+def torch_shape(path: str, leaf: Any) -> tuple[int, ...]:
+  """The shape that torch has for a variable of Flax.
+
+  Args:
+    path: of the variable.
+    leaf: an array or a `jax.ShapeDtypeStruct`.
+
+  Raises:
+    InputError: a kernel of a rank that torch lacks.
+  """
+  return tuple(leaf.shape[axis] for axis in _torch_axes(path, leaf))
 
 
 def _torch_axes(path: str, leaf: Any) -> tuple[int, ...]:
@@ -153,35 +219,3 @@ def _torch_axes(path: str, leaf: Any) -> tuple[int, ...]:
       "torch have rank 2 (linear) to 5 (convolution in three dimensions)"
     )
   return (rank - 1, rank - 2, *range(rank - 2))
-
-
-def _check(found: StateDict, shapes: Mapping[str, tuple[int, ...]]) -> None:
-  both = sorted(shapes.keys() & found.keys())
-  problems = {
-    "missing": sorted(shapes.keys() - found.keys()),
-    "extra": sorted(found.keys() - shapes.keys()),
-    "of another shape": [
-      f"{name} is {found[name].shape}, the model has {shapes[name]}"
-      for name in both
-      if found[name].shape != shapes[name]
-    ],
-    "NaN or infinite": [
-      name for name in both if not np.isfinite(found[name]).all()
-    ],
-  }
-  listed = [
-    f"{len(names)} {problem} ({_shorten(names)})"
-    for problem, names in problems.items()
-    if names
-  ]
-  if listed:
-    raise errors.InputError(
-      f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
-      "weights, or the settings of the model that they were trained with"
-    )
-
-
-def _shorten(names: Sequence[str]) -> str:
-  rest = len(names) - NUM_LISTED
-  more = f", and {rest} more" if rest > 0 else ""
-  return ", ".join(names[:NUM_LISTED]) + more

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from pqf_jax import checkpoint, data, errors, models, progress, report
+from pqf_jax import (
+  checkpoint,
+  cluster,
+  data,
+  errors,
+  models,
+  progress,
+  report,
+)
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.ops import permutation_search
@@ -86,13 +94,19 @@ def prepare(
   print_plan(plan, template)
   variables = None
   if config.weights:
-    stored = weights.read(config.weights, config.model.name, template)
+    stored = weights.read(
+      config.weights,
+      config.model.name,
+      template,
+      norm_epsilon=module.norm_epsilon,
+    )
     variables = vq_array.decode_params(stored)  # of a file packed before
   elif not config.train.epochs:
     raise errors.InputError(
       "nothing to compress: give --config.weights=FILE.safetensors, or train "
       "from scratch with --config.train.epochs=N"
     )
+  cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
   dataset = load_dataset(config)
   _check_training(config, len(dataset.train))
   files.claim()
@@ -132,6 +146,8 @@ def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
         f"config.{stage}.batch_size is {settings.batch_size}, but there are "
         f"{num_images} training images; choose 1 to {num_images}"
       )
+    if settings.epochs:
+      cluster.check_divides(f"config.{stage}.batch_size", settings.batch_size)
     rates = settings.learning_rate, settings.final_learning_rate
     if not rates[0] >= rates[1] >= 0 or not rates[0]:
       raise errors.InputError(
@@ -199,7 +215,14 @@ def make_evaluate(
 ) -> Callable[[PyTree], dict[str, float]]:
   """Variables -> {top1, top5, images} over all test images."""
   count = classification.make_evaluate(module.apply, preprocess(dataset))
-  return lambda variables: count(
-    variables,
-    data.eval_batches(dataset, batch_size=config.eval_batch_size),
-  )
+
+  def evaluate(variables: PyTree) -> dict[str, float]:
+    batches = data.eval_batches(
+      dataset,
+      batch_size=config.eval_batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    return count(cluster.replicate(variables), map(cluster.shard, batches))
+
+  return evaluate

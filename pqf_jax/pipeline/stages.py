@@ -5,6 +5,7 @@ its checkpoint if an earlier run finished it, so the same command goes on where
 it stopped.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import ml_collections
 
 from pqf_jax import (
   checkpoint,
+  cluster,
   data,
   errors,
   pack,
@@ -23,7 +25,7 @@ from pqf_jax import (
   quantize,
   report,
 )
-from pqf_jax.core import channels, discover, trees
+from pqf_jax.core import channels, discover, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, training, weights, workspace
@@ -43,7 +45,21 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   Raises:
     InputError: bad input, found before any long work wherever that can be.
   """
-  modes = {"compress": compress, "evaluate": evaluate, "plan": show_plan}
+  cluster.start(config.distributed, timeout_seconds=config.cluster_timeout)
+  progress.say_everywhere(cluster.banner())
+  cluster.check_agreement(
+    {
+      "config": json.loads(json.dumps(config.to_dict())),
+      "code": workspace.code_digest(),
+      "packages": cluster.package_versions(),
+    }
+  )
+  modes = {
+    "compress": compress,
+    "evaluate": evaluate,
+    "pack": repack,
+    "plan": show_plan,
+  }
   jobs.check_choice("mode", config.mode, modes)
   modes[config.mode](config, workdir)
 
@@ -58,12 +74,7 @@ def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Counts the accuracy of `config.weights`; writes results.json."""
-  if not config.weights:
-    raise errors.InputError(
-      "config.mode=evaluate needs --config.weights=FILE.safetensors"
-    )
-  module, template = jobs.build_model(config)
-  variables = weights.read(config.weights, config.model.name, template)
+  module, variables = read_weights(config)
   dataset = jobs.load_dataset(config)
   files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
   files.claim()
@@ -72,6 +83,38 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   progress.say(
     " ".join(f"{name}={value:.6g}" for name, value in accuracy.items())
   )
+
+
+def repack(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Writes `config.weights` as a file of this library, without any stage."""
+  module, variables = read_weights(config)
+  files = workspace.Workspace(workdir or f"runs/{config.name}_pack", config)
+  files.claim()
+  packed = pack.save(
+    files.packed_file,
+    variables,
+    norm_epsilon=module.norm_epsilon,
+    architecture=dict(config.model),
+  )
+  progress.say(
+    f"written: {files.packed_file} payload_bytes={packed.payload_bytes}"
+  )
+
+
+def read_weights(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
+  """(module, the variables that `config.weights` names)."""
+  if not config.weights:
+    raise errors.InputError(
+      f"config.mode={config.mode} needs --config.weights=FILE.safetensors"
+    )
+  module, template = jobs.build_model(config)
+  variables = weights.read(
+    config.weights,
+    config.model.name,
+    template,
+    norm_epsilon=module.norm_epsilon,
+  )
+  return module, variables
 
 
 def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
@@ -148,20 +191,29 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
 
 def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
   """Codebooks and codes."""
+  target = plans.compressed_shapes(job.plan, job.template)
+  target_nodes = trees.flatten(target, vq_array.is_vq)
 
   def compute() -> Staged:
-    with progress.track("quantize", len(job.plan), unit="layers") as bar:
+    shares = cluster.divide(plans.kmeans_cost(job.plan, job.template))
+    mine = {path: job.plan[path] for path in shares[jax.process_index()]}
+    with progress.track("quantize", len(mine), unit="layers") as bar:
       variables, layers = quantize.quantize_params(
         job.key("quantize"),
         permuted,
-        job.plan,
+        mine,
         annealed=job.config.quantize.annealed,
         on_layer=lambda layer: bar.advance(distortion=layer.distortion),
       )
-    distortion = {path: layer.distortion for path, layer in layers.items()}
+    nodes = cluster.exchange(
+      shares, trees.flatten(variables, vq_array.is_vq), target_nodes
+    )
+    distortion = cluster.merge(
+      {path: layer.distortion for path, layer in layers.items()}
+    )
+    variables = trees.replace(permuted, nodes)
     return variables, {"distortion": distortion} | job.evaluate(variables)
 
-  target = plans.compressed_shapes(job.plan, job.template)
   return job.run("quantize", target, compute)
 
 
@@ -202,10 +254,16 @@ def fit(
       seed=job.config.seed,
       start_step=first_step,
       num_steps=schedule.num_steps - first_step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
+    batches = map(cluster.shard, read)
     if teacher is None:
-      return read
-    return map(classification.make_teacher(apply_fn, preprocess, teacher), read)
+      return batches
+    teach = classification.make_teacher(
+      apply_fn, preprocess, cluster.replicate(teacher)
+    )
+    return map(teach, batches)
 
   share = 0.0 if teacher is None else job.config.distillation
   return training.fit(
@@ -226,29 +284,42 @@ def finish(
   """Packs, checks the file by evaluating it, and writes what came out."""
   start = time.perf_counter()
   files = job.files
-  packed = pack.save(
-    files.packed_file,
+  packed = pack.pack_model(
     variables,
     norm_epsilon=job.module.norm_epsilon,
     architecture=dict(job.config.model),
   )
+  if cluster.is_lead():
+    pack.write(files.packed_file, packed)
+  cluster.barrier("packed")
   accuracy = job.evaluate(pack.load(files.packed_file))
   records["packed"] = accuracy | {"seconds": time.perf_counter() - start}
   size = plans.predict_size(job.plan, job.template)
   results = summary.results(
     job.config, size, packed.payload_bytes, files.packed_file, records
   )
+  if cluster.is_lead():
+    write_report(job, size, records, results)
+  files.write_results(results)
+  files.close()
+  progress.show(report.closing_table(results))
+  progress.say(f"written: {files.packed_file}, {files.report_file}")
+
+
+def write_report(
+  job: jobs.Job,
+  size: plans.SizeReport,
+  records: dict[str, checkpoint.Record],
+  results: dict[str, Any],
+) -> None:
+  """report.html."""
   report.write_html(
-    files.report_file,
+    job.files.report_file,
     results,
     config=job.config.to_dict(),
     plan_rows=summary.plan_rows(size),
     layers=summary.layer_rows(size, records["quantized"]["distortion"]),
     # Of the others no order changes a sub-vector.
     groups=[row for row in records["permuted"]["groups"] if row["children"]],
-    history=files.history(),
+    history=job.files.history(),
   )
-  files.write_results(results)
-  files.close()
-  progress.show(report.closing_table(results))
-  progress.say(f"written: {files.packed_file}, {files.report_file}")

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pqf_jax import checkpoint, errors, finetune, progress
+from pqf_jax import checkpoint, cluster, errors, finetune, progress
 from pqf_jax.core import trees
+from pqf_jax.pipeline import preemption
 
 PyTree = Any
 LOGS_PER_EPOCH = 20
@@ -80,13 +81,14 @@ def fit(
     variables: where the training starts.
     schedule: see `Schedule`.
     loss_fn: see `finetune.LossFn`.
-    batches: first step -> batches from that step on.
+    batches: first step -> global batches from that step on.
     evaluate: variables -> accuracy, at the end of every epoch.
     checkpoints: where progress is saved.
     on_metrics: receives the records of `metrics.jsonl`.
 
   Raises:
     InputError: the loss is no longer finite.
+    Preempted: the process was asked to stop; all is saved.
   """
   optimizer = finetune.cosine_adam(
     learning_rate=schedule.learning_rate,
@@ -99,16 +101,19 @@ def fit(
     stage, trees.shapes((state, variables))
   ) or ((state, variables), _first_record())
   # The state's buffers are donated to each step, so nothing may share them.
-  state, best = jax.tree.map(jnp.array, tree)
+  state, best = jax.tree.map(jnp.copy, cluster.replicate(tree))
   meter = _Meter(stage, schedule, record, on_metrics)
   first = int(state.step)
-  with progress.track(
-    stage,
-    schedule.num_steps,
-    done=first,
-    unit="img",
-    units_per_step=schedule.batch_size,
-  ) as bar:
+  with (
+    preemption.StopSignal() as stop,
+    progress.track(
+      stage,
+      schedule.num_steps,
+      done=first,
+      unit="img",
+      units_per_step=schedule.batch_size,
+    ) as bar,
+  ):
     for step, batch in enumerate(batches(first), start=first + 1):
       state, metrics = step_fn(state, batch)
       meter.step(step, metrics["loss"])
@@ -121,14 +126,20 @@ def fit(
           best = jax.tree.map(jnp.copy, current)
           record |= {"top1_best": accuracy["top1"], "best_step": step}
         record |= accuracy
-      if schedule.save_is_due(step):
+      stopped = stop.is_asked(step)
+      if schedule.save_is_due(step) or stopped:
         meter.flush()
         checkpoints.save_progress(stage, step, (state, best), meter.record())
+      if stopped:
+        raise errors.Preempted(
+          f"{stage} was asked to stop and is saved at step {step} of "
+          f"{schedule.num_steps}; the same command goes on there"
+        )
   last = finetune.state_variables(state)
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
     what = "weights are not finite"
     raise _diverged(stage, schedule, what, schedule.num_steps)
-  return Fitted(last, best), meter.record()
+  return cluster.local(Fitted(last, best)), meter.record()
 
 
 def _first_record() -> checkpoint.Record:

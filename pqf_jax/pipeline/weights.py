@@ -1,47 +1,82 @@
 """Reads a weights file, whichever of the known kinds it is."""
 
+import os
 from typing import Any
 
 from pqf_jax import errors, models, pack
 from pqf_jax.core import trees, vq_array
-from pqf_jax.models import torch_weights
+from pqf_jax.models import official, torch_weights
+from pqf_jax.pipeline import hub, torch_files
 
 PyTree = Any
+READERS = {
+  ".safetensors": torch_weights.read_safetensors,
+  ".pth": torch_files.read,
+  ".pt": torch_files.read,
+}
 
 
-def read(path: str, model_name: str, template: PyTree) -> PyTree:
+def read(
+  source: str, model_name: str, template: PyTree, *, norm_epsilon: float = 1e-5
+) -> PyTree:
   """The variables in a file, checked against the model.
 
   Args:
-    path: `.safetensors`, packed by this library (compressed or dense) or with
-      torch's names.
+    source: a file, or `hf://OWNER/REPO[/FILE]` of the Hugging Face hub:
+      `.safetensors`, packed by this library (compressed or dense) or with
+      torch's names; or `.pth`, `.pt` of torch. Torch's names may also be those
+      of the authors' compressed networks, see `models.official`.
     model_name: of the module under `pqf_jax.models` that knows torch's names.
     template: the model's variables as `jax.ShapeDtypeStruct`s.
+    norm_epsilon: of the model's norms.
 
   Raises:
     InputError: no such file, damaged, or of another architecture: missing and
       extra names are listed.
   """
-  if pack.read_header(path) is None:
-    state_dict = torch_weights.read_safetensors(path)
-    return models.get_model(model_name).load_torch(state_dict, template)
-  variables = pack.load(path)
-  _check_same(path, variables, template)
-  return variables
+  path, suffix = _locate(source)
+  packed = suffix == ".safetensors" and pack.read_header(path) is not None
+  content = pack.load(path) if packed else READERS[suffix](path)
+  try:
+    if packed:
+      _check_packed(content, template)
+      return content
+    if official.is_official(content):
+      return official.from_official(
+        content, template, norm_epsilon=norm_epsilon
+      )
+    return models.get_model(model_name).load_torch(content, template)
+  except errors.InputError as error:
+    raise errors.InputError(f"{source}: {error}") from error
 
 
-def _check_same(path: str, variables: PyTree, template: PyTree) -> None:
-  found = trees.flatten(variables, vq_array.is_vq)
-  wanted = trees.flatten(template)
-  missing = sorted(wanted.keys() - found.keys())
-  extra = sorted(found.keys() - wanted.keys())
-  shapes = [
-    f"{name} is {found[name].shape}, not {wanted[name].shape}"
-    for name in sorted(wanted.keys() & found.keys())
-    if found[name].shape != wanted[name].shape
-  ]
-  if missing or extra or shapes:
+def _locate(source: str) -> tuple[str, str]:
+  """A file of a known kind: its path and the last part of its name."""
+  known = ", ".join(READERS)
+  path = (
+    hub.fetch(source)
+    if source.startswith(hub.SCHEME)
+    else os.path.expanduser(source)
+  )
+  if os.path.isdir(path):
     raise errors.InputError(
-      f"{path} holds another architecture than the config asks for: missing "
-      f"{missing}, extra {extra}, shapes {shapes}"
+      f"{source} is a folder; give the weights in it, a file named {known}"
     )
+  if not os.path.isfile(path):
+    raise errors.InputError(
+      f"no weights file {source} (looked in {os.getcwd()}); check the path"
+    )
+  suffix = os.path.splitext(path)[1]
+  if suffix not in READERS:
+    raise errors.InputError(
+      f"{source} is of no known kind; weights are files named {known}, or "
+      f"{hub.SCHEME}OWNER/REPO[/FILE]"
+    )
+  return path, suffix
+
+
+def _check_packed(variables: PyTree, template: PyTree) -> None:
+  torch_weights.check_fit(
+    trees.flatten(variables, vq_array.is_vq),
+    {path: tuple(leaf.shape) for path, leaf in trees.flatten(template).items()},
+  )

@@ -1,12 +1,13 @@
 """The files of one run: config, checkpoints, metrics, results, packed model."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
 
 import ml_collections
 
-from pqf_jax import checkpoint, errors, report
+from pqf_jax import checkpoint, cluster, errors, report
 
 Results = dict[str, Any]
 
@@ -35,7 +36,7 @@ class Workspace:
     self._config = json.loads(json.dumps(config.to_dict()))
     self._curves = (
       report.TensorBoardWriter(path / "tensorboard")
-      if config.tensorboard
+      if config.tensorboard and cluster.is_lead()
       else None
     )
     if self._config_file.exists():
@@ -48,8 +49,10 @@ class Workspace:
     Call it when nothing of the config can be refused any more, so that a
     mended config may use the same workdir.
     """
-    self._config_file.parent.mkdir(parents=True, exist_ok=True)
-    report.write_json(self._config_file, self._config)
+    if cluster.is_lead():
+      self._config_file.parent.mkdir(parents=True, exist_ok=True)
+      report.write_json(self._config_file, self._config)
+    cluster.check_shared(self._config_file.parent, self._config_file)
 
   def results(self) -> Results | None:
     """What a finished run found, or None."""
@@ -59,17 +62,20 @@ class Workspace:
 
   def write_results(self, results: Results) -> None:
     """Writes results.json, which also says that the run is finished."""
-    report.write_json(self._results_file, results)
+    if cluster.is_lead():
+      report.write_json(self._results_file, results)
 
   def log(self, record: dict[str, Any]) -> None:
     """Appends to metrics.jsonl, and to TensorBoard where asked for."""
-    report.append_metric(self._metrics_file, record)
+    if cluster.is_lead():
+      report.append_metric(self._metrics_file, record)
     if self._curves:
       self._curves.write(record)
 
   def resume_log(self, stage: str, step: int) -> None:
     """Forgets what will be measured again from `step` on."""
-    report.resume_metrics(self._metrics_file, stage, step)
+    if cluster.is_lead():
+      report.resume_metrics(self._metrics_file, stage, step)
     if self._curves:
       self._curves.resume(stage, step)
 
@@ -81,6 +87,15 @@ class Workspace:
   def history(self) -> list[dict[str, Any]]:
     """All records of metrics.jsonl."""
     return report.read_metrics(self._metrics_file)
+
+
+def code_digest() -> str:
+  """Of the library's own source files, so that versions can be compared."""
+  folder = pathlib.Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(folder.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:

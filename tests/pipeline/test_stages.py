@@ -69,7 +69,7 @@ def test_the_same_command_again_says_that_it_is_done(
     ("pqf_jax.permute.permute_channels", 1),
     ("pqf_jax.quantize.quantize_params", 1),
     ("pqf_jax.checkpoint.Checkpoints.save_progress", 11),  # in fine-tuning
-    ("pqf_jax.pack.save", 1),
+    ("pqf_jax.pack.write", 1),
     ("pqf_jax.report.write_html", 1),
   ],
 )

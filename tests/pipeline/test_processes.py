@@ -1,0 +1,192 @@
+"""Several processes on this machine, as a pod would have them."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[2]
+TIMEOUT = 240
+
+
+def _start(workdir, count, *settings, devices=2, last=(), last_workdir=None):
+  """Starts `count` processes; `last` settings go to the last one only."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  shared = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "PYTHONPATH": str(ROOT),
+  }
+  processes = []
+  for index in range(count):
+    own = {
+      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+      "JAX_NUM_PROCESSES": str(count),
+      "JAX_PROCESS_ID": str(index),
+    }
+    is_last = index == count - 1
+    folder = (is_last and last_workdir) or workdir
+    more = [*settings, *(last if is_last else ())]
+    command = [sys.executable, "-m", "tests.pipeline.tiny", str(folder), *more]
+    processes.append(
+      subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=shared | (own if count > 1 else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+    )
+  return processes
+
+
+def _finish(processes):
+  told = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+  return [process.returncode for process in processes], told
+
+
+def _run(workdir, count, *settings, **kwargs):
+  codes, told = _finish(_start(workdir, count, *settings, **kwargs))
+  assert codes == [0] * count, told
+  return _outcome(workdir)
+
+
+def _outcome(workdir):
+  permuted = json.loads((workdir / "checkpoints/permute.json").read_text())
+  packed = safetensors.numpy.load_file(workdir / "model.safetensors")
+  results = json.loads((workdir / "results.json").read_text())
+  codes = {n: b for n, b in packed.items() if n.endswith(".codes")}
+  return permuted["permutations"], codes, results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A workdir of one process; all others start from its dense network."""
+  folder = tmp_path_factory.mktemp("trained")
+  _run(folder, 1, "finetune.epochs=0")
+  return folder
+
+
+def _begin_with(trained, workdir):
+  """A workdir in which the network is trained already."""
+  source = trained / "checkpoints"
+  target = workdir / "checkpoints"
+  shutil.copytree(source / "dense", target / "dense")
+  shutil.copy(source / "dense.json", target)
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("one")
+  _begin_with(trained, workdir)
+  return _run(workdir, 1)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_find_what_one_finds(trained, alone, tmp_path, count):
+  _begin_with(trained, tmp_path)
+  permutations, codes, results = _run(tmp_path, count)
+  assert permutations == alone[0]
+  assert codes.keys() == alone[1].keys()
+  for name, packed in codes.items():
+    np.testing.assert_array_equal(packed, alone[1][name])
+  # Sums over devices round otherwise; one of 360 images may turn.
+  assert results["top1_quantized"] == alone[2]["top1_quantized"]
+  assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
+  assert results["images"] == 360
+
+
+def test_a_run_of_four_goes_on_with_one_and_with_two(trained, alone, tmp_path):
+  _begin_with(trained, tmp_path / "a")
+  processes = _start(tmp_path / "a", 4, "checkpoint_steps=3")
+  _kill_when(processes, tmp_path / "a/checkpoints", "finetune@*.json")
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  for name, count in {"a": 1, "b": 2}.items():
+    _, codes, results = _run(tmp_path / name, count, "checkpoint_steps=3")
+    for path, packed in codes.items():
+      np.testing.assert_array_equal(packed, alone[1][path])
+    assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
+
+
+@pytest.mark.parametrize(
+  "sign", ["permute.json", "quantize.json", "finetune@*.json"]
+)
+def test_killed_in_any_stage_both_start_again(trained, alone, tmp_path, sign):
+  _begin_with(trained, tmp_path)
+  _kill_when(_start(tmp_path, 2), tmp_path / "checkpoints", sign)
+  permutations, codes, results = _run(tmp_path, 2)
+  assert permutations == alone[0]
+  for path, packed in codes.items():
+    np.testing.assert_array_equal(packed, alone[1][path])
+  assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
+
+
+def _kill_when(processes, folder, sign):
+  """SIGKILLs the processes, the last one first, when a file is there."""
+  deadline = time.monotonic() + TIMEOUT
+  while not list(folder.glob(sign)):
+    assert time.monotonic() < deadline
+    assert all(p.poll() is None for p in processes), _finish(processes)
+    time.sleep(0.02)
+  for process in reversed(processes):
+    process.kill()
+  _finish(processes)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_saves_and_the_next_run_goes_on(
+  trained, alone, tmp_path, count
+):
+  _begin_with(trained, tmp_path)
+  # So long that it cannot be done before the signal comes.
+  settings = ("finetune.epochs=400", "checkpoint_steps=100000")
+  processes = _start(tmp_path, count, *settings)
+  deadline = time.monotonic() + TIMEOUT
+  metrics = tmp_path / "metrics.jsonl"
+  while not metrics.exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  start = time.monotonic()
+  processes[-1].send_signal(signal.SIGTERM)
+  codes, told = _finish(processes)
+  assert codes == [143] * count, told
+  assert time.monotonic() - start < 30
+  (saved,) = (tmp_path / "checkpoints").glob("finetune@*.json")
+  step = int(saved.stem.partition("@")[2])
+  assert f"saved at step {step} of" in told[0]
+
+
+def test_processes_that_differ_are_refused(tmp_path):
+  codes, told = _finish(_start(tmp_path, 2, last=["seed=1"]))
+  assert codes == [2, 2]
+  assert "not started alike" in told[0]
+  assert "'seed': 0" in told[0] and "'seed': 1" in told[0]
+
+
+def test_a_workdir_that_one_host_does_not_see_is_refused(tmp_path):
+  codes, told = _finish(
+    _start(tmp_path / "here", 2, last_workdir=tmp_path / "there")
+  )
+  assert codes == [2, 2]
+  assert "process(es) 1 do not see" in told[0]
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
+  codes, told = _finish(_start(tmp_path, 1, devices=3))
+  assert codes == [2]
+  assert "is 256, which 3 devices" in told[0]
+  assert "255 or 258" in told[0]
