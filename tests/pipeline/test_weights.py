@@ -21,10 +21,10 @@ from pqf_jax import errors, pack, pipeline
 from pqf_jax.core import trees
 from pqf_jax.models import official, resnet, torch_weights
 from pqf_jax.pipeline import weights
-from tests.pipeline import conftest
+from tests.pipeline import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL = conftest.Tiny(10)
+MODEL = tiny.Tiny(10)
 TEMPLATE = jax.eval_shape(
   MODEL.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
 )
