@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   # of --config.weights, 'pack' writes them as a file of this library, 'plan'
   # prints layers and sizes and stops.
   config.mode = "compress"
+  config.task = "classification"  # or "detection"
   config.name = ""  # names the default workdir, runs/<name>
   config.seed = 0
 
@@ -74,7 +75,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.distillation = 0.0
 
   # Which weights of the fine-tuning are packed: 'last', as the paper reports,
-  # or 'best' by top-1 on the test images (which then are no longer unseen).
+  # or 'best' by the test images (which then are no longer unseen): top-1, or
+  # mask AP.
   config.pack = "last"
 
   config.eval_batch_size = 256

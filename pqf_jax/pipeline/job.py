@@ -1,19 +1,16 @@
 """What the stages of one run share, resolved and checked before any work."""
 
-import functools
 import time
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from pqf_jax import (
   checkpoint,
   cluster,
-  data,
   errors,
   models,
   progress,
@@ -22,13 +19,10 @@ from pqf_jax import (
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.ops import permutation_search
-from pqf_jax.pipeline import summary, weights, workspace
-from pqf_jax.tasks import classification
+from pqf_jax.pipeline import summary, tasks, weights, workspace
 
 PyTree = Any
 Record = checkpoint.Record
-# Convolutional networks take any size; this one suits every stem and is cheap.
-SAMPLE_SHAPE = (1, 64, 64, 3)
 # What `config.permute.search` may name.
 SEARCHES = {
   "assignment": permutation_search.search_permutation,
@@ -48,8 +42,7 @@ class Job(NamedTuple):
     plan: what is compressed, and how.
     weights: dense variables read from `config.weights`, or None where the
       network is trained first.
-    dataset: images.
-    evaluate: variables -> {top1, top5, images}.
+    task: its data, loss and evaluation.
   """
 
   config: ml_collections.ConfigDict
@@ -58,8 +51,7 @@ class Job(NamedTuple):
   template: PyTree
   plan: plans.CompressionPlan
   weights: PyTree | None
-  dataset: data.ImageDataset
-  evaluate: Callable[[PyTree], dict[str, float]]
+  task: tasks.Task
 
   def key(self, stage: str) -> jax.Array:
     """The stage's own random key, whatever ran before."""
@@ -87,6 +79,7 @@ def prepare(
   config: ml_collections.ConfigDict, files: workspace.Workspace
 ) -> Job:
   """Resolves everything that can be refused before any long work."""
+  check_choice("task", config.task, tasks.TASKS)
   check_choice("pack", config.pack, ("last", "best"))
   check_choice("permute.search", config.permute.search, SEARCHES)
   module, template = build_model(config)
@@ -107,19 +100,10 @@ def prepare(
       "from scratch with --config.train.epochs=N"
     )
   cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
-  dataset = load_dataset(config)
-  _check_training(config, len(dataset.train))
+  task = tasks.load(config, module)
+  _check_training(config, task.num_train)
   files.claim()
-  return Job(
-    config,
-    files,
-    module,
-    template,
-    plan,
-    variables,
-    dataset,
-    make_evaluate(config, module, dataset),
-  )
+  return Job(config, files, module, template, plan, variables, task)
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
@@ -160,8 +144,8 @@ def build_model(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
   """(module, its variables as shapes)."""
   arguments = dict(config.model)
   module = models.get_model(arguments.pop("name")).make(**arguments)
-  images = jax.ShapeDtypeStruct(SAMPLE_SHAPE, jnp.float32)
-  return module, jax.eval_shape(module.init, jax.random.key(0), images)
+  sample = tasks.sample(config)
+  return module, jax.eval_shape(module.init, jax.random.key(0), *sample)
 
 
 def make_plan(
@@ -179,50 +163,3 @@ def print_plan(
   size = plans.predict_size(plan, template)
   progress.show(report.plan_table(summary.plan_rows(size)))
   return size
-
-
-def load_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
-  """The images of `config.data`."""
-  dataset = data.get_dataset(
-    config.data.name,
-    data_dir=config.data.dir or None,
-    image_size=config.data.image_size or None,
-  )
-  if dataset.num_classes != config.model.num_classes:
-    raise errors.InputError(
-      f"config.model.num_classes is {config.model.num_classes}, but "
-      f"{config.data.name} has {dataset.num_classes} classes"
-    )
-  for field in ("mean", "std"):
-    values = tuple(config.data[field])
-    if len(values) not in (0, 3):
-      raise errors.InputError(
-        f"config.data.{field} is {values}; give one value in 0..1 for each of "
-        "red, green and blue, or none for those of the data set"
-      )
-    if values:
-      dataset = dataset._replace(**{field: values})
-  return dataset
-
-
-def preprocess(dataset: data.ImageDataset) -> classification.Preprocess:
-  """uint8 images -> float32, normalized on the device."""
-  return functools.partial(data.normalize, mean=dataset.mean, std=dataset.std)
-
-
-def make_evaluate(
-  config: ml_collections.ConfigDict, module: Any, dataset: data.ImageDataset
-) -> Callable[[PyTree], dict[str, float]]:
-  """Variables -> {top1, top5, images} over all test images."""
-  count = classification.make_evaluate(module.apply, preprocess(dataset))
-
-  def evaluate(variables: PyTree) -> dict[str, float]:
-    batches = data.eval_batches(
-      dataset,
-      batch_size=config.eval_batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    return count(cluster.replicate(variables), map(cluster.shard, batches))
-
-  return evaluate

@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from pqf_jax import (
   checkpoint,
   cluster,
-  data,
   errors,
   pack,
   permute,
@@ -28,8 +26,7 @@ from pqf_jax import (
 from pqf_jax.core import channels, discover, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import summary, training, weights, workspace
-from pqf_jax.tasks import classification
+from pqf_jax.pipeline import summary, tasks, training, weights, workspace
 
 PyTree = Any
 Staged = tuple[PyTree, checkpoint.Record]
@@ -75,10 +72,10 @@ def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Counts the accuracy of `config.weights`; writes results.json."""
   module, variables = read_weights(config)
-  dataset = jobs.load_dataset(config)
+  task = tasks.load(config, module)
   files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
   files.claim()
-  accuracy = jobs.make_evaluate(config, module, dataset)(variables)
+  accuracy = task.evaluate(variables)
   files.write_results({"weights": config.weights} | accuracy)
   progress.say(
     " ".join(f"{name}={value:.6g}" for name, value in accuracy.items())
@@ -143,11 +140,11 @@ def dense_stage(job: jobs.Job) -> Staged:
   """The trained network: read from a file, or trained here."""
 
   def take() -> Staged:
-    return job.weights, job.evaluate(job.weights)
+    return job.weights, job.task.evaluate(job.weights)
 
   def train() -> Staged:
-    sample = jnp.zeros(jobs.SAMPLE_SHAPE)
-    variables = jax.jit(job.module.init)(job.key("init"), sample)
+    sample = tasks.sample(job.config)
+    variables = jax.jit(job.module.init)(job.key("init"), *sample)
     fitted, record = fit(job, "train", variables, job.config.train)
     return fitted.last, record
 
@@ -164,7 +161,7 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
 
   def compute() -> Staged:
     axes = discover.discover_channels(
-      job.module.apply, dense, jnp.zeros(jobs.SAMPLE_SHAPE)
+      job.module.apply, dense, *tasks.sample(job.config)
     )
     num_groups = len(channels.group_sizes(dense, axes))
     with progress.track("permute", num_groups, unit="groups") as bar:
@@ -184,7 +181,7 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         for group, permutation in permutations.items()
       },
     }
-    return variables, record | job.evaluate(variables)
+    return variables, record | job.task.evaluate(variables)
 
   return job.run("permute", job.template, compute)
 
@@ -212,7 +209,7 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
       {path: layer.distortion for path, layer in layers.items()}
     )
     variables = trees.replace(permuted, nodes)
-    return variables, {"distortion": distortion} | job.evaluate(variables)
+    return variables, {"distortion": distortion} | job.task.evaluate(variables)
 
   return job.run("quantize", target, compute)
 
@@ -238,41 +235,35 @@ def fit(
 ) -> tuple[training.Fitted, checkpoint.Record]:
   """`training.fit` with the settings of a config; no epochs, no change."""
   if not settings.epochs:
-    return training.Fitted(variables, variables), job.evaluate(variables)
-  apply_fn, preprocess = job.module.apply, jobs.preprocess(job.dataset)
+    return training.Fitted(variables, variables), job.task.evaluate(variables)
+  task = job.task
   schedule = training.Schedule(
-    steps_per_epoch=len(job.dataset.train) // settings.batch_size,
+    steps_per_epoch=task.num_train // settings.batch_size,
     checkpoint_steps=job.config.checkpoint_steps,
     **settings,
   )
 
   def batches(first_step: int) -> Iterator[Any]:
     job.files.resume_log(stage, first_step + 1)
-    read = data.train_batches(
-      job.dataset,
+    found = task.train_batches(
       batch_size=settings.batch_size,
       seed=job.config.seed,
       start_step=first_step,
       num_steps=schedule.num_steps - first_step,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
-    batches = map(cluster.shard, read)
     if teacher is None:
-      return batches
-    teach = classification.make_teacher(
-      apply_fn, preprocess, cluster.replicate(teacher)
-    )
-    return map(teach, batches)
+      return found
+    return map(task.make_teacher(teacher), found)
 
   share = 0.0 if teacher is None else job.config.distillation
   return training.fit(
     stage,
     variables,
     schedule,
-    loss_fn=classification.make_loss(apply_fn, preprocess, distillation=share),
+    loss_fn=task.make_loss(share),
     batches=batches,
-    evaluate=job.evaluate,
+    evaluate=task.evaluate,
+    metric=task.metric,
     checkpoints=job.files.checkpoints,
     on_metrics=job.files.log,
   )
@@ -292,7 +283,7 @@ def finish(
   if cluster.is_lead():
     pack.write(files.packed_file, packed)
   cluster.barrier("packed")
-  accuracy = job.evaluate(pack.load(files.packed_file))
+  accuracy = job.task.evaluate(pack.load(files.packed_file))
   records["packed"] = accuracy | {"seconds": time.perf_counter() - start}
   size = plans.predict_size(job.plan, job.template)
   results = summary.results(

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from pqf_jax import checkpoint
+from pqf_jax import checkpoint, report
 from pqf_jax.core import plan as plans
 
 Rows = list[dict[str, Any]]
-METRICS = ("top1", "top5")
 
 
 def plan_rows(size: plans.SizeReport) -> Rows:
@@ -66,9 +65,9 @@ def results(
     records: {stage: accuracy and seconds}; 'packed' is the file, evaluated.
   """
   accuracy = {
-    f"{metric}_{stage}": record[metric]
-    for metric in METRICS
+    f"{metric}_{stage}": value
     for stage, record in records.items()
+    for metric, value in report.metrics_of(record).items()
   }
   file_bytes = os.path.getsize(packed_file)
   return {

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pqf_jax import checkpoint, cluster, errors, finetune, progress
+from pqf_jax import (
+  checkpoint,
+  cluster,
+  errors,
+  finetune,
+  progress,
+  report,
+)
 from pqf_jax.core import trees
 from pqf_jax.pipeline import preemption
 
@@ -56,7 +63,7 @@ class Fitted(NamedTuple):
 
   Attributes:
     last: variables after the last step.
-    best: variables of the epoch with the highest top-1.
+    best: variables of the epoch with the highest metric.
   """
 
   last: PyTree
@@ -71,6 +78,7 @@ def fit(
   loss_fn: finetune.LossFn,
   batches: Callable[[int], Iterator[finetune.Batch]],
   evaluate: Callable[[PyTree], dict[str, float]],
+  metric: str,
   checkpoints: checkpoint.Checkpoints,
   on_metrics: Callable[[dict[str, Any]], None],
 ) -> tuple[Fitted, checkpoint.Record]:
@@ -82,7 +90,8 @@ def fit(
     schedule: see `Schedule`.
     loss_fn: see `finetune.LossFn`.
     batches: first step -> global batches from that step on.
-    evaluate: variables -> accuracy, at the end of every epoch.
+    evaluate: variables -> metrics, at the end of every epoch.
+    metric: the one by which an epoch is the best.
     checkpoints: where progress is saved.
     on_metrics: receives the records of `metrics.jsonl`.
 
@@ -122,9 +131,9 @@ def fit(
         current = finetune.state_variables(state)
         accuracy = evaluate(current)
         meter.epoch(step, accuracy)
-        if accuracy["top1"] > record["top1_best"]:
+        if accuracy[metric] > record["best"]:
           best = jax.tree.map(jnp.copy, current)
-          record |= {"top1_best": accuracy["top1"], "best_step": step}
+          record |= {"best": accuracy[metric], "best_step": step}
         record |= accuracy
       stopped = stop.is_asked(step)
       if schedule.save_is_due(step) or stopped:
@@ -143,7 +152,7 @@ def fit(
 
 
 def _first_record() -> checkpoint.Record:
-  return {"seconds": 0.0, "top1_best": -1.0, "best_step": 0}
+  return {"seconds": 0.0, "best": -1.0, "best_step": 0}
 
 
 def _diverged(
@@ -188,7 +197,7 @@ class _Meter:
   def epoch(self, step: int, accuracy: dict[str, float]) -> None:
     """Logs an evaluation."""
     self.flush()
-    self._emit(step, {"top1": accuracy["top1"]})
+    self._emit(step, report.metrics_of(accuracy))
     self._read = step, time.perf_counter()
 
   def flush(self) -> None:

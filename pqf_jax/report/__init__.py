@@ -8,6 +8,8 @@ from pqf_jax.report.records import append_metric as append_metric
 from pqf_jax.report.records import read_metrics as read_metrics
 from pqf_jax.report.records import resume_metrics as resume_metrics
 from pqf_jax.report.records import write_json as write_json
+from pqf_jax.report.schema import metrics_of as metrics_of
 from pqf_jax.report.tables import closing_table as closing_table
+from pqf_jax.report.tables import permutation_table as permutation_table
 from pqf_jax.report.tables import plan_table as plan_table
 from pqf_jax.report.tensorboard import TensorBoardWriter as TensorBoardWriter

@@ -92,6 +92,9 @@ class GroupRow(TypedDict, total=False):
     size: channels.
     log_det_before: natural log-determinant of the covariance of sub-vectors.
     log_det_after: the same in the order that was found.
+    error_before: squared error of a short k-means over the mean square of the
+      weights, 0..1; 0 where it was not asked for.
+    error_after: the same in the order that was found.
     accepted: whether that order was taken.
     note: why not, or anything else worth saying.
   """
@@ -101,6 +104,8 @@ class GroupRow(TypedDict, total=False):
   size: int
   log_det_before: float
   log_det_after: float
+  error_before: float
+  error_after: float
   accepted: bool
   note: str
 
@@ -139,6 +144,11 @@ class Score(NamedTuple):
   stage: str
   value: float
   gap: float | None
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+  """What a record says of `METRICS`."""
+  return {name: record[name] for name in METRICS if name in record}
 
 
 def dense_bytes(row: PlanRow | LayerRow) -> int:

@@ -1,0 +1,115 @@
+"""What differs between networks that classify images and that find objects."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from pqf_jax import cluster, data, errors, finetune
+from pqf_jax.tasks import classification
+
+PyTree = Any
+Batches = Callable[..., Iterator[finetune.Batch]]
+
+
+class Task(NamedTuple):
+  """One kind of network on its data, as the stages see it.
+
+  Attributes:
+    num_train: training images.
+    train_batches: (batch_size, seed, start_step, num_steps) -> global batches.
+    make_loss: share of distillation -> `finetune.LossFn`.
+    make_teacher: dense variables -> the map that adds what they say to a batch.
+    evaluate: variables -> {metric: 0..1, images} over all test images.
+    metric: the one by which an epoch is the best.
+  """
+
+  num_train: int
+  train_batches: Batches
+  make_loss: Callable[[float], finetune.LossFn]
+  make_teacher: Callable[[PyTree], Callable[[Any], Any]]
+  evaluate: Callable[[PyTree], dict[str, float]]
+  metric: str
+
+
+def sample(config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
+  """Inputs of the network's `apply`, small: only their shapes matter."""
+  return SAMPLES[config.task]()
+
+
+def load(config: ml_collections.ConfigDict, module: Any) -> Task:
+  """The task on the data of the config.
+
+  Raises:
+    InputError: the data are not there, or are none for this network.
+  """
+  return TASKS[config.task](config, module)
+
+
+def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
+  dataset = load_images(config)
+  preprocess = functools.partial(
+    data.normalize, mean=dataset.mean, std=dataset.std
+  )
+  count = classification.make_evaluate(module.apply, preprocess)
+
+  def evaluate(variables: PyTree) -> dict[str, float]:
+    batches = data.eval_batches(
+      dataset, batch_size=config.eval_batch_size, **_share()
+    )
+    return count(cluster.replicate(variables), map(cluster.shard, batches))
+
+  def train_batches(**order: Any) -> Iterator[finetune.Batch]:
+    return map(cluster.shard, data.train_batches(dataset, **order, **_share()))
+
+  return Task(
+    len(dataset.train),
+    train_batches,
+    lambda share: classification.make_loss(
+      module.apply, preprocess, distillation=share
+    ),
+    lambda variables: classification.make_teacher(
+      module.apply, preprocess, cluster.replicate(variables)
+    ),
+    evaluate,
+    "top1",
+  )
+
+
+def load_images(config: ml_collections.ConfigDict) -> data.ImageDataset:
+  """The labelled images of `config.data`, with its mean and deviation."""
+  dataset = data.get_dataset(
+    config.data.name,
+    data_dir=config.data.dir or None,
+    image_size=config.data.image_size or None,
+  )
+  if dataset.num_classes != config.model.num_classes:
+    raise errors.InputError(
+      f"config.model.num_classes is {config.model.num_classes}, but "
+      f"{config.data.name} has {dataset.num_classes} classes"
+    )
+  for field in ("mean", "std"):
+    values = tuple(config.data[field])
+    if len(values) not in (0, 3):
+      raise errors.InputError(
+        f"config.data.{field} is {values}; give one value in 0..1 for each of "
+        "red, green and blue, or none for those of the data set"
+      )
+    if values:
+      dataset = dataset._replace(**{field: values})
+  return dataset
+
+
+def _share() -> dict[str, int]:
+  return {
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+
+
+TASKS = {"classification": _classification}
+# Convolutional networks take any size; this one suits every stem and is cheap.
+SAMPLES = {"classification": lambda: (jnp.zeros((1, 64, 64, 3)),)}
