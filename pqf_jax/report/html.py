@@ -69,7 +69,7 @@ def write_html(
       )
       if chart.rows
     ],
-    permutation=charts.permutation_chart(groups),
+    permutation_charts=charts.permutation_charts(groups),
     table=_layer_table(plan_rows, layers),
     seconds=[
       (stage, text.duration(took))

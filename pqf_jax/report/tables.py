@@ -80,6 +80,33 @@ def plan_table(rows: Sequence[schema.PlanRow]) -> rich.table.Table:
   return table
 
 
+def permutation_table(groups: Sequence[schema.GroupRow]) -> rich.table.Table:
+  """What the order of each channel group gained.
+
+  Args:
+    groups: those without kernels are left out. The columns of the error of a
+      short k-means are there where any group has one.
+  """
+  judged = any(row.get("error_before") for row in groups)
+  table = _table("Permutation")
+  table.add_column("group", overflow="fold")
+  names = ["kernels", "size", "log-det", "after"]
+  names += ["error %", "after"] if judged else []
+  for name in [*names, "taken"]:
+    table.add_column(name, justify="right", no_wrap=True)
+  for row in groups:
+    if not row["children"]:
+      continue
+    cells = [f"{len(row['children'])}", f"{row['size']}"]
+    cells += [f"{row[f'log_det_{when}']:.2f}" for when in ("before", "after")]
+    if judged:
+      errors = (row["error_before"], row["error_after"])
+      cells += [f"{100 * error:.2f}" if error else "" for error in errors]
+    label = rich.markup.escape(text.short_path(row["children"][0]))
+    table.add_row(label, *cells, "yes" if row["accepted"] else "no")
+  return table
+
+
 def closing_table(results: schema.Results) -> rich.console.Group:
   """What came out: accuracy, its gap to dense, and time by stage; then size.
 

@@ -128,6 +128,32 @@ def test_the_shares_of_the_processes_are_the_batch_of_one(count: int):
   )
 
 
+@pytest.mark.parametrize("num_images", [1, 7, 8, 10, 24, 25])
+@pytest.mark.parametrize("process_count", [1, 2, 3, 4])
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_processes_together_count_exactly_all_images(
+  num_images: int, process_count: int, share: int
+):
+  dataset = DATASET._replace(test=records(num_images))
+  seen, lengths = [], []
+  for index in range(process_count):
+    batches = list(
+      data.eval_batches(
+        dataset,
+        batch_size=share * process_count,
+        process_index=index,
+        process_count=process_count,
+      )
+    )
+    lengths.append(len(batches))
+    for batch in batches:
+      assert batch["image"].shape == (share, 4, 4, 3)
+      seen += batch["image"][batch["mask"] > 0, 0, 0, 0].tolist()
+  # As many batches each, or a collective would wait for ever.
+  assert lengths == [-(-num_images // (share * process_count))] * process_count
+  assert sorted(seen) == list(range(num_images))
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8, 10, 16])
 def test_evaluation_counts_every_image_once_and_in_order(batch_size: int):
   batches = list(data.eval_batches(DATASET, batch_size=batch_size))

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from pqf_jax import data, errors
@@ -166,7 +167,10 @@ def test_a_folder_without_the_data_set(tmp_path):
   message = refusal("imagenet2012", tmp_path)
   assert f"no {tmp_path}/imagenet2012/VERSION/dataset_info.json" in message
   assert "ILSVRC2012_img_val.tar" in message
-  assert f"data_dir='{tmp_path}'" in message
+  assert (
+    f"python -m pqf_jax.data.prepare imagenet2012 --from TARS --to {tmp_path}"
+    in message
+  )
 
 
 @pytest.mark.parametrize("inner", ["cifar10", "cifar10/3.0.2"])
@@ -177,6 +181,12 @@ def test_an_inner_folder(prepared, monkeypatch, inner, relative):
   assert f"data_dir={prepared} has it: give that folder" in message
 
 
+def test_a_preparation_that_was_interrupted_at_its_end(spoiled):
+  folder = spoiled / "cifar10/3.0.2"
+  folder.rename(folder.with_name("incomplete.A3_3.0.2"))
+  assert "there is no" in refusal("cifar10", spoiled)
+
+
 def test_a_preparation_that_was_interrupted(spoiled):
   (spoiled / "cifar10/3.0.2/dataset_info.json").unlink()
   message = refusal("cifar10", spoiled)
@@ -184,15 +194,124 @@ def test_a_preparation_that_was_interrupted(spoiled):
   assert PREPARE.format(spoiled) in message
 
 
-def test_a_tfrecord_copy(spoiled):
+def test_a_tfrecord_copy_is_read_to_the_same_images(prepared, spoiled):
+  for name in ("cifar10", "imagenet2012"):
+    tiny_tfds.to_tfrecord(spoiled / name / "3.0.2")
+    expected = data.get_dataset(name, data_dir=str(prepared))
+    found = data.get_dataset(name, data_dir=str(spoiled))
+    assert found.num_classes == expected.num_classes
+    for split in ("train", "test"):
+      records = all_records(getattr(found, split))
+      originals = all_records(getattr(expected, split))
+      for one, other in zip(records, originals, strict=True):
+        assert one["label"] == other["label"]
+        np.testing.assert_array_equal(one["image"], other["image"])
+
+
+def test_batches_from_tfrecord_files_resume_exactly(prepared, spoiled):
+  tiny_tfds.to_tfrecord(spoiled / "imagenet2012/3.0.2")
+  settings = {"batch_size": 6, "seed": 5, "num_steps": 7}
+  whole, tail = (
+    list(
+      data.train_batches(
+        data.get_dataset("imagenet2012", data_dir=str(folder)),
+        start_step=start,
+        **settings,
+      )
+    )
+    for folder, start in ((prepared, 0), (spoiled, 3))
+  )
+  for one, other in zip(whole[3:], tail[:4], strict=True):
+    for name, values in one.items():
+      np.testing.assert_array_equal(values, other[name])
+
+
+def test_another_format(spoiled):
   folder = spoiled / "cifar10/3.0.2"
-  edit(folder / "dataset_info.json", '"array_record"', '"tfrecord"')
-  for file in list(folder.glob("*.array_record-*")):
-    file.rename(str(file).replace("array_record", "tfrecord"))
+  edit(folder / "dataset_info.json", '"array_record"', '"riegeli"')
   message = refusal("cifar10", spoiled)
-  assert f"{folder} is in the format tfrecord" in message
+  assert f"{folder} is in the format riegeli" in message
   # The same data_dir would be refused: the data set is there already.
   assert PREPARE.format(f"{spoiled}_array_record") in message
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
+@pytest.mark.parametrize("form", ["array_record", "tfrecord"])
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_a_byte_that_has_changed_costs_at_most_one_image(spoiled, name, form):
+  folder = spoiled / name / "3.0.2"
+  if form == "tfrecord":
+    tiny_tfds.to_tfrecord(folder, num_shards=1)
+  (file,) = folder.glob(f"*-train.{form}-*")
+  whole = all_records(data.get_dataset(name, data_dir=str(spoiled)).train)
+  content = bytearray(file.read_bytes())
+  # Signature of the image in a record in the middle.
+  signature = b"PNG" if name == "cifar10" else b"\xff\xd8\xff"
+  places = [i for i in range(len(content)) if content.startswith(signature, i)]
+  content[places[9]] ^= 64
+  file.write_bytes(content)
+  train = data.get_dataset(name, data_dir=str(spoiled)).train
+  found = all_records(train)
+  assert [r["label"] for r in found[:9] + found[10:]] == [
+    r["label"] for r in whole[:9] + whole[10:]
+  ]
+  assert found[9]["label"] == whole[10]["label"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
+def test_a_byte_that_has_changed_in_a_test_image_is_an_error(spoiled, name):
+  split = {"cifar10": "test", "imagenet2012": "validation"}[name]
+  (file,) = (spoiled / name).glob(f"*/*-{split}.array_record-*")
+  content = bytearray(file.read_bytes())
+  signature = b"PNG" if name == "cifar10" else b"\xff\xd8\xff"
+  content[content.index(signature)] ^= 64
+  file.write_bytes(content)
+  with pytest.raises(errors.InputError, match=f"record 0 of {file} cannot be"):
+    all_records(data.get_dataset(name, data_dir=str(spoiled)).test)
+
+
+def test_a_record_that_is_no_example(spoiled):
+  folder = spoiled / "imagenet2012/3.0.2"
+  tiny_tfds.to_tfrecord(folder, num_shards=1)
+  (file,) = folder.glob("*-validation.tfrecord-*")
+  file.write_bytes(tiny_tfds.framed(b"\xff\xff") + tiny_tfds.framed(b"") * 6)
+  test = data.get_dataset("imagenet2012", data_dir=str(spoiled)).test
+  for index in (0, 3):
+    with pytest.raises(
+      errors.InputError,
+      match=rf"record {index} of {file} .*not an example with an image",
+    ):
+      test[index]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.999])
+@pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])
+def test_a_file_that_is_cut_short(spoiled, name, kept):
+  (file,) = (spoiled / name).glob("*/*-train.array_record-*")
+  size = int(kept * file.stat().st_size)
+  file.write_bytes(file.read_bytes()[:size])
+  message = refusal(name, spoiled)
+  assert f"{file} has {size} bytes and can be read as 0 records" in message
+  assert f"says {tiny_tfds.NUM_TRAIN}" in message
+
+
+def test_a_damaged_image_is_named_by_file_and_number(spoiled):
+  (file,) = (spoiled / "imagenet2012").glob("*/*-train.array_record-*")
+  images = [tiny_tfds.encode(tiny_tfds.photo(i), "jpeg") for i in range(20)]
+  images[4] = images[4][: len(images[4]) // 2]
+  shutil.rmtree(spoiled / "imagenet2012")
+  with tfds.core.registered.skip_registration():
+    splits = {"train": images, "validation": images}
+    tiny_tfds.write(spoiled, "imagenet2012", "jpeg", splits)
+  dataset = data.get_dataset("imagenet2012", data_dir=str(spoiled))
+  with pytest.warns(UserWarning, match=rf"record (\d+) of {file} cannot"):
+    train = all_records(dataset.train)
+  assert 4 not in [record["label"] for record in train]
+  assert len(train) == 20
+  with pytest.raises(
+    errors.InputError, match=r"record \d+ of .*-validation.array_record-00000"
+  ):
+    list(data.eval_batches(dataset, batch_size=5))
 
 
 def test_a_copy_in_both_formats_is_read(spoiled):
@@ -215,7 +334,7 @@ def test_a_label_outside_the_classes(spoiled):
     edit(file, f'"{tiny_tfds.NUM_TRAIN}"', '"19"')
     source = data.get_dataset(name, data_dir=str(spoiled)).train
     with pytest.raises(
-      errors.InputError, match="image .* label 19, but .* classes 0 to 18"
+      errors.InputError, match="record .* label 19, but .* classes 0 to 18"
     ):
       all_records(source)
 

@@ -83,3 +83,12 @@ def test_the_ridge_makes_dead_channels_finite():
   np.testing.assert_allclose(
     covariance.log_det(ridged, sums), expected, atol=1e-6
   )
+
+
+@pytest.mark.parametrize("shape", [(5, 60, 9), (6, 300, 1), (3, 2, 300)])
+def test_products_of_several_strips_are_those_of_all_pairs(shape):
+  # More than 256 rows of the Gram matrix: some tiles are mirrored.
+  weights = np.random.default_rng(2).normal(loc=0.5, size=shape)
+  gram = covariance.channel_gram(weights, slots=2)
+  expected = np.einsum("ras,rbt->abst", weights, weights)
+  np.testing.assert_allclose(gram.products, expected, atol=1e-12)

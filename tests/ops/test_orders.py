@@ -72,3 +72,16 @@ def test_the_objective_weights_kernels_by_their_sub_vectors():
   both = orders.evaluate(grams, np.arange(8)).log_det
   np.testing.assert_allclose(both, (40 * alone[0] + 30 * alone[1]) / 70)
   assert orders.superblock(grams) == 4
+
+
+@pytest.mark.parametrize("shapes", [*CASES, [(9, 120, 3, 4)]])
+def test_large_tiles_are_multiplied_as_small_ones_are(monkeypatch, shapes):
+  rng = np.random.default_rng(3)
+  grams = _grams(rng, *shapes)
+  size = shapes[0][1]
+  order = orders.evaluate(grams, rng.permutation(size))
+  holes = rng.permutation(size)[: size // 2]
+  small = orders.placement_scores(grams, order, holes)
+  monkeypatch.setattr(orders, "_LARGEST_SLAB", 0)
+  large = orders.placement_scores(grams, order, holes)
+  np.testing.assert_allclose(small, large, atol=1e-12)

@@ -16,11 +16,18 @@ def test_bars_are_in_proportion(run):
     [(4 * math.prod(row["shape"]), row["bytes"]) for row in rows]
   )
   np.testing.assert_allclose(widths, 100 * expected / expected.max())
-  drops = charts.permutation_chart(run["groups"])
+  drops, errors = charts.permutation_charts(run["groups"])
   expected = 0.5 + 0.25 * np.arange(12)
   widths = [row.widths[0] for row in drops.rows]
   np.testing.assert_allclose(widths, 100 * expected / expected.max())
   assert [row.counts for row in drops.rows].index(False) == 7
+  # Group n falls from (20 + n) % to (20 - n) %; the last two were not judged.
+  widths = [row.widths for row in errors.rows]
+  expected = [(20 + n, 20 - n) for n in range(10)]
+  np.testing.assert_allclose(widths, np.array(expected) * 100 / 29)
+  assert [row.label for row in errors.rows] == [
+    row.label for row in drops.rows[:10]
+  ]
 
 
 def test_rows_beyond_the_most_are_folded_away_not_lost():
@@ -36,7 +43,10 @@ def test_bars_of_nothing_and_of_zero(run):
   exact = [{"path": "params/a/kernel", "distortion": 0.0}]
   assert charts.distortion_chart(exact).rows[0].widths == (0,)
   still = run["groups"][0] | {"log_det_after": -60.5}
-  assert charts.permutation_chart([still]).rows[0].widths == (0,)
+  assert charts.permutation_charts([still])[0].rows[0].widths == (0,)
+  unjudged = run["groups"][10:]
+  assert len(charts.permutation_charts(unjudged)) == 1
+  assert charts.permutation_charts([]) == []
 
 
 @pytest.mark.parametrize(

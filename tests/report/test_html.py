@@ -67,6 +67,9 @@ def test_page_has_every_figure(tmp_path, run):
   for row in run["groups"]:
     before, after = row["log_det_before"], row["log_det_after"]
     figures.append(f"{before:.1f} → {after:.1f}")
+    if row["error_before"]:
+      before, after = row["error_before"], row["error_after"]
+      figures.append(f"{100 * before:.2f} % → {100 * after:.2f} %")
   missing = [figure for figure in figures if figure not in page.text]
   assert not missing
   titles = " ".join(page.attributes["title"])

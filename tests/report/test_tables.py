@@ -46,6 +46,24 @@ def test_plan_table_loses_no_letter_of_a_long_path(run):
   assert text.short_path(path) in column
 
 
+def test_permutation_table_has_the_errors_that_were_computed(run):
+  table = drawn(report.permutation_table(run["groups"]))
+  lines = table.splitlines()
+  assert max(map(len, lines)) <= 80
+  by_group = {line.split()[0]: line.split() for line in lines if line.strip()}
+  for number, row in enumerate(run["groups"]):
+    cells = by_group[text.short_path(row["children"][0])][1:]
+    expected = [f"{len(row['children'])}", f"{row['size']}"]
+    expected += [f"{row['log_det_before']:.2f}", f"{row['log_det_after']:.2f}"]
+    if number < 10:
+      expected += [f"{20 + number}.00", f"{20 - number}.00"]
+    assert cells == [*expected, "no" if number == 7 else "yes"]
+  bare = [row | {"error_before": 0.0} for row in run["groups"]]
+  assert "error" not in drawn(report.permutation_table(bare))
+  empty = report.permutation_table([run["groups"][0] | {"children": []}])
+  assert empty.row_count == 0
+
+
 def test_closing_table_has_every_figure(run):
   results = run["results"]
   table = drawn(report.closing_table(results))

@@ -1,0 +1,190 @@
+"""EfficientNet-Lite0: EfficientNet-B0 (arXiv 1905.11946) for small devices.
+
+It has ReLU6 instead of swish, and no squeeze-and-excitation. It comes from
+TensorFlow: 'SAME' padding, norms with epsilon 1e-3, and images normalized as
+(x - 127) / 128 for x in 0..255. Variables have timm's names (of
+`tf_efficientnet_lite0`): `blocks.1.0.conv_dw.weight` is
+`params/blocks/1/0/conv_dw/kernel`. Maps are [B, H, W, C]. Dropout and drop-path
+are left out: a network whose weights are codes is fine-tuned for few epochs and
+underfits if anything.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from pqf_jax.models import layers, torch_weights
+
+PyTree = Any
+
+# Expansion, kernel size, output channels, number of blocks, stride of the first
+# (Table 1 of the paper, for B0).
+STAGES = (
+  (1, 3, 16, 1, 1),
+  (6, 3, 24, 2, 2),
+  (6, 5, 40, 2, 2),
+  (6, 3, 80, 3, 2),
+  (6, 5, 112, 3, 1),
+  (6, 5, 192, 4, 2),
+  (6, 3, 320, 1, 1),
+)
+STEM = 32
+HEAD = 1280
+
+# Modules by the names of the package efficientnet_pytorch, and by timm's. The
+# block of the first stage does not expand, and timm names what is left anew.
+RENAMED = {
+  "_conv_stem": "conv_stem",
+  "_bn0": "bn1",
+  "_conv_head": "conv_head",
+  "_bn1": "bn2",
+  "_fc": "classifier",
+}
+RENAMED_IN_BLOCK = {
+  1: {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+  },
+  6: {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+  },
+}
+
+
+class Block(nn.Module):
+  """Expands, filters every channel, projects; plus x where the shape allows."""
+
+  expansion: int
+  size: int
+  features: int
+  stride: int
+  conv: layers.Layer
+  norm: layers.Layer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, features], rounded up."""
+    inner = self.expansion * x.shape[-1]
+    expand = functools.partial(self.conv, 1, inner, 1)
+    deep = functools.partial(
+      self.conv, self.size, inner, self.stride, groups=inner
+    )
+    project = functools.partial(self.conv, 1, self.features, 1)
+    convs = (
+      {"conv_dw": deep, "conv_pw": project}
+      if self.expansion == 1
+      else {"conv_pw": expand, "conv_dw": deep, "conv_pwl": project}
+    )
+    y = x
+    for i, (name, conv) in enumerate(convs.items(), start=1):
+      y = nn.relu6(y) if i > 1 else y
+      y = self.norm(name=f"bn{i}")(conv(name=name)(y))
+    return x + y if x.shape == y.shape else y
+
+
+class EfficientNetLite0(nn.Module):
+  """The network; `make` says what the settings are and checks them.
+
+  `apply(variables, images)` maps images [B, H, W, 3] to logits
+  [B, num_classes] of float32 or wider. With `train=True` the norms use the
+  statistics of the batch, see `layers.batch_norm`.
+  """
+
+  num_classes: int
+  dtype: DTypeLike = jnp.float32
+  norm_epsilon: float = 1e-3
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, 3] -> [B, num_classes]."""
+    conv = functools.partial(
+      layers.convolution, padding="SAME", dtype=self.dtype
+    )
+    norm = functools.partial(
+      layers.batch_norm,
+      train=train,
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+    )
+    x = conv(3, STEM, 2, name="conv_stem")(images)
+    x = nn.relu6(norm(name="bn1")(x))
+    x = layers.Chain(_stages(conv, norm), name="blocks")(x)
+    x = conv(1, HEAD, 1, name="conv_head")(x)
+    x = nn.relu6(norm(name="bn2")(x))
+    x = jnp.mean(x, (1, 2), dtype=layers.at_least_float32(self.dtype))
+    linear = layers.linear(
+      self.num_classes, dtype=self.dtype, name="classifier"
+    )
+    return linear(x)
+
+
+def _stages(conv: layers.Layer, norm: layers.Layer) -> tuple[layers.Layer, ...]:
+  """The stages, each a chain of blocks."""
+
+  def stage(
+    expansion: int, size: int, features: int, length: int, first_stride: int
+  ) -> layers.Layer:
+    strides = (first_stride,) + (1,) * (length - 1)
+    blocks = tuple(
+      functools.partial(Block, expansion, size, features, stride, conv, norm)
+      for stride in strides
+    )
+    return functools.partial(layers.Chain, blocks)
+
+  return tuple(stage(*settings) for settings in STAGES)
+
+
+def make(
+  *, num_classes: int, dtype: DTypeLike = jnp.float32
+) -> EfficientNetLite0:
+  """Builds the network.
+
+  Args:
+    num_classes: length of the logits.
+    dtype: floating type of the computation.
+
+  Raises:
+    InputError: a setting has another value than these.
+  """
+  layers.check_settings("EfficientNet-Lite0", num_classes, dtype)
+  return EfficientNetLite0(num_classes, dtype)
+
+
+def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
+  """Variables from a state dict with timm's names or efficientnet_pytorch's.
+
+  See `torch_weights`.
+  """
+  renamed = _timm_names()
+
+  def timm_name(name: str) -> str:
+    module, _, entry = name.rpartition(".")
+    return f"{renamed.get(module, module)}.{entry}"
+
+  return torch_weights.torch_to_flax(
+    {timm_name(name): value for name, value in state_dict.items()}, template
+  )
+
+
+def _timm_names() -> dict[str, str]:
+  """{module's name in efficientnet_pytorch: in timm}."""
+  names = dict(RENAMED)
+  number = 0  # efficientnet_pytorch counts blocks through all stages
+  for i, (expansion, _, _, length, _) in enumerate(STAGES):
+    for j in range(length):
+      for old, new in RENAMED_IN_BLOCK[expansion].items():
+        names[f"_blocks.{number}.{old}"] = f"blocks.{i}.{j}.{new}"
+      number += 1
+  return names

@@ -1,0 +1,118 @@
+"""MobileNetV2 (arXiv 1801.04381) as torchvision's, of width 1.
+
+Variables have torchvision's names: `features.1.conv.0.0.weight` is
+`params/features/1/conv/0/0/kernel`. Maps are [B, H, W, C]. The dropout before
+the classifier is left out: a network whose weights are codes is fine-tuned for
+few epochs and underfits if anything.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from pqf_jax.models import layers, torch_weights
+
+PyTree = Any
+
+# Expansion, output channels, number of blocks, stride of the first (Table 2).
+BLOCKS = (
+  (1, 16, 1, 1),
+  (6, 24, 2, 2),
+  (6, 32, 3, 2),
+  (6, 64, 4, 2),
+  (6, 96, 3, 1),
+  (6, 160, 3, 2),
+  (6, 320, 1, 1),
+)
+STEM = 32
+HEAD = 1280
+
+
+class InvertedResidual(nn.Module):
+  """Expands, filters every channel, projects; plus x where the shape allows."""
+
+  convs: tuple[layers.Layer, ...]
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> the shape that the last convolution gives."""
+    y = layers.Chain(self.convs, name="conv")(x)
+    return x + y if x.shape == y.shape else y
+
+
+class MobileNetV2(nn.Module):
+  """The network; `make` says what the settings are and checks them.
+
+  `apply(variables, images)` maps images [B, H, W, 3] to logits
+  [B, num_classes] of float32 or wider. With `train=True` the norms use the
+  statistics of the batch, see `layers.batch_norm`.
+  """
+
+  num_classes: int
+  dtype: DTypeLike = jnp.float32
+  norm_epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, 3] -> [B, num_classes]."""
+    wide = layers.at_least_float32(self.dtype)
+    x = layers.Chain(tuple(self._features(train)), name="features")(images)
+    x = jnp.mean(x, (1, 2), dtype=wide)
+    dropout = layers.stateless(lambda x: x)  # in torchvision it has number 0
+    linear = functools.partial(
+      layers.linear, self.num_classes, dtype=self.dtype
+    )
+    return layers.Chain((dropout, linear), name="classifier")(x)
+
+  def _features(self, train: bool) -> Iterator[layers.Layer]:
+    conv = functools.partial(layers.convolution, dtype=self.dtype)
+    norm = functools.partial(
+      layers.batch_norm,
+      train=train,
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+    )
+
+    def activated(
+      size: int, features: int, stride: int = 1, groups: int = 1
+    ) -> layers.Layer:
+      first = functools.partial(conv, size, features, stride, groups=groups)
+      chain = (first, norm, layers.stateless(nn.relu6))
+      return functools.partial(layers.Chain, chain)
+
+    yield activated(3, STEM, 2)
+    channels = STEM
+    for expansion, features, length, first_stride in BLOCKS:
+      for i in range(length):
+        inner = expansion * channels
+        expand = (activated(1, inner),) if expansion > 1 else ()
+        deep = activated(3, inner, 1 if i else first_stride, groups=inner)
+        project = functools.partial(conv, 1, features, 1)
+        convs = (*expand, deep, project, norm)
+        yield functools.partial(InvertedResidual, convs)
+        channels = features
+    yield activated(1, HEAD)
+
+
+def make(*, num_classes: int, dtype: DTypeLike = jnp.float32) -> MobileNetV2:
+  """Builds the network.
+
+  Args:
+    num_classes: length of the logits.
+    dtype: floating type of the computation.
+
+  Raises:
+    InputError: a setting has another value than these.
+  """
+  layers.check_settings("MobileNetV2", num_classes, dtype)
+  return MobileNetV2(num_classes, dtype)
+
+
+def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
+  """Variables from torchvision's state dict; see `torch_weights`."""
+  return torch_weights.torch_to_flax(state_dict, template)

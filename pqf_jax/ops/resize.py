@@ -1,0 +1,112 @@
+"""Scaling images to the size that a detector works at.
+
+As torchvision's: the short side becomes `min_size` unless the long one would
+then exceed `max_size`; bilinear between pixel centers, without antialiasing.
+The sizes of the images are values, not shapes: one program serves all.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.lru_cache(maxsize=8)
+def scaled_lengths(longest: int, min_size: int, max_size: int) -> np.ndarray:
+  """What the sides of every image up to a size are scaled to.
+
+  A side is floor(side * scale) in double precision, which accelerators lack,
+  and whose rounding decides: a square of 161 becomes 799, not 800.
+
+  Args:
+    longest: side of the largest image.
+    min_size: wanted length of the short side.
+    max_size: bound of the long side.
+
+  Returns:
+    int32 [longest + 1, longest + 1]: entry [a, b] is the new length of side a
+    of an image of sides a and b; at least 1.
+  """
+  sides = np.maximum(np.arange(longest + 1, dtype=np.float64), 1)
+  side, other = sides[:, None], sides[None, :]
+  scale = np.minimum(
+    min_size / np.minimum(side, other), max_size / np.maximum(side, other)
+  )
+  lengths = np.maximum(np.floor(side * scale), 1).astype(np.int32)
+  lengths.flags.writeable = False
+  return lengths
+
+
+def scaled_sizes(
+  sizes: jax.Array, longest: int, min_size: int, max_size: int
+) -> jax.Array:
+  """(height, width) int32 [B, 2] of images -> the same after scaling."""
+  table = jnp.asarray(scaled_lengths(longest, min_size, max_size))
+  height, width = sizes[:, 0], sizes[:, 1]
+  return jnp.stack([table[height, width], table[width, height]], axis=1)
+
+
+def resize_image(
+  image: jax.Array,
+  size: jax.Array,
+  scaled: jax.Array,
+  *,
+  canvas: tuple[int, int],
+) -> jax.Array:
+  """Scales one image within its buffer to one within another.
+
+  Args:
+    image: [S, T, C] float, the image at its top left.
+    size: int [2], height and width of the image.
+    scaled: int [2], what it is scaled to; what exceeds the canvas is lost.
+    canvas: height and width of the result.
+
+  Returns:
+    [*canvas, C], zero outside of the image.
+  """
+  rows = _between(canvas[0], size[0], scaled[0], image.dtype)
+  columns = _between(canvas[1], size[1], scaled[1], image.dtype)
+  low, high, above = (part[:, None, None] for part in rows)
+  image = image[low[:, 0, 0]] * (1 - above) + image[high[:, 0, 0]] * above
+  low, high, above = (part[None, :, None] for part in columns)
+  image = image[:, low[0, :, 0]] * (1 - above) + image[:, high[0, :, 0]] * above
+  return jnp.where(within(canvas, scaled), image, 0)
+
+
+def within(canvas: tuple[int, int], size: jax.Array) -> jax.Array:
+  """Bool [*canvas, 1]: the positions in the top left of this size."""
+  rows = jnp.arange(canvas[0])[:, None, None] < size[0]
+  return rows & (jnp.arange(canvas[1])[None, :, None] < size[1])
+
+
+def nearest_source(
+  positions: jax.Array, length: jax.Array, scaled: jax.Array
+) -> jax.Array:
+  """Where torch's nearest interpolation takes the given positions from.
+
+  Args:
+    positions: int, after scaling.
+    length: int [], of the original.
+    scaled: int [], after scaling.
+
+  Returns:
+    int32, like `positions`. The product is of float32 on purpose: another
+    precision gives other positions.
+  """
+  ratio = length.astype(jnp.float32) / scaled.astype(jnp.float32)
+  source = jnp.floor(positions.astype(jnp.float32) * ratio).astype(jnp.int32)
+  return jnp.clip(source, 0, length - 1)
+
+
+def _between(
+  count: int, length: jax.Array, scaled: jax.Array, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(low, high, share of high) of `count` positions, by bilinear weights."""
+  ratio = length.astype(dtype) / scaled.astype(dtype)
+  source = (jnp.arange(count).astype(dtype) + 0.5) * ratio - 0.5
+  source = jnp.maximum(source, 0)
+  low = jnp.minimum(jnp.floor(source).astype(jnp.int32), length - 1)
+  high = jnp.minimum(low + 1, length - 1)
+  above = jnp.clip(source - low.astype(dtype), 0, 1)
+  return low, high, above

@@ -1,0 +1,106 @@
+"""Pictures of images with their objects, one beside the other."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Colors that differ in hue and are bright on dark images and dark on bright
+# ones; the objects of an image take turns.
+COLORS = (
+  (230, 25, 75),
+  (60, 180, 75),
+  (255, 190, 25),
+  (67, 99, 216),
+  (245, 130, 49),
+  (145, 30, 180),
+  (66, 212, 244),
+  (240, 50, 230),
+)
+TINT = 0.45
+# Smaller images are enlarged, so that outlines and captions can be told apart.
+LEAST_SIDE = 512
+MARGIN, FONT_SIZE = 8, 12
+PAPER, INK = (255, 255, 255), (30, 30, 30)
+
+
+def captions(
+  labels: Sequence[int], names: Sequence[str], scores: Sequence[float] = ()
+) -> list[str]:
+  """Name and score of each object, such as `cat 0.97`.
+
+  Args:
+    labels: [N].
+    names: by label; '' where there is none.
+    scores: [N], or nothing for ground truth.
+  """
+  texts = [names[label] or str(label) for label in labels]
+  if not len(scores):
+    return texts
+  return [
+    f"{text} {score:.2f}" for text, score in zip(texts, scores, strict=True)
+  ]
+
+
+def draw_objects(
+  pixels: np.ndarray,
+  boxes: np.ndarray,
+  masks: np.ndarray,
+  texts: Sequence[str],
+) -> np.ndarray:
+  """An image with tinted masks, outlined boxes and captions.
+
+  Args:
+    pixels: uint8 [H, W, 3].
+    boxes: [N, 4], x1, y1, x2, y2 in pixels.
+    masks: bool [N, H, W].
+    texts: [N]; those that are wider than their box are left out.
+
+  Returns:
+    uint8 [s H, s W, 3], enlarged by the least integer s that makes the longer
+    side `LEAST_SIDE` or more.
+  """
+  scale = -(-LEAST_SIDE // max(pixels.shape[:2]))
+  canvas = pixels.astype(np.float32)
+  for index, mask in enumerate(masks):
+    color = np.array(COLORS[index % len(COLORS)], np.float32)
+    canvas[mask] += TINT * (color - canvas[mask])
+  height, width = pixels.shape[:2]
+  picture = Image.fromarray(np.rint(canvas).astype(np.uint8)).resize(
+    (scale * width, scale * height), Image.Resampling.NEAREST
+  )
+  draw = ImageDraw.Draw(picture)
+  font = ImageFont.load_default(FONT_SIZE)
+  for index, (box, text) in enumerate(zip(boxes, texts, strict=True)):
+    x1, y1, x2, y2 = (scale * float(value) for value in box)
+    color = COLORS[index % len(COLORS)]
+    # The last pixel is inside the box, x2 is its outer edge.
+    draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=color)
+    if text and draw.textlength(text, font) <= x2 - x1:
+      frame = draw.textbbox((x1 + 2, y1 + 1), text, font)
+      draw.rectangle(frame, fill=color)
+      draw.text((x1 + 2, y1 + 1), text, fill=PAPER, font=font)
+  return np.asarray(picture)
+
+
+def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> bytes:
+  """A PNG file of titled pictures in a row.
+
+  Args:
+    panels: (title, uint8 [H, W, 3]) from left to right.
+  """
+  top = 2 * MARGIN + FONT_SIZE
+  width = MARGIN + sum(MARGIN + picture.shape[1] for _, picture in panels)
+  height = top + MARGIN + max(picture.shape[0] for _, picture in panels)
+  sheet = Image.new("RGB", (width, height), PAPER)
+  draw = ImageDraw.Draw(sheet)
+  font = ImageFont.load_default(FONT_SIZE)
+  left = MARGIN
+  for title, picture in panels:
+    draw.text((left, MARGIN), title, fill=INK, font=font)
+    sheet.paste(Image.fromarray(picture), (left, top))
+    left += picture.shape[1] + MARGIN
+  file = io.BytesIO()
+  sheet.save(file, format="PNG", optimize=True)
+  return file.getvalue()

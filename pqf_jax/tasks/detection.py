@@ -1,0 +1,147 @@
+"""Instance segmentation: the five losses of Mask R-CNN, as torchvision's.
+
+They are normalized over the whole batch, so that its images weigh by what was
+sampled of them (arXiv 1506.01497, equation 1, and 1703.06870, section 3).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+# Where the smooth L1 loss of boxes turns from square to linear.
+SMOOTH_BELOW = 1 / 9
+
+
+class _Anchors(Protocol):
+  logits: jax.Array
+  positive: jax.Array
+  valid: jax.Array
+  offsets: jax.Array
+  targets: jax.Array
+
+
+class _Boxes(Protocol):
+  labels: jax.Array
+  positive: jax.Array
+  valid: jax.Array
+  targets: jax.Array
+
+
+class Outputs(Protocol):
+  """What a model gives for sampled anchors and boxes, with their truth.
+
+  Attributes:
+    anchors: `logits`, `positive`, `valid` [B, N]; `offsets`, `targets`
+      [B, N, 4].
+    boxes: `labels`, `positive`, `valid` [B, R]; `targets` [B, R, 4].
+    class_logits: [B, R, num_classes].
+    box_offsets: [B, R, 4].
+    mask_logits: [B, M, P, P].
+    mask_targets: [B, M, P, P], from 0 to 1.
+    mask_valid: bool [B, M].
+  """
+
+  anchors: _Anchors
+  boxes: _Boxes
+  class_logits: jax.Array
+  box_offsets: jax.Array
+  mask_logits: jax.Array
+  mask_targets: jax.Array
+  mask_valid: jax.Array
+
+
+ForwardFn = Callable[[PyTree, Batch, jax.Array], Outputs]
+"""(variables, batch, key) -> outputs; the key draws the samples."""
+
+
+def make_loss(forward_fn: ForwardFn) -> Callable[..., Any]:
+  """The sum of the five losses, norms in evaluation mode.
+
+  A `finetune.LossFn` gets no random key, so the samples are drawn by a key made
+  of the images and the variables: other ones in every step, the same ones where
+  a step is repeated.
+
+  Args:
+    forward_fn: such as `functools.partial(model.apply,
+      method="training_outputs")` of `models.mask_rcnn`.
+
+  Returns:
+    A `finetune.LossFn` over batches as the model's method takes them. It also
+    reports each of the losses.
+  """
+
+  def loss_fn(
+    variables: PyTree, batch: Batch
+  ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+    bits = _checksum((variables, batch["image"]))
+    key = jax.random.fold_in(jax.random.key(0), bits)
+    losses = compute_losses(forward_fn(variables, batch, key))
+    return sum(losses.values()), ({}, losses)
+
+  return loss_fn
+
+
+def compute_losses(outputs: Outputs) -> dict[str, jax.Array]:
+  """{name, as torchvision's: loss}; 0 where nothing was sampled."""
+  anchors, boxes = outputs.anchors, outputs.boxes
+  objectness = optax.sigmoid_binary_cross_entropy(
+    anchors.logits, anchors.positive.astype(anchors.logits.dtype)
+  )
+  classes = optax.softmax_cross_entropy_with_integer_labels(
+    outputs.class_logits, boxes.labels
+  )
+  masks = optax.sigmoid_binary_cross_entropy(
+    outputs.mask_logits, outputs.mask_targets
+  )
+  return {
+    "loss_objectness": _mean(objectness, anchors.valid, anchors.valid),
+    "loss_rpn_box_reg": _mean(
+      _smooth_l1(anchors.offsets - anchors.targets),
+      anchors.positive,
+      anchors.valid,
+    ),
+    "loss_classifier": _mean(classes, boxes.valid, boxes.valid),
+    "loss_box_reg": _mean(
+      _smooth_l1(outputs.box_offsets - boxes.targets),
+      boxes.positive,
+      boxes.valid,
+    ),
+    "loss_mask": _mean(
+      masks.mean((2, 3)), outputs.mask_valid, outputs.mask_valid
+    ),
+  }
+
+
+def _smooth_l1(errors: jax.Array) -> jax.Array:
+  """Sum over the four offsets: [..., 4] -> [...]."""
+  size = jnp.abs(errors)
+  square = 0.5 * jnp.square(errors) / SMOOTH_BELOW
+  linear = size - 0.5 * SMOOTH_BELOW
+  return jnp.where(size < SMOOTH_BELOW, square, linear).sum(-1)
+
+
+def _mean(values: jax.Array, mask: jax.Array, counted: jax.Array) -> jax.Array:
+  """Sum of the values where `mask` over the number of `counted`."""
+  total = jnp.where(mask, values, 0).sum()
+  return total / jnp.maximum(counted.sum(), 1).astype(total.dtype)
+
+
+def _checksum(tree: PyTree) -> jax.Array:
+  """A uint32 that changes with any entry; the order of sums is no matter."""
+
+  def bits(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      wide = lax.stop_gradient(leaf).astype(jnp.float32)
+      leaf = lax.bitcast_convert_type(wide, jnp.uint32)
+    return leaf.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+  total = jnp.zeros((), jnp.uint32)
+  for leaf in jax.tree.leaves(tree):
+    total = total + bits(leaf)
+  return total

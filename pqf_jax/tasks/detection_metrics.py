@@ -1,0 +1,227 @@
+"""Average precision of detections.
+
+By faster-coco-eval: the tests compare it with pycocotools, figure by figure. On
+109 images with 5,883 detections it took 0.2 s where pycocotools took 4.0 s.
+COCO's protocol (Lin et al., arXiv 1405.0312; cocodataset.org/#detection-eval)
+looks at no more than `MOST_DETECTIONS` of an image and category, so a network
+gains nothing from more.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import faster_coco_eval
+import jax
+import numpy as np
+
+from pqf_jax import errors
+from pqf_jax.data import coco, coco_masks
+from pqf_jax.ops import masks as mask_ops
+
+PyTree = Any
+Batch = Mapping[str, np.ndarray]
+Result = dict[str, Any]
+"""One detection of COCO's result format: `image_id`, `category_id`, `bbox`
+[x, y, width, height] in pixels, `score` and `segmentation`, a compressed
+run-length code. What `json` writes as it is."""
+
+MOST_DETECTIONS = 100
+# The order of COCO's statistics. AP is over IoU 0.50:0.05:0.95, ap50 and
+# ap75 at one; small, medium and large are areas below 32 ** 2, below 96 ** 2
+# and above; ar_N is recall with N detections an image.
+STATISTICS = (
+  "ap",
+  "ap50",
+  "ap75",
+  "ap_small",
+  "ap_medium",
+  "ap_large",
+  "ar_1",
+  "ar_10",
+  "ar_100",
+  "ar_small",
+  "ar_medium",
+  "ar_large",
+)
+# COCO's name of what is compared, ours, and what a result must not have:
+# with a box it would take the area of a mask from the box.
+KINDS = (("bbox", "box", "segmentation"), ("segm", "mask", "bbox"))
+
+
+class Found(Protocol):
+  """What a network found in each image of a batch.
+
+  Attributes:
+    boxes: [B, N, 4], x1, y1, x2, y2 in pixels of the original image.
+    scores: [B, N], 0 to 1.
+    labels: [B, N], from 1 on.
+    masks: [B, N, P, P] probabilities within the boxes.
+    valid: bool [B, N]; the rest is padding.
+  """
+
+  boxes: jax.Array
+  scores: jax.Array
+  labels: jax.Array
+  masks: jax.Array
+  valid: jax.Array
+
+
+class Detections(NamedTuple):
+  """What was found in one image, on the host.
+
+  Attributes:
+    boxes: float32 [N, 4], x1, y1, x2, y2 in pixels.
+    scores: float32 [N], 0 to 1.
+    labels: int [N], from 1 on.
+    masks: bool [N, H, W].
+  """
+
+  boxes: np.ndarray
+  scores: np.ndarray
+  labels: np.ndarray
+  masks: np.ndarray
+
+
+def image_detections(found: Found, row: int, size: np.ndarray) -> Detections:
+  """The detections of one image of a batch, with masks of the image's size.
+
+  Args:
+    found: of the batch, on the host.
+    row: of the image in the batch.
+    size: its height and width, `size[row]` of the batch.
+  """
+  valid = np.flatnonzero(found.valid[row])
+  boxes, scores, labels, masks = (
+    np.asarray(values[row])[valid]
+    for values in (found.boxes, found.scores, found.labels, found.masks)
+  )
+  height, width = map(int, size)
+  pasted = mask_ops.paste_masks(masks, boxes, height, width)
+  return Detections(boxes, scores, labels, pasted)
+
+
+def confident(detections: Detections, least_score: float) -> Detections:
+  """Those with this score or more, as pictures show them."""
+  kept = detections.scores >= least_score
+  return Detections(*(values[kept] for values in detections))
+
+
+def to_results(
+  detections: Detections, image_id: int, category_ids: Sequence[int]
+) -> list[Result]:
+  """Detections of one image in COCO's result format.
+
+  Args:
+    detections: of the image.
+    image_id: as in the annotation file.
+    category_ids: by label, see `coco.Labels`; labels that no category has are
+      left out.
+  """
+  corners = detections.boxes
+  # In the type of the boxes, as torchvision's evaluation.
+  boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+  rows = zip(
+    detections.labels.tolist(),
+    boxes.tolist(),
+    detections.scores.tolist(),
+    coco_masks.encode(detections.masks),
+    strict=True,
+  )
+  return [
+    {
+      "image_id": int(image_id),
+      "category_id": category_ids[label],
+      "bbox": box,
+      "score": score,
+      "segmentation": rle,
+    }
+    for label, box, score, rle in rows
+    if category_ids[label]
+  ]
+
+
+def make_ground_truth(split: coco.Split) -> faster_coco_eval.COCO:
+  """The annotations of a split, crowds included, indexed."""
+  return faster_coco_eval.COCO(split.ground_truth())
+
+
+def average_precision(
+  ground_truth: faster_coco_eval.COCO, results: Sequence[Result]
+) -> dict[str, float]:
+  """The 24 statistics of boxes and masks, from 0 to 1.
+
+  Args:
+    ground_truth: of all images that were looked at.
+    results: of all of them, in any order.
+
+  Returns:
+    {box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large}, -1 where
+    no object has that size.
+  """
+  statistics = {}
+  for kind, name, unwanted in KINDS:
+    kept = [
+      {field: value for field, value in result.items() if field != unwanted}
+      for result in results
+    ]
+    evaluation = faster_coco_eval.COCOeval_faster(
+      ground_truth, ground_truth.loadRes(kept), kind
+    )
+    evaluation.run()
+    # Beyond the twelve it has some of its own.
+    values = map(float, evaluation.stats[: len(STATISTICS)])
+    statistics |= {
+      f"{name}_{statistic}": value
+      for statistic, value in zip(STATISTICS, values, strict=True)
+    }
+  return statistics
+
+
+def make_evaluate(
+  detect: Callable[[PyTree, Batch], Found], dataset: coco.DetectionDataset
+) -> Callable[[PyTree, Iterable[Batch]], dict[str, float]]:
+  """The statistics over exactly the test images.
+
+  Args:
+    detect: (variables, batch) -> `Found`, on the device and not waited for.
+    dataset: its `test` is the ground truth.
+
+  Returns:
+    evaluate(variables, batches) -> the statistics of `average_precision`, and
+    images; the batches are those of `detection_batches.eval_batches`.
+  """
+  ground_truth = make_ground_truth(dataset.test)
+  expected = {image.id for image in dataset.test.images}
+
+  def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
+    results: list[Result] = []
+    seen: set[int] = set()
+    for batch, found in _one_ahead(lambda b: detect(variables, b), batches):
+      for row in np.flatnonzero(batch["mask"]).tolist():
+        image_id = int(batch["image_id"][row])
+        detections = image_detections(found, row, batch["size"][row])
+        category_ids = dataset.labels.category_ids
+        results += to_results(detections, image_id, category_ids)
+        seen.add(image_id)
+    if seen != expected:
+      raise errors.InputError(
+        f"the batches held {len(seen)} of the {len(expected)} test images of "
+        f"{dataset.name}; evaluate all of them"
+      )
+    return average_precision(ground_truth, results) | {"images": len(seen)}
+
+  return evaluate
+
+
+def _one_ahead(
+  detect: Callable[[Batch], Found], batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, Found]]:
+  """The device works on the next batch while the host pastes masks of this."""
+  waiting = None
+  for batch in batches:
+    started = batch, detect(batch)
+    if waiting is not None:
+      yield waiting[0], jax.device_get(waiting[1])
+    waiting = started
+  if waiting is not None:
+    yield waiting[0], jax.device_get(waiting[1])

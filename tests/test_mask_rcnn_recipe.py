@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import mask_rcnn
+from pqf_jax import models
+from pqf_jax.core import plan as plans
+
+
+def planned(variant: str) -> tuple[plans.CompressionPlan, plans.SizeReport]:
+  config = mask_rcnn.get_config(variant)
+  settings = config.model.to_dict()
+  module = models.get_model(settings.pop("name")).make(**settings)
+  template = jax.eval_shape(
+    module.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8),
+    jax.ShapeDtypeStruct((1, 2), jnp.int32),
+  )
+  rules = [plans.Rule(*rule) for rule in config.rules]
+  plan = plans.make_plan(rules, template)
+  return plan, plans.predict_size(plan, template)
+
+
+def test_the_published_size():
+  """6.65 MiB and 25.5x, see the table of uber-research's README."""
+  plan, size = planned("coco")
+  assert len(plan) == 70
+  assert size.payload_bytes == 6_967_876
+  assert round(size.payload_bytes / 2**20, 3) == 6.645
+  assert round(size.ratio, 1) == 25.5
+
+
+def test_every_kernel_has_the_published_codebook():
+  plan, size = planned("coco")
+  first = "params/backbone/body/layer1/0/conv1/kernel"
+  fewer = {path for path, layer in plan.items() if layer.num_codes != 256}
+  assert fewer == {first}
+  assert plan[first].num_codes == 128
+  lengths = {
+    row.path: (row.block, row.shape) for row in size.layers if row.block
+  }
+  for path, (length, shape) in lengths.items():
+    taps = {(3, 3): 9, (2, 2): 4, (1, 1): 4}.get(shape[:-2], 4)
+    assert length == (16 if "fc6" in path else taps), path
+  dense = {
+    row.path.split("/")[-2]
+    for row in size.layers
+    if row.path.endswith("kernel") and not row.block
+  }
+  assert dense == {"conv1", "cls_logits", "bbox_pred", "mask_fcn_logits"}
+
+
+def test_both_variants_are_recipes_of_detection():
+  for variant, classes in (("coco", 91), ("nuclei", 2), ("", 91)):
+    config = mask_rcnn.get_config(variant)
+    assert config.task == "detection"
+    assert config.model.num_classes == classes
+  assert mask_rcnn.get_config("coco").train.epochs == 0
+  assert mask_rcnn.get_config("nuclei").train.epochs > 0
+  assert len(planned("nuclei")[0]) == 70
+
+
+@pytest.mark.parametrize("variant", ["large", "coco,nuclei", "voc"])
+def test_other_variants_are_refused(variant):
+  with pytest.raises(ValueError, match=r"voc|large|one data set"):
+    mask_rcnn.get_config(variant)
