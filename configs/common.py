@@ -31,6 +31,10 @@ def get_config() -> ml_collections.ConfigDict:
   # hf://OWNER/REPO[/FILE]. Empty: stage 0 trains the network from scratch.
   config.weights = ""
 
+  # A trained classifier whose layers stage 0 begins with, where it trains a
+  # network around them (the backbone of a detector); files as in `weights`.
+  config.backbone = ""
+
   # Arguments of pqf_jax.models.<name>.make, apart from the name itself.
   config.model = ml_collections.ConfigDict()
   config.model.name = ""
@@ -39,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = ""
   config.data.dir = ""  # parent folder of the prepared data set
   config.data.image_size = 0  # pixels; 0: as is usual for the data set
+  config.data.num_objects = 0  # most in an image; 0: as many as there are
   # Of red, green and blue in 0..1; empty: those of the data set.
   config.data.mean = ()
   config.data.std = ()
@@ -57,6 +62,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.quantize = ml_collections.ConfigDict()
   # The paper's annealed k-means (SR-C); False: plain k-means, to compare with.
   config.quantize.annealed = True
+
+  # Patterns of paths that no training changes, besides codes and statistics.
+  config.frozen = ()
 
   # Stage 0, where there are no weights to start from.
   config.train = ml_collections.ConfigDict()

@@ -6,7 +6,7 @@ COCO 2017 and torchvision's weights. Published: 6.65 MiB (25.5x), box AP 36.3
 and mask AP 33.5, from 37.9 and 34.6.
 
 python main.py --config=configs/mask_rcnn.py:nuclei \
-        --config.data.dir=DIR --config.weights=RESNET50
+        --config.data.dir=DIR --config.backbone=hf://timm/resnet50.tv_in1k
 Cell nuclei of the Data Science Bowl 2018 (CC0; 421 + 109 images), or any folder
 in COCO's layout with one category: trains the detector from an ImageNet
 backbone, compresses it and fine-tunes. What was chosen by looking at the
@@ -66,6 +66,8 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
   config.data.name = "coco"  # the layout of the folder, of both variants
   config.data.num_objects = 0  # most of an image; 0: as many as there are
   config.rules = RULES
+  # As torchvision and the paper: the norms of the backbone are frozen.
+  config.frozen = ("params/backbone/body/.*bn./.*", f"{BODY}.*/downsample/1/.*")
   config.finetune.epochs = 4
   config.finetune.batch_size = 2
   config.finetune.learning_rate = 5e-5

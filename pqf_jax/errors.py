@@ -1,4 +1,4 @@
-"""The error types that are no defect, so that callers can tell them from one."""
+"""The errors that are no defects, so that callers can tell them from those."""
 
 
 class InputError(ValueError):

@@ -40,15 +40,18 @@ Step = Callable[[FinetuneState, Batch], tuple[FinetuneState, Metrics]]
 
 
 def init_state(
-  variables: PyTree, optimizer: optax.GradientTransformation
+  variables: PyTree,
+  optimizer: optax.GradientTransformation,
+  is_trainable: Callable[[str, jax.Array], bool] = vq_array.in_params,
 ) -> FinetuneState:
   """The state before the first step.
 
   Args:
     variables: with `VQArray`s, or dense (then every parameter is trained).
     optimizer: of the step that will be taken.
+    is_trainable: see `vq_array.split_trainable`.
   """
-  trainable, frozen = vq_array.split_trainable(variables)
+  trainable, frozen = vq_array.split_trainable(variables, is_trainable)
   step = jnp.zeros((), jnp.int32)
   return FinetuneState(step, trainable, frozen, optimizer.init(trainable))
 

@@ -268,9 +268,7 @@ def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
   return trees.replace(trees.shapes(variables), nodes)
 
 
-def kmeans_cost(
-  plan: CompressionPlan, variables: PyTree
-) -> dict[str, int]:
+def kmeans_cost(plan: CompressionPlan, variables: PyTree) -> dict[str, int]:
   """{path: multiplications of its k-means}, to divide the work by."""
   flat = trees.flatten(variables)
   return {

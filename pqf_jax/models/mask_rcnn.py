@@ -102,6 +102,17 @@ def make(
   )
 
 
+def backbone(*, depth: int = 50, **settings: Any) -> tuple[resnet.ResNet, str]:
+  """The ImageNet classifier that the body is, and the body's path.
+
+  Args:
+    depth: as in `make`.
+    **settings: the others of `make`; they change nothing here.
+  """
+  del settings
+  return resnet.make(depth=depth, num_classes=1000), "backbone/body"
+
+
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
   """Variables from torchvision's state dict, of either generation of names.
 

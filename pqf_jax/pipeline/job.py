@@ -42,6 +42,7 @@ class Job(NamedTuple):
     plan: what is compressed, and how.
     weights: dense variables read from `config.weights`, or None where the
       network is trained first.
+    backbone: {path: variable} that stage 0 begins with.
     task: its data, loss and evaluation.
   """
 
@@ -51,6 +52,7 @@ class Job(NamedTuple):
   template: PyTree
   plan: plans.CompressionPlan
   weights: PyTree | None
+  backbone: dict[str, Any]
   task: tasks.Task
 
   def key(self, stage: str) -> jax.Array:
@@ -100,10 +102,15 @@ def prepare(
       "from scratch with --config.train.epochs=N"
     )
   cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
+  backbone = (
+    weights.read_backbone(config.backbone, dict(config.model), template)
+    if config.backbone
+    else {}
+  )
   task = tasks.load(config, module)
   _check_training(config, task.num_train)
   files.claim()
-  return Job(config, files, module, template, plan, variables, task)
+  return Job(config, files, module, template, plan, variables, backbone, task)
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:

@@ -145,6 +145,7 @@ def dense_stage(job: jobs.Job) -> Staged:
   def train() -> Staged:
     sample = tasks.sample(job.config)
     variables = jax.jit(job.module.init)(job.key("init"), *sample)
+    variables = trees.replace(variables, job.backbone)
     fitted, record = fit(job, "train", variables, job.config.train)
     return fitted.last, record
 
@@ -264,6 +265,7 @@ def fit(
     batches=batches,
     evaluate=task.evaluate,
     metric=task.metric,
+    frozen=job.config.frozen,
     checkpoints=job.files.checkpoints,
     on_metrics=job.files.log,
   )

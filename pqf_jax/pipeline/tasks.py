@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from pqf_jax import cluster, data, errors, finetune
+from pqf_jax import cluster, data, errors, finetune, progress
 from pqf_jax.tasks import classification
 
 PyTree = Any
@@ -110,6 +111,71 @@ def _share() -> dict[str, int]:
   }
 
 
-TASKS = {"classification": _classification}
+def _detection(config: ml_collections.ConfigDict, module: Any) -> Task:
+  # pycocotools and its kind are needed by no other network.
+  from pqf_jax.data import coco, detection_batches
+  from pqf_jax.tasks import detection, detection_metrics
+
+  if config.distillation:
+    raise errors.InputError(
+      f"config.distillation is {config.distillation:g}; detection has no "
+      "teacher, so give 0"
+    )
+  dataset = coco.load(
+    config.data.dir,
+    num_classes=config.model.num_classes,
+    with_train=config.mode == "compress",
+    image_size=config.data.image_size or None,
+    num_objects=config.data.num_objects or None,
+  )
+  for note in dataset.notes:
+    progress.say(note)
+  run = jax.jit(module.apply)
+  # Each process looks at its own images and tells the others what it found.
+  alone = jax.process_count() == 1
+  place = cluster.shard if alone else dict
+
+  def detect(variables: PyTree, batch: finetune.Batch) -> Any:
+    placed = place({name: batch[name] for name in ("image", "size")})
+    return run(variables, placed["image"], placed["size"])
+
+  measure = detection_metrics.make_evaluate(
+    detect, dataset, gather=cluster.collect
+  )
+
+  def evaluate(variables: PyTree) -> dict[str, float]:
+    batches = detection_batches.eval_batches(
+      dataset, batch_size=config.eval_batch_size, **_share()
+    )
+    return measure(
+      cluster.replicate(variables) if alone else variables, batches
+    )
+
+  def train_batches(**order: Any) -> Iterator[finetune.Batch]:
+    for batch in detection_batches.train_batches(dataset, **order, **_share()):
+      del batch["image_id"]  # int64, which a device has not
+      yield cluster.shard(batch)
+
+  forward = functools.partial(module.apply, method="training_outputs")
+  return Task(
+    len(dataset.train or ()),
+    train_batches,
+    lambda share: detection.make_loss(forward),
+    lambda variables: lambda batch: batch,
+    evaluate,
+    "mask_ap",
+  )
+
+
+def _noise_image() -> tuple[jax.Array, ...]:
+  # Of zeros a detector finds nothing, which no permutation could change.
+  pixels = np.random.default_rng(0).integers(0, 256, (1, 96, 128, 3), np.uint8)
+  return jnp.asarray(pixels), jnp.array([[96, 128]], jnp.int32)
+
+
+TASKS = {"classification": _classification, "detection": _detection}
 # Convolutional networks take any size; this one suits every stem and is cheap.
-SAMPLES = {"classification": lambda: (jnp.zeros((1, 64, 64, 3)),)}
+SAMPLES = {
+  "classification": lambda: (jnp.zeros((1, 64, 64, 3)),),
+  "detection": _noise_image,
+}

@@ -5,8 +5,9 @@ run goes on with exactly the next batch.
 """
 
 import math
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from pqf_jax import (
   progress,
   report,
 )
-from pqf_jax.core import trees
+from pqf_jax.core import trees, vq_array
 from pqf_jax.pipeline import preemption
 
 PyTree = Any
@@ -79,6 +80,7 @@ def fit(
   batches: Callable[[int], Iterator[finetune.Batch]],
   evaluate: Callable[[PyTree], dict[str, float]],
   metric: str,
+  frozen: Sequence[str] = (),
   checkpoints: checkpoint.Checkpoints,
   on_metrics: Callable[[dict[str, Any]], None],
 ) -> tuple[Fitted, checkpoint.Record]:
@@ -92,6 +94,7 @@ def fit(
     batches: first step -> global batches from that step on.
     evaluate: variables -> metrics, at the end of every epoch.
     metric: the one by which an epoch is the best.
+    frozen: patterns of paths that are not trained.
     checkpoints: where progress is saved.
     on_metrics: receives the records of `metrics.jsonl`.
 
@@ -105,7 +108,14 @@ def fit(
     num_steps=schedule.num_steps,
   )
   step_fn = finetune.make_finetune_step(loss_fn, optimizer)
-  state = finetune.init_state(variables, optimizer)
+  state = finetune.init_state(
+    variables,
+    optimizer,
+    lambda path, leaf: (
+      vq_array.in_params(path, leaf)
+      and not any(re.fullmatch(pattern, path) for pattern in frozen)
+    ),
+  )
   tree, record = checkpoints.restore_progress(
     stage, trees.shapes((state, variables))
   ) or ((state, variables), _first_record())

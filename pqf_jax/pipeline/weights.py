@@ -1,7 +1,11 @@
 """Reads a weights file, whichever of the known kinds it is."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from pqf_jax import errors, models, pack
 from pqf_jax.core import trees, vq_array
@@ -48,6 +52,42 @@ def read(
     return models.get_model(model_name).load_torch(content, template)
   except errors.InputError as error:
     raise errors.InputError(f"{source}: {error}") from error
+
+
+def read_backbone(
+  source: str, settings: Mapping[str, Any], template: PyTree
+) -> dict[str, Any]:
+  """{path: variable} of the layers that a network takes over from another.
+
+  Args:
+    source: a trained classifier; see `read`.
+    settings: name and arguments of the model around it, whose module says by
+      `backbone(**settings)` which classifier that is and where it belongs.
+    template: the model's variables as `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    InputError: the model has no backbone, or the file holds another one.
+  """
+  arguments = dict(settings)
+  name = arguments.pop("name")
+  model = models.get_model(name)
+  if not hasattr(model, "backbone"):
+    raise errors.InputError(
+      f"config.backbone is {source!r}, but {name} is not built around another "
+      "network; give --config.weights"
+    )
+  classifier, prefix = model.backbone(**arguments)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  shapes = jax.eval_shape(classifier.init, jax.random.key(0), images)
+  variables = read(
+    source, "resnet", shapes, norm_epsilon=classifier.norm_epsilon
+  )
+  found = {}
+  for path, leaf in trees.flatten(vq_array.decode_params(variables)).items():
+    collection, _, rest = path.partition("/")
+    found[f"{collection}/{prefix}/{rest}"] = leaf
+  wanted = trees.flatten(template)
+  return {path: leaf for path, leaf in found.items() if path in wanted}
 
 
 def _locate(source: str) -> tuple[str, str]:

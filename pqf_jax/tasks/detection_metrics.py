@@ -178,13 +178,17 @@ def average_precision(
 
 
 def make_evaluate(
-  detect: Callable[[PyTree, Batch], Found], dataset: coco.DetectionDataset
+  detect: Callable[[PyTree, Batch], Found],
+  dataset: coco.DetectionDataset,
+  *,
+  gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Callable[[PyTree, Iterable[Batch]], dict[str, float]]:
   """The statistics over exactly the test images.
 
   Args:
     detect: (variables, batch) -> `Found`, on the device and not waited for.
     dataset: its `test` is the ground truth.
+    gather: JSON list of this process -> that of all which share the images.
 
   Returns:
     evaluate(variables, batches) -> the statistics of `average_precision`, and
@@ -195,18 +199,19 @@ def make_evaluate(
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     results: list[Result] = []
-    seen: set[int] = set()
+    seen: list[int] = []
     for batch, found in _one_ahead(lambda b: detect(variables, b), batches):
       for row in np.flatnonzero(batch["mask"]).tolist():
         image_id = int(batch["image_id"][row])
         detections = image_detections(found, row, batch["size"][row])
         category_ids = dataset.labels.category_ids
         results += to_results(detections, image_id, category_ids)
-        seen.add(image_id)
-    if seen != expected:
+        seen.append(image_id)
+    results, seen = gather(results), gather(seen)
+    if set(seen) != expected:
       raise errors.InputError(
-        f"the batches held {len(seen)} of the {len(expected)} test images of "
-        f"{dataset.name}; evaluate all of them"
+        f"the batches held {len(set(seen))} of the {len(expected)} test images "
+        f"of {dataset.name}; evaluate all of them"
       )
     return average_precision(ground_truth, results) | {"images": len(seen)}
 

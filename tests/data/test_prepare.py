@@ -188,7 +188,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
 
 
 def test_a_full_disk_is_found_before(tmp_path, monkeypatch):
-  usage = shutil._ntuple_diskusage(10, 9, 100)
+  usage = shutil.disk_usage(tmp_path)._replace(free=100)
   monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
   with pytest.raises(errors.InputError, match="no space is left"):
     write(tmp_path, many(3))

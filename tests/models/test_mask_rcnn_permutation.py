@@ -206,7 +206,9 @@ def test_heads_read_compressed_kernels_as_they_are():
     return *heads.classify(boxes), heads.segment(masks, labels)
 
   arguments = boxes, masks, labels
-  variables = heads.init(jax.random.key(0), *arguments, method=run)
+  init = jax.jit(functools.partial(heads.init, method=run))
+  apply = jax.jit(functools.partial(heads.apply, method=run))
+  variables = init(jax.random.key(0), *arguments)
   plan = {"fc6": 16, "fc7": 4, "cls_score": 4, "conv5_mask": 1, "mask_fcn2": 1}
   nodes = {
     path: compressed(leaf, plan[path.split("/")[-2]])
@@ -216,9 +218,9 @@ def test_heads_read_compressed_kernels_as_they_are():
   assert len(nodes) == len(plan)
   small = trees.replace(variables, nodes)
   dense = vq_array.decode_params(small)
-  before = heads.apply(variables, *arguments, method=run)
-  found = heads.apply(small, *arguments, method=run)
-  expected = heads.apply(dense, *arguments, method=run)
+  before = apply(variables, *arguments)
+  found = apply(small, *arguments)
+  expected = apply(dense, *arguments)
   for one, other, dense_one in zip(found, expected, before, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert np.abs(one - dense_one).max() > 1e-3

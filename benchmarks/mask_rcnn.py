@@ -1,0 +1,309 @@
+"""Mask R-CNN ResNet-50-FPN: time and memory of ours and of torchvision.
+
+    python benchmarks/mask_rcnn.py
+
+Both run in one process, on the same random weights and images. Inference is
+from uint8 (ours) or float (torchvision) images on the device to masks of 28 x
+28 in their boxes, 100 an image; neither pastes them. Training is the five
+losses and the gradients of all parameters but the norms. Float32 with TF32
+products on both sides, unless --dtype=bfloat16 (torchvision then under
+autocast).
+
+Images are 384 x 640, scaled to 799 x 1333 and padded to 800 x 1344. torchvision
+needs no compilation; its first call is not timed either. Memory is what the
+compiled program takes in all, and torch's peak.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# Both libraries share the memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pqf_jax.models import mask_rcnn
+from pqf_jax.tasks import detection
+
+_NUM_CLASSES = 91
+_NUM_OBJECTS = 20
+_PADDED = 100
+
+
+class Timing(NamedTuple):
+  """Of one way to run one job.
+
+  Attributes:
+    seconds: median of the calls after the first.
+    compilation: of the first call, less a later one.
+    gibibytes: of memory.
+  """
+
+  seconds: float
+  compilation: float
+  gibibytes: float
+
+
+Run = Callable[[], Any]
+
+
+def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
+  """Noise as images, ellipses as objects."""
+  rng = np.random.default_rng(0)
+  buffer = max(height, width)
+  image = np.zeros((count, buffer, buffer, 3), np.uint8)
+  image[:, :height, :width] = rng.integers(0, 256, (count, height, width, 3))
+  boxes = np.zeros((count, _PADDED, 4), np.float32)
+  masks = np.zeros((count, _PADDED, buffer, buffer), bool)
+  y, x = np.mgrid[:buffer, :buffer]
+  for b in range(count):
+    for g in range(_NUM_OBJECTS):
+      low = rng.uniform(0, 0.6, 2) * [width, height]
+      high = low + rng.uniform(0.05, 0.4, 2) * [width, height]
+      boxes[b, g] = [*low, *high]
+      (cx, cy), (rx, ry) = (low + high) / 2, (high - low) / 2
+      masks[b, g] = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
+  exists = np.arange(_PADDED) < _NUM_OBJECTS
+  return {
+    "image": image,
+    "size": np.tile(np.int32([height, width]), (count, 1)),
+    "boxes": boxes,
+    "labels": rng.integers(1, _NUM_CLASSES, boxes.shape[:2]).astype(np.int32),
+    "valid": np.tile(exists, (count, 1)),
+    "masks": np.packbits(masks, axis=-1),
+  }
+
+
+def timed(run: Run, wait: Callable[[Any], Any], repeats: int) -> list[float]:
+  """Seconds of the first call and of the others."""
+  seconds = []
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    wait(run())
+    seconds.append(time.perf_counter() - start)
+  return seconds
+
+
+class Ours:
+  """This library."""
+
+  def __init__(self, options: argparse.Namespace, state: dict[str, Any] | None):
+    """Weights from torch's state dict, or fresh ones."""
+    self.model = mask_rcnn.make(
+      num_classes=_NUM_CLASSES,
+      min_size=options.min_size,
+      max_size=options.max_size,
+      canvas=tuple(options.canvas),
+      dtype=options.dtype,
+    )
+    images, sizes = jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.ones((1, 2), int)
+    key = jax.random.key(0)
+    if state is None:
+      self.variables = jax.jit(self.model.init)(key, images, sizes)
+    else:
+      template = jax.eval_shape(self.model.init, key, images, sizes)
+      self.variables = mask_rcnn.load_torch(state, template)
+    self.repeats = options.repeats
+
+  def infer(self, batch: dict[str, np.ndarray]) -> Timing:
+    """Detections."""
+    batch = jax.device_put({name: batch[name] for name in ("image", "size")})
+    return self._time(self.model.apply, self.variables, *batch.values())
+
+  def train(self, batch: dict[str, np.ndarray]) -> Timing:
+    """Losses and gradients."""
+    loss_fn = detection.make_loss(
+      functools.partial(self.model.apply, method="training_outputs")
+    )
+
+    def loss_of(params: Any, rest: Any, batch: Any) -> Any:
+      norms, kernels = rest
+      merged = jax.tree.map(
+        lambda a, b: b if a is None else a,
+        params,
+        kernels,
+        is_leaf=lambda leaf: leaf is None,
+      )
+      return loss_fn({"params": merged, "batch_stats": norms}, batch)
+
+    params = self.variables["params"]
+
+    def part(wanted: bool) -> Any:
+      return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _is_norm(path) == wanted else None, params
+      )
+
+    rest = self.variables["batch_stats"], part(True)
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    return self._time(gradient, part(False), rest, jax.device_put(batch))
+
+  def _time(self, function: Callable[..., Any], *arguments: Any) -> Timing:
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    compilation = time.perf_counter() - start
+    seconds = timed(
+      lambda: compiled(*arguments), jax.block_until_ready, self.repeats
+    )
+    memory = compiled.memory_analysis()
+    size = sum(
+      getattr(memory, f"{kind}_size_in_bytes")
+      for kind in ("temp", "argument", "output")
+    )
+    return Timing(float(np.median(seconds[1:])), compilation, size / 2**30)
+
+
+def _is_norm(path: tuple[Any, ...]) -> bool:
+  names = [entry.key for entry in path]
+  return "body" in names and names[-1] != "kernel"
+
+
+class Torchvision:
+  """The strongest peer: eager, cuDNN's fastest algorithms, no pasting."""
+
+  def __init__(self, options: argparse.Namespace):
+    """Random weights whose scores are high enough for 100 detections."""
+    import torch  # optional peer
+    from torchvision.models import detection as peers
+    from torchvision.models.detection import backbone_utils
+    from torchvision.ops import misc
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    backbone = backbone_utils.resnet_fpn_backbone(
+      backbone_name="resnet50",
+      weights=None,
+      norm_layer=functools.partial(misc.FrozenBatchNorm2d, eps=0.0),
+      trainable_layers=5,
+    )
+    self.torch, self.repeats = torch, options.repeats
+    self.is_cuda = torch.cuda.is_available()
+    self.device = "cuda" if self.is_cuda else "cpu"
+    self.autocast = options.dtype == "bfloat16"
+    self.model = peers.MaskRCNN(
+      backbone,
+      _NUM_CLASSES,
+      min_size=options.min_size,
+      max_size=options.max_size,
+    )
+    with torch.no_grad():
+      self.model.roi_heads.box_predictor.cls_score.weight.mul_(100)
+    self.model.to(self.device)
+    self.model.transform.postprocess = lambda found, *sizes: found
+
+  def state(self) -> dict[str, np.ndarray]:
+    """The weights, for ours."""
+    tensors = self.model.state_dict()
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+  def infer(self, batch: dict[str, np.ndarray]) -> Timing:
+    """Detections."""
+    images, _ = self._load(batch)
+    self.model.eval()
+
+    def run() -> Any:
+      with self.torch.no_grad():
+        return self.model(images)
+
+    return self._time(run)
+
+  def train(self, batch: dict[str, np.ndarray]) -> Timing:
+    """Losses and gradients."""
+    images, targets = self._load(batch)
+    self.model.train()
+
+    def run() -> None:
+      self.model.zero_grad()
+      # The transform replaces entries of the targets.
+      sum(self.model(images, [dict(t) for t in targets]).values()).backward()
+
+    return self._time(run)
+
+  def _load(self, batch: dict[str, np.ndarray]) -> tuple[list[Any], list[Any]]:
+    tensor = functools.partial(self.torch.tensor, device=self.device)
+    images, targets = [], []
+    for b, (height, width) in enumerate(batch["size"]):
+      image = tensor(batch["image"][b, :height, :width])
+      images.append(image.permute(2, 0, 1).float() / 255)
+      exists = batch["valid"][b]
+      masks = np.unpackbits(batch["masks"][b][exists], axis=-1)
+      targets.append(
+        {
+          "boxes": tensor(batch["boxes"][b][exists]),
+          "labels": tensor(batch["labels"][b][exists]).long(),
+          "masks": tensor(masks[:, :height, :width].copy()),
+        }
+      )
+    return images, targets
+
+  def _time(self, run: Run) -> Timing:
+    torch = self.torch
+
+    def cast() -> Any:
+      with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+        return run()
+
+    if self.is_cuda:
+      torch.cuda.reset_peak_memory_stats()
+    seconds = timed(
+      cast,
+      lambda _: torch.cuda.synchronize() if self.is_cuda else None,
+      self.repeats,
+    )
+    peak = torch.cuda.max_memory_allocated() if self.is_cuda else 0
+    median = float(np.median(seconds[1:]))
+    if self.is_cuda:
+      torch.cuda.empty_cache()
+    return Timing(median, seconds[0] - median, peak / 2**30)
+
+
+def main() -> None:
+  """Prints one table row for every job and library."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--jobs", nargs="+", help="infer:B or train:B ...")
+  parser.add_argument("--image", nargs=2, type=int, default=[384, 640])
+  parser.add_argument("--canvas", nargs=2, type=int, default=[800, 1344])
+  parser.add_argument("--min-size", type=int, default=800)
+  parser.add_argument("--max-size", type=int, default=1333)
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--repeats", type=int, default=20)
+  parser.add_argument("--no-peers", action="store_true")
+  options = parser.parse_args()
+  jobs = options.jobs or ["infer:1", "infer:8", "train:2", "train:8"]
+
+  has_peer = importlib.util.find_spec("torchvision") and not options.no_peers
+  peer = Torchvision(options) if has_peer else None
+  libraries = {"pqf_jax": Ours(options, peer.state() if peer else None)}
+  if peer:
+    libraries["torchvision"] = peer
+  print(
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
+    f"{options.dtype}, median of {options.repeats} calls\n"
+  )
+  print("| job | library | ms | images/s | first call, s | GiB |")
+  print("|---|---|---|---|---|---|")
+  for job in jobs:
+    kind, count = job.split(":")
+    batch = make_batch(int(count), *options.image)
+    for name, library in libraries.items():
+      timing = getattr(library, kind)(batch)
+      print(
+        f"| {job} | {name} | {timing.seconds * 1e3:.2f} |"
+        f" {int(count) / timing.seconds:.1f} | {timing.compilation:.1f} |"
+        f" {timing.gibibytes:.2f} |",
+        flush=True,
+      )
+
+
+if __name__ == "__main__":
+  main()
