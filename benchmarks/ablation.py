@@ -41,7 +41,7 @@ class Study(NamedTuple):
 
 # 3,500 images of 10 classes are no ImageNet: labels would teach the network
 # that the other 990 classes do not exist, so the dense network is the teacher.
-MOBILENET = ("--config.distillation=1.0", "--config.finetune.epochs=20")
+MOBILENET = ("--config.distillation=1.0", "--config.finetune.epochs=6")
 STUDIES = {
   "resnet18_large": Study(
     "ResNet-18, CIFAR-10, large blocks",
@@ -63,9 +63,25 @@ STUDIES = {
     "mobilenet_v2",
     ("--config=configs/mobilenet_v2.py:imagenet2012,large", *MOBILENET),
   ),
+  **{
+    f"mobilenet_v2_{size}_{rule}": Study(
+      f"MobileNetV2, blocks of {block}, depthwise kernels {what}",
+      "mobilenet_v2",
+      (
+        f"--config=configs/mobilenet_v2.py:imagenet2012,{rule}"
+        + ",large" * (size == "large"),
+        *MOBILENET,
+      ),
+    )
+    for size, block in (("small", 4), ("large", 8))
+    for rule, what in (
+      ("dense_depthwise", "dense"),
+      ("uniform", "as all others"),
+    )
+  },
 }
 ORDERS = {"none": "as trained", "assignment": "permuted"}
-KMEANS = {False: "Lloyd", True: "annealed (SR-C)"}
+KMEANS = {False: "Lloyd", True: "annealed"}
 FIELDS = ("top1_dense", "top1_quantized", "top1_finetuned", "payload_bytes")
 COLUMNS = {
   "error": ("squared error", 1),
@@ -81,6 +97,8 @@ def main() -> None:
   parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FILE")
   parser.add_argument("--studies", nargs="*", default=list(STUDIES))
   parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+  parser.add_argument("--orders", nargs="*", default=list(ORDERS))
+  parser.add_argument("--kmeans", nargs="*", default=list(KMEANS.values()))
   parser.add_argument("--jobs", type=int, default=1)
   parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablation")
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
@@ -93,8 +111,9 @@ def main() -> None:
     waiting = [
       pool.submit(run_one, name, study, order, annealed, seed, options, weights)
       for study, order, annealed, seed in itertools.product(
-        options.studies, ORDERS, KMEANS, options.seeds
+        options.studies, options.orders, KMEANS, options.seeds
       )
+      if KMEANS[annealed] in options.kmeans
       if (name := f"{study}-{order}-{annealed}-{seed}") not in known
     ]
     for done in concurrent.futures.as_completed(waiting):
@@ -184,8 +203,10 @@ def page(records: Sequence[Record]) -> Iterable[str]:
       "|---|---|" + "---|" * len(COLUMNS),
     )
     for order, annealed in itertools.product(ORDERS, KMEANS):
+      if not (runs := _of(ours, order, annealed)):
+        continue
       cells = [
-        _cell([scale * r[field] for r in _of(ours, order, annealed)])
+        _cell([scale * run[field] for run in runs])
         for field, (_, scale) in COLUMNS.items()
       ]
       yield f"| {ORDERS[order]} | {KMEANS[annealed]} | {' | '.join(cells)} |"
@@ -196,17 +217,24 @@ def draw(records: Sequence[Record], path: pathlib.Path) -> None:
   """Top-1 after quantization and after fine-tuning, a panel a study."""
   from matplotlib import pyplot  # only here, and not on every machine
 
-  studies = _by_study(records)
+  both = set(KMEANS)
+  studies = {
+    study: ours
+    for study, ours in _by_study(records).items()
+    if {record["annealed"] for record in ours} == both
+  }
   figure, axes = pyplot.subplots(
     2, len(studies), figsize=(3.2 * len(studies), 5), squeeze=False
   )
   bars = list(itertools.product(ORDERS, KMEANS))
-  labels = [f"{ORDERS[o]}\n{KMEANS[a].split()[0]}" for o, a in bars]
+  labels = [f"{ORDERS[o]}\n{KMEANS[a]}" for o, a in bars]
   for column, (study, ours) in enumerate(studies.items()):
     for row, field in enumerate(("top1_quantized", "top1_finetuned")):
       panel = axes[row][column]
       for x, (order, annealed) in enumerate(bars):
         values = [100 * r[field] for r in _of(ours, order, annealed)]
+        if not values:
+          continue
         panel.plot([x] * len(values), values, "o", alpha=0.6, color="C0")
         panel.plot(x, statistics.mean(values), "_", ms=24, color="C1")
       panel.set_xticks(range(len(bars)), labels, fontsize=7)
