@@ -41,7 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.name = ""
-  config.data.dir = ""  # parent folder of the prepared data set
+  # Parent folder of the prepared data set, or the folder of train/ and val/.
+  config.data.dir = ""
   config.data.image_size = 0  # pixels; 0: as is usual for the data set
   config.data.num_objects = 0  # most in an image; 0: as many as there are
   # Of red, green and blue in 0..1; empty: those of the data set.

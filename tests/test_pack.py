@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from pqf_jax import errors, pack
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
+from pqf_jax.pipeline import job
 
 
 class Net(nn.Module):
@@ -149,3 +151,24 @@ def test_loading_imports_no_training_code(compressed, tmp_path):
     "assert not bad, bad\n"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+  "recipe", ["resnet18", "mobilenet_v2", "efficientnet_lite0"]
+)
+def test_a_file_is_hardly_larger_than_its_payload(recipe, tmp_path):
+  config = importlib.import_module(f"configs.{recipe}").get_config(
+    "imagenet2012,large"
+  )
+  _, template = job.build_model(config)
+  plan = job.make_plan(config, template)
+  variables = jax.tree.map(
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+    plans.compressed_shapes(plan, template),
+  )
+  path = tmp_path / "m.safetensors"
+  packed = pack.save(path, variables, architecture=dict(config.model))
+  assert (
+    packed.payload_bytes == plans.predict_size(plan, template).payload_bytes
+  )
+  assert path.stat().st_size <= 1.015 * packed.payload_bytes

@@ -238,14 +238,19 @@ def code_bits(num_codes: int) -> int:
   return (num_codes - 1).bit_length()
 
 
+def code_bytes(num_vectors: int, num_codes: int) -> int:
+  """Bytes of the packed codes of one kernel: ceil(N * log2(K) / 8)."""
+  return math.ceil(num_vectors * code_bits(num_codes) / 8)
+
+
 def _layer_size(
   path: str, shape: tuple[int, ...], layer: LayerPlan | None
 ) -> LayerSize:
   if layer is None:
     return LayerSize(path, shape, 0, 0, 0, 4 * math.prod(shape))
   c_out, m, block = layer.spec.layout(shape)
-  code_bytes = math.ceil(c_out * m * code_bits(layer.num_codes) / 8)
-  num_bytes = code_bytes + 2 * layer.num_codes * block
+  num_bytes = code_bytes(c_out * m, layer.num_codes)
+  num_bytes += 2 * layer.num_codes * block
   return LayerSize(path, shape, block, layer.num_codes, c_out * m, num_bytes)
 
 

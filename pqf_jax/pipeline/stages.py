@@ -182,6 +182,7 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         for group, permutation in permutations.items()
       },
     }
+    progress.show(report.permutation_table(record["groups"]))
     return variables, record | job.task.evaluate(variables)
 
   return job.run("permute", job.template, compute)

@@ -69,8 +69,7 @@ def _outcome(workdir):
   permuted = json.loads((workdir / "checkpoints/permute.json").read_text())
   packed = safetensors.numpy.load_file(workdir / "model.safetensors")
   results = json.loads((workdir / "results.json").read_text())
-  codes = {n: b for n, b in packed.items() if n.endswith(".codes")}
-  return permuted["permutations"], codes, results
+  return permuted["permutations"], packed["codes"], results
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +100,7 @@ def test_many_processes_find_what_one_finds(trained, alone, tmp_path, count):
   _begin_with(trained, tmp_path)
   permutations, codes, results = _run(tmp_path, count)
   assert permutations == alone[0]
-  assert codes.keys() == alone[1].keys()
-  for name, packed in codes.items():
-    np.testing.assert_array_equal(packed, alone[1][name])
+  np.testing.assert_array_equal(codes, alone[1])
   # Sums over devices round otherwise; one of 360 images may turn.
   assert results["top1_quantized"] == alone[2]["top1_quantized"]
   assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
@@ -117,8 +114,7 @@ def test_a_run_of_four_goes_on_with_one_and_with_two(trained, alone, tmp_path):
   shutil.copytree(tmp_path / "a", tmp_path / "b")
   for name, count in {"a": 1, "b": 2}.items():
     _, codes, results = _run(tmp_path / name, count, "checkpoint_steps=3")
-    for path, packed in codes.items():
-      np.testing.assert_array_equal(packed, alone[1][path])
+    np.testing.assert_array_equal(codes, alone[1])
     assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
 
 
@@ -130,8 +126,7 @@ def test_killed_in_any_stage_both_start_again(trained, alone, tmp_path, sign):
   _kill_when(_start(tmp_path, 2), tmp_path / "checkpoints", sign)
   permutations, codes, results = _run(tmp_path, 2)
   assert permutations == alone[0]
-  for path, packed in codes.items():
-    np.testing.assert_array_equal(packed, alone[1][path])
+  np.testing.assert_array_equal(codes, alone[1])
   assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
 
 
