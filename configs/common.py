@@ -15,8 +15,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   # What is run: 'compress' does the whole job, 'evaluate' counts the accuracy
   # of --config.weights, 'pack' writes them as a file of this library, 'plan'
-  # prints layers and sizes and stops.
+  # prints layers and sizes and stops, 'predict' finds the objects of one image,
+  # --config.image, 'preflight' compiles everything for --config.topology and
+  # prints what each of its chips would need; neither data nor chips are needed.
   config.mode = "compress"
+  config.image = ""
+  config.topology = ""  # v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, h100:8, ...
   config.task = "classification"  # or "detection"
   config.name = ""  # names the default workdir, runs/<name>
   config.seed = 0

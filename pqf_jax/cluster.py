@@ -115,22 +115,35 @@ def is_lead() -> bool:
   return jax.process_index() == 0
 
 
+def share() -> dict[str, int]:
+  """Which part of every batch this process reads; arguments of the loaders."""
+  return {
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+  }
+
+
 @functools.cache
-def mesh() -> sharding.Mesh:
-  """All devices of all processes, in a row."""
+def mesh(devices: tuple[jax.Device, ...] | None = None) -> sharding.Mesh:
+  """All devices of all processes, or those given, in a row."""
   return jax.make_mesh(
-    (jax.device_count(),), (AXIS,), axis_types=(sharding.AxisType.Auto,)
+    (jax.device_count() if devices is None else len(devices),),
+    (AXIS,),
+    axis_types=(sharding.AxisType.Auto,),
+    devices=devices,
   )
 
 
-def replicated() -> sharding.NamedSharding:
-  """Every device holds the whole array."""
-  return sharding.NamedSharding(mesh(), sharding.PartitionSpec())
+def replicated(over: sharding.Mesh | None = None) -> sharding.NamedSharding:
+  """Every device, of `mesh()` or another one, holds the whole array."""
+  place = mesh() if over is None else over
+  return sharding.NamedSharding(place, sharding.PartitionSpec())
 
 
-def sharded() -> sharding.NamedSharding:
-  """Every device holds its rows."""
-  return sharding.NamedSharding(mesh(), sharding.PartitionSpec(AXIS))
+def sharded(over: sharding.Mesh | None = None) -> sharding.NamedSharding:
+  """Every device, of `mesh()` or another one, holds its rows."""
+  place = mesh() if over is None else over
+  return sharding.NamedSharding(place, sharding.PartitionSpec(AXIS))
 
 
 def replicate(tree: PyTree) -> PyTree:
@@ -265,13 +278,20 @@ def check_shared(folder: os.PathLike[str], token_file: Any) -> None:
     )
 
 
-def check_divides(name: str, batch_size: int) -> None:
+def check_divides(
+  name: str, batch_size: int, *, num_devices: int | None = None
+) -> None:
   """Refuses a batch that the devices cannot share evenly.
+
+  Args:
+    name: of the setting.
+    batch_size: its value.
+    num_devices: None: all of all processes.
 
   Raises:
     InputError: names the setting and the nearest sizes that fit.
   """
-  count = jax.device_count()
+  count = jax.device_count() if num_devices is None else num_devices
   if batch_size % count:
     below = batch_size // count * count
     sizes = " or ".join(str(n) for n in (below, below + count) if n)

@@ -6,6 +6,7 @@ it stopped.
 """
 
 import json
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,14 @@ from pqf_jax import (
 from pqf_jax.core import channels, discover, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import summary, tasks, training, weights, workspace
+from pqf_jax.pipeline import (
+  preflight,
+  summary,
+  tasks,
+  training,
+  weights,
+  workspace,
+)
 
 PyTree = Any
 Staged = tuple[PyTree, checkpoint.Record]
@@ -42,6 +50,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   Raises:
     InputError: bad input, found before any long work wherever that can be.
   """
+  if config.mode == "preflight":
+    # Before any device is used: it brings its own, and no other processes.
+    preflight.run(config)
+    return
   cluster.start(config.distributed, timeout_seconds=config.cluster_timeout)
   progress.say_everywhere(cluster.banner())
   cluster.check_agreement(
@@ -56,8 +68,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     "evaluate": evaluate,
     "pack": repack,
     "plan": show_plan,
+    "predict": predict,
   }
-  jobs.check_choice("mode", config.mode, modes)
+  jobs.check_choice("mode", config.mode, [*modes, "preflight"])
   modes[config.mode](config, workdir)
 
 
@@ -98,6 +111,21 @@ def repack(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   )
 
 
+def predict(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Finds the objects of one image by `config.weights`."""
+  if config.task != "detection" or not config.image:
+    raise errors.InputError(
+      f"config.mode=predict is for detection and needs --config.image=FILE; "
+      f"config.task is {config.task!r}, config.image {config.image!r}"
+    )
+  from pqf_jax.pipeline import detection_task  # see tasks
+
+  module, variables = read_weights(config)
+  folder = pathlib.Path(workdir or f"runs/{config.name}_predict")
+  written = detection_task.predict(config, module, variables, folder)
+  progress.say(f"written: {', '.join(map(str, written))}")
+
+
 def read_weights(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
   """(module, the variables that `config.weights` names)."""
   if not config.weights:
@@ -133,7 +161,7 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     "quantized": quantize_record,
     "finetuned": finetune_record,
   }
-  finish(job, tuned, records)
+  finish(job, dense, tuned, records)
 
 
 def dense_stage(job: jobs.Job) -> Staged:
@@ -273,7 +301,10 @@ def fit(
 
 
 def finish(
-  job: jobs.Job, variables: PyTree, records: dict[str, checkpoint.Record]
+  job: jobs.Job,
+  dense: PyTree,
+  variables: PyTree,
+  records: dict[str, checkpoint.Record],
 ) -> None:
   """Packs, checks the file by evaluating it, and writes what came out."""
   start = time.perf_counter()
@@ -286,14 +317,16 @@ def finish(
   if cluster.is_lead():
     pack.write(files.packed_file, packed)
   cluster.barrier("packed")
-  accuracy = job.task.evaluate(pack.load(files.packed_file))
+  loaded = pack.load(files.packed_file)
+  accuracy = job.task.evaluate(loaded)
   records["packed"] = accuracy | {"seconds": time.perf_counter() - start}
   size = plans.predict_size(job.plan, job.template)
   results = summary.results(
     job.config, size, packed.payload_bytes, files.packed_file, records
   )
   if cluster.is_lead():
-    write_report(job, size, records, results)
+    pictures = job.task.pictures({"dense": dense, "compressed": loaded})
+    write_report(job, size, records, results, pictures)
   files.write_results(results)
   files.close()
   progress.show(report.closing_table(results))
@@ -305,6 +338,7 @@ def write_report(
   size: plans.SizeReport,
   records: dict[str, checkpoint.Record],
   results: dict[str, Any],
+  pictures: list[bytes],
 ) -> None:
   """report.html."""
   report.write_html(
@@ -316,4 +350,5 @@ def write_report(
     # Of the others no order changes a sub-vector.
     groups=[row for row in records["permuted"]["groups"] if row["children"]],
     history=job.files.history(),
+    pictures=pictures,
   )

@@ -1,7 +1,7 @@
 """What differs between networks that classify images and that find objects."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from pqf_jax import cluster, data, errors, finetune, progress
+from pqf_jax import cluster, data, errors, finetune
 from pqf_jax.tasks import classification
 
 PyTree = Any
@@ -26,6 +26,8 @@ class Task(NamedTuple):
     make_teacher: dense variables -> the map that adds what they say to a batch.
     evaluate: variables -> {metric: 0..1, images} over all test images.
     metric: the one by which an epoch is the best.
+    pictures: {title: variables} -> PNG files that show what they find, for the
+      report.
   """
 
   num_train: int
@@ -34,6 +36,7 @@ class Task(NamedTuple):
   make_teacher: Callable[[PyTree], Callable[[Any], Any]]
   evaluate: Callable[[PyTree], dict[str, float]]
   metric: str
+  pictures: Callable[[Mapping[str, PyTree]], list[bytes]]
 
 
 def sample(config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
@@ -59,12 +62,14 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
 
   def evaluate(variables: PyTree) -> dict[str, float]:
     batches = data.eval_batches(
-      dataset, batch_size=config.eval_batch_size, **_share()
+      dataset, batch_size=config.eval_batch_size, **cluster.share()
     )
     return count(cluster.replicate(variables), map(cluster.shard, batches))
 
   def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-    return map(cluster.shard, data.train_batches(dataset, **order, **_share()))
+    return map(
+      cluster.shard, data.train_batches(dataset, **order, **cluster.share())
+    )
 
   return Task(
     len(dataset.train),
@@ -77,6 +82,7 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
     ),
     evaluate,
     "top1",
+    lambda networks: [],
   )
 
 
@@ -104,67 +110,11 @@ def load_images(config: ml_collections.ConfigDict) -> data.ImageDataset:
   return dataset
 
 
-def _share() -> dict[str, int]:
-  return {
-    "process_index": jax.process_index(),
-    "process_count": jax.process_count(),
-  }
-
-
 def _detection(config: ml_collections.ConfigDict, module: Any) -> Task:
   # pycocotools and its kind are needed by no other network.
-  from pqf_jax.data import coco, detection_batches
-  from pqf_jax.tasks import detection, detection_metrics
+  from pqf_jax.pipeline import detection_task
 
-  if config.distillation:
-    raise errors.InputError(
-      f"config.distillation is {config.distillation:g}; detection has no "
-      "teacher, so give 0"
-    )
-  dataset = coco.load(
-    config.data.dir,
-    num_classes=config.model.num_classes,
-    with_train=config.mode == "compress",
-    image_size=config.data.image_size or None,
-    num_objects=config.data.num_objects or None,
-  )
-  for note in dataset.notes:
-    progress.say(note)
-  run = jax.jit(module.apply)
-  # Each process looks at its own images and tells the others what it found.
-  alone = jax.process_count() == 1
-  place = cluster.shard if alone else dict
-
-  def detect(variables: PyTree, batch: finetune.Batch) -> Any:
-    placed = place({name: batch[name] for name in ("image", "size")})
-    return run(variables, placed["image"], placed["size"])
-
-  measure = detection_metrics.make_evaluate(
-    detect, dataset, gather=cluster.collect
-  )
-
-  def evaluate(variables: PyTree) -> dict[str, float]:
-    batches = detection_batches.eval_batches(
-      dataset, batch_size=config.eval_batch_size, **_share()
-    )
-    return measure(
-      cluster.replicate(variables) if alone else variables, batches
-    )
-
-  def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-    for batch in detection_batches.train_batches(dataset, **order, **_share()):
-      del batch["image_id"]  # int64, which a device has not
-      yield cluster.shard(batch)
-
-  forward = functools.partial(module.apply, method="training_outputs")
-  return Task(
-    len(dataset.train or ()),
-    train_batches,
-    lambda share: detection.make_loss(forward),
-    lambda variables: lambda batch: batch,
-    evaluate,
-    "mask_ap",
-  )
+  return Task(**detection_task.load(config, module))
 
 
 def _noise_image() -> tuple[jax.Array, ...]:

@@ -1,9 +1,11 @@
 """`report.html`: one page with everything about a run, that needs nothing else.
 
 No script, no font, no picture and no address is fetched: the page can be
-mailed. Charts are inline SVG in the colours of the reader's theme.
+mailed, with its pictures in it. Charts are inline SVG in the colours of the
+reader's theme.
 """
 
+import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ def write_html(
   layers: Sequence[schema.LayerRow] = (),
   groups: Sequence[schema.GroupRow] = (),
   history: Sequence[schema.MetricRecord] = (),
+  pictures: Sequence[bytes] = (),
 ) -> None:
   """Writes the report of a run; what is missing leaves its section out.
 
@@ -43,6 +46,7 @@ def write_html(
     layers: one a quantized kernel.
     groups: one a channel group.
     history: metric records of training and fine-tuning.
+    pictures: PNG files.
   """
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("pqf_jax.report"),
@@ -70,6 +74,7 @@ def write_html(
       if chart.rows
     ],
     permutation_charts=charts.permutation_charts(groups),
+    pictures=[base64.b64encode(png).decode() for png in pictures],
     table=_layer_table(plan_rows, layers),
     seconds=[
       (stage, text.duration(took))
