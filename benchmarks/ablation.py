@@ -82,6 +82,7 @@ STUDIES = {
 }
 ORDERS = {"none": "as trained", "assignment": "permuted"}
 KMEANS = {False: "Lloyd", True: "annealed"}
+TABLES = "<!-- The rest is written by benchmarks/ablation.py. -->"
 FIELDS = ("top1_dense", "top1_quantized", "top1_finetuned", "payload_bytes")
 COLUMNS = {
   "error": ("squared error", 1),
@@ -121,7 +122,10 @@ def main() -> None:
       print(json.dumps(records[-1]), flush=True)
       records.sort(key=lambda record: record["run"])
       store.write_text(json.dumps(records, indent=1) + "\n")
-  (options.docs / "ablation.md").write_text("\n".join(page(records)))
+  # What is said above the tables is written by hand, and stays.
+  document = options.docs / "ablation.md"
+  prose = document.read_text().partition(TABLES)[0] if document.exists() else ""
+  document.write_text("\n".join((prose + TABLES, "", *page(records))))
   draw(records, options.docs / "ablation.svg")
 
 
@@ -174,18 +178,7 @@ def run_one(
 
 
 def page(records: Sequence[Record]) -> Iterable[str]:
-  """The lines of docs/ablation.md."""
-  yield from (
-    "# The paper's claims, one switch at a time",
-    "",
-    "Written by `benchmarks/ablation.py`, which says how to run it again, from",
-    "`docs/ablation.json`. Mean and, in parentheses, range over the seeds of",
-    "k-means and of the order of images. *Squared error* is that of the",
-    "quantized kernels over their variance, averaged over layers.",
-    "",
-    "![top-1 by order and k-means](ablation.svg)",
-    "",
-  )
+  """The tables of docs/ablation.md."""
   for study, ours in _by_study(records).items():
     dense = 100 * ours[0]["top1_dense"]
     seeds = sorted({record["seed"] for record in ours})
