@@ -17,9 +17,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where checkpoints and results go; default runs/<name>."
 )
-# jaxlib 0.10.2 to 0.11.0 compile a float32 scatter-add (the k-means update and
-# the codebook gradient) into a compare-and-swap loop on NVIDIA, 450 to 2,000
-# times slower; this flag restores the hardware's atomic addition.
+# jaxlib 0.10.2 to 0.11.0 compile a float32 scatter-add (the gradient of an
+# indexed read) into a compare-and-swap loop on NVIDIA, 450 to 2,000 times
+# slower; this flag restores the hardware's atomic addition. K-means and the
+# codebook gradient add integers, and do not need it.
 _XLA_FLAGS = "--xla_gpu_ftz=true"
 
 

@@ -1,18 +1,25 @@
-"""Stage 2: kernels -> `VQArray`, by annealed k-means, layer by layer."""
+"""Stage 2: kernels -> `VQArray`, by annealed k-means, all layers of a kind."""
 
+import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pqf_jax import errors
+from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees, vq_array
 from pqf_jax.ops import kmeans
 
 PyTree = Any
+
+# Weights of the layers that share a program; a single layer may have more. 25
+# million need about 1 GB on the device.
+_MOST_WEIGHTS = 1 << 25
 
 
 class LayerSummary(NamedTuple):
@@ -31,6 +38,14 @@ class LayerSummary(NamedTuple):
   distortion_by_step: np.ndarray
 
 
+class _Kind(NamedTuple):
+  """What layers must have in common to share a program."""
+
+  length: int
+  num_codes: int
+  num_steps: int
+
+
 def quantize_params(
   key: jax.Array,
   variables: PyTree,
@@ -42,59 +57,122 @@ def quantize_params(
   """Learns a codebook and codes for every kernel of the plan.
 
   Section 3.3 of arXiv 2010.15703 (SR-C). A layer's result depends on the key,
-  its path and its weights only, not on the other layers.
+  its path and its weights only, not on the other layers. Layers with the same
+  (D, K, steps) run as one program; the programs are compiled side by side.
 
   Args:
     key: random number generator key, consumed.
     variables: dense variable tree.
     plan: which kernels, and how.
     annealed: False: plain k-means (Lloyd), to compare with.
-    on_layer: called after each layer, for progress.
+    on_layer: called once for each layer, for progress.
 
   Returns:
     (variables with `VQArray`s, {path: LayerSummary}).
 
   Raises:
     InputError: NaN or infinite weights; all layers are looked at before any
-      work.
+      work. Weights too large to be squared.
   """
   flat = trees.flatten(variables)
   for path in plan:
     trees.check_finite(path, flat[path])
-  quantizer = kmeans.annealed_kmeans if annealed else kmeans.lloyd_kmeans
+  groups = list(_groups(flat, plan))
+  run = functools.partial(_quantize, key, flat, plan, annealed)
   nodes, summaries = {}, {}
+  with futures.ThreadPoolExecutor(max(1, len(groups))) as pool:
+    for done in futures.as_completed([pool.submit(run, g) for g in groups]):
+      for node, summary in done.result():
+        nodes[summary.path], summaries[summary.path] = node, summary
+        on_layer(summary)
+  return trees.replace(variables, nodes), {
+    path: summaries[path] for path in plan
+  }
+
+
+def _groups(
+  flat: Mapping[str, jax.Array], plan: plans.CompressionPlan
+) -> Iterator[tuple[str, ...]]:
+  """Paths of one kind, up to `_MOST_WEIGHTS`."""
+  kinds = {}
   for path, layer in plan.items():
-    layer_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    nodes[path], summaries[path] = _quantize(
-      layer_key, path, flat[path], layer, quantizer
-    )
-    on_layer(summaries[path])
-  return trees.replace(variables, nodes), summaries
+    _, _, length = layer.spec.layout(flat[path].shape)
+    kind = _Kind(length, layer.num_codes, layer.kmeans_steps)
+    kinds.setdefault(kind, []).append(path)
+  for paths in kinds.values():
+    group, size = [], 0
+    for path in paths:
+      if group and size + flat[path].size > _MOST_WEIGHTS:
+        yield tuple(group)
+        group, size = [], 0
+      group.append(path)
+      size += flat[path].size
+    yield tuple(group)
 
 
 def _quantize(
   key: jax.Array,
-  path: str,
-  kernel: jax.Array,
-  layer: plans.LayerPlan,
-  quantizer: Callable[..., kmeans.KMeansResult],
-) -> tuple[vq_array.VQArray, LayerSummary]:
-  sub_vectors = layer.spec.to_blocks(kernel)
-  c_out, m, block = sub_vectors.shape
-  result = quantizer(
-    key,
-    sub_vectors.reshape(-1, block),
-    num_codes=layer.num_codes,
-    num_steps=layer.kmeans_steps,
+  flat: Mapping[str, jax.Array],
+  plan: plans.CompressionPlan,
+  annealed: bool,
+  paths: tuple[str, ...],
+) -> list[tuple[vq_array.VQArray, LayerSummary]]:
+  """The layers `paths`, which are of one kind."""
+  kernels = tuple(jnp.asarray(flat[path]) for path in paths)
+  specs = tuple(plan[path].spec for path in paths)
+  layers = _to_vectors(kernels, specs)
+  num_codes, length = plan[paths[0]].num_codes, layers[0].shape[1]
+  hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+  size = kmeans.amplitude(length) if annealed else 0.0
+  results = kmeans.kmeans_of_layers(
+    jax.vmap(jax.random.fold_in, (None, 0))(key, hashes),
+    layers,
+    kmeans.annealing_schedule(plan[paths[0]].kmeans_steps, size),
+    num_codes=num_codes,
   )
-  codes = result.codes.reshape(c_out, m)
-  node = vq_array.VQArray(
-    result.codebook.astype(kernel.dtype),
-    codes.astype(vq_array.code_dtype(layer.num_codes)),
-    kernel.shape,
-    layer.spec,
+  shapes = tuple(kernel.shape for kernel in kernels)
+  codes = _to_codes([result.codes for result in results], specs, shapes)
+  # One transfer for all layers; it also waits for them.
+  traces, variances = jax.device_get(
+    ([result.distortion for result in results], [r.variance for r in results])
   )
-  steps = np.asarray(result.distortion)
-  # A constant kernel has no variance, and no error either.
-  variance = max(float(jnp.var(kernel)), np.finfo(np.float32).tiny)
-  return node, LayerSummary(path, float(steps[-1]) / block / variance, steps)
+  out = []
+  for i, path in enumerate(paths):
+    if not np.isfinite(traces[i][-1]):
+      raise errors.InputError(
+        f"{path} holds weights whose squares overflow float32; the largest is "
+        f"{float(jnp.abs(kernels[i]).max()):g}, divide them by a constant"
+      )
+    node = vq_array.VQArray(
+      results[i].codebook.astype(kernels[i].dtype),
+      codes[i].astype(vq_array.code_dtype(num_codes)),
+      kernels[i].shape,
+      specs[i],
+    )
+    # A constant kernel has no variance, and no error either.
+    variance = max(float(variances[i]), np.finfo(np.float32).tiny)
+    distortion = float(traces[i][-1]) / length / variance
+    out.append((node, LayerSummary(path, distortion, traces[i])))
+  return out
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _to_vectors(
+  kernels: tuple[jax.Array, ...], specs: tuple[blocks.BlockSpec, ...]
+) -> tuple[jax.Array, ...]:
+  """Kernels -> [N, D] each."""
+  cut = [spec.to_blocks(k) for k, spec in zip(kernels, specs, strict=True)]
+  return tuple(b.reshape(-1, b.shape[2]) for b in cut)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _to_codes(
+  codes: list[jax.Array],
+  specs: tuple[blocks.BlockSpec, ...],
+  shapes: tuple[tuple[int, ...], ...],
+) -> list[jax.Array]:
+  """[N] each -> [C_out, M]."""
+  return [
+    c.reshape(spec.layout(shape)[:2])
+    for c, spec, shape in zip(codes, specs, shapes, strict=True)
+  ]

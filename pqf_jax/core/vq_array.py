@@ -11,6 +11,7 @@ from flax import nnx, struct
 from flax.core import meta
 
 from pqf_jax.core import blocks, trees
+from pqf_jax.ops import segments
 
 PyTree = Any
 
@@ -102,9 +103,35 @@ def _decode(
   shape: tuple[int, ...],
   spec: blocks.BlockSpec,
 ) -> jax.Array:
+  return spec.from_blocks(_gather(codebook, codes), shape)
+
+
+@jax.custom_vjp
+def _gather(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+  """Codewords [..., D] of the codes [...].
+
+  Its gradient is summed exactly, the same bits at every run; XLA's own is a
+  floating-point scatter-add.
+  """
   # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
-  sub_vectors = jnp.take(codebook, codes, axis=0, mode="clip")
-  return spec.from_blocks(sub_vectors, shape)
+  return jnp.take(codebook, codes, axis=0, mode="clip")
+
+
+def _gather_forward(
+  codebook: jax.Array, codes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _gather(codebook, codes), (codebook, codes)
+
+
+def _gather_backward(
+  saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+  codebook, codes = saved
+  rows = gradient.reshape(-1, codebook.shape[1])
+  return segments.segment_sum(rows, codes.reshape(-1), codebook.shape[0]), None
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def is_vq(leaf: Any) -> bool:

@@ -212,11 +212,7 @@ class MaskRCNN(nn.Module):
     wide = layers.at_least_float32(self.dtype)
     longest = max(images.shape[1:3])
     scaled = resize.scaled_sizes(sizes, longest, self.min_size, self.max_size)
-    # float64 has to divide in float64: Python's constants follow the array.
-    x = images.astype(wide) / 255
-    x = (x - jnp.asarray(IMAGE_MEAN, wide).reshape(1, 1, 1, -1)) / jnp.asarray(
-      IMAGE_STD, wide
-    ).reshape(1, 1, 1, -1)
+    x = _normalize(images, wide)
 
     def scale(*of_image: jax.Array) -> jax.Array:
       return resize.resize_image(*of_image, canvas=self.canvas)
@@ -275,6 +271,15 @@ class MaskRCNN(nn.Module):
     logits = self.roi_heads.segment(pooled, labels.ravel())
     logits = logits.astype(boxes.dtype)
     return logits.reshape(*boxes.shape[:2], *logits.shape[1:])
+
+
+def _normalize(images: jax.Array, dtype: np.dtype) -> jax.Array:
+  """[B, S, T, 3] of 0 to 255 -> as the body was trained with."""
+  mean, std = (
+    jnp.asarray(values, dtype).reshape(1, 1, 1, -1)
+    for values in (IMAGE_MEAN, IMAGE_STD)
+  )
+  return (images.astype(dtype) / 255 - mean) / std
 
 
 def _ratio(sizes: jax.Array, others: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
 Images lie in the top left of a common canvas. What is zero around an image is
 what a convolution pads with, so the network sees each image as if it were
-alone, if only everything outside of it is set to zero again after each layer
-that could fill it. Results then depend neither on the canvas nor on the other
+alone, if only everything outside of it is set to zero again before each layer
+that looks there. Results then depend neither on the canvas nor on the other
 images of a batch; torchvision's do, on both.
 """
 
@@ -47,9 +47,9 @@ class Body(resnet.ResNet):
   def __call__(self, images: jax.Array, region: Region) -> list[jax.Array]:
     """[B, H, W, 3] -> maps of strides 4, 8, 16 and 32."""
 
-    # Only what looks around can see what lies outside: kernels larger than one
-    # pixel, and max-pool, which follows the first norm. Max-pool pads with -inf,
-    # but zeros are as good behind a ReLU.
+    # Only kernels larger than one pixel see what lies outside. So does max-pool
+    # at the far borders, but nothing of it gets inside: its windows end one
+    # pixel behind their centers, which are even, as the sizes of maps are.
     def zero_outside(
       method: Callable[..., Any],
       args: tuple[Any, ...],
@@ -59,9 +59,7 @@ class Body(resnet.ResNet):
       layer = context.module
       if isinstance(layer, nn.Conv) and max(layer.kernel_size) > 1:
         args = (region.keep(args[0]), *args[1:])
-      result = method(*args, **kwargs)
-      is_first_norm = isinstance(layer, nn.BatchNorm) and layer.parent is self
-      return region.keep(result) if is_first_norm else result
+      return method(*args, **kwargs)
 
     with nn.intercept_methods(zero_outside):
       return self.maps(images, train=False)

@@ -7,38 +7,36 @@ centroid, and moves the centroids to
 
     c_j = mean_{x in j}(x) + a_t * std * z_j / sqrt(n_j),     z_j ~ N(0, I)
 
-where a_t = sqrt(1 - t / T), n_j is the number of sub-vectors of cluster j, and
-std is the standard deviation of each of the D dimensions over the data. The
+where a_t = a * sqrt(1 - t / T), n_j is the number of sub-vectors of cluster j,
+and std is the standard deviation of each of the D dimensions over the data. The
 paper adds noise a_t * std * z to the *data* before taking the mean; the mean of
 n_j such draws is the formula above, exactly in distribution, with K * D normal
 numbers a step instead of N * D. The last step has no noise (a_T = 0).
 
-Assignment is exact float32 without N x K memory (`pqf_jax.ops.nearest`).
-NVIDIA: `segment_sum` adds in an order that varies, so two runs may differ by
-rounding; and jaxlib 0.10.2 and 0.11.0 compile it into a slow compare-and-swap
-loop unless `XLA_FLAGS` has `--xla_gpu_ftz=true`.
+The paper's amplitude a is 1. Here it is min(1, D / 8): the cells of short
+sub-vectors are small compared with the data (see `annealing_schedule`).
+
+Assignment is exact float32 without N x K memory (`pqf_jax.ops.nearest`), sums
+are exact (`pqf_jax.ops.segments`): a result is the same at every run, on any
+number of devices of one kind, and whichever layers share a call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
 
 from pqf_jax import errors
-from pqf_jax.ops import nearest
+from pqf_jax.ops import nearest, relaxation, reseeding
 
-# Offset of a re-seeded centroid from its donor's mean, in units of the donor
-# cluster's root mean squared distance per dimension. 0.1 to 1 score alike.
-_SPLIT_OFFSET = 0.3
-
-# Squared distances of larger sub-vectors could overflow float32.
-_LARGEST = 1e15
+LARGEST = 1e15
+"""Squared distances of larger sub-vectors could overflow float32."""
 
 
 class KMeansResult(NamedTuple):
@@ -50,67 +48,40 @@ class KMeansResult(NamedTuple):
     distortion: [T + 1] float32, squared error of a sub-vector (summed over D,
       averaged over N). Entry t is measured before step t + 1, the last entry
       is that of the returned (codebook, codes).
+    variance: [] float32, of the N * D entries of the sub-vectors.
   """
 
   codebook: jax.Array
   codes: jax.Array
   distortion: jax.Array
-
-
-class Clusters(NamedTuple):
-  """One assignment and its cluster statistics; the data mean is at 0.
-
-  Attributes:
-    vectors: [N, D] float32 sub-vectors, centred.
-    codes: [N] int32 nearest centroids.
-    distances: [N] float32 squared distances to them.
-    codebook: [K, D] float32 centroids that were assigned to.
-    means: [K, D] float32 cluster means; 0 where a cluster is empty.
-    counts: [K] float32 cluster sizes.
-    errors: [K] float32 sums of the clusters' squared distances.
-  """
-
-  vectors: jax.Array
-  codes: jax.Array
-  distances: jax.Array
-  codebook: jax.Array
-  means: jax.Array
-  counts: jax.Array
-  errors: jax.Array
-
-
-class Proposal(NamedTuple):
-  """Where the next centroids go, before the noise of the schedule.
-
-  Attributes:
-    centroids: [K, D] float32.
-    counts: [K] float32 cluster sizes that scale the noise, at least 1.
-    spread: [K, 1] float32 standard deviation of a further random offset.
-  """
-
-  centroids: jax.Array
-  counts: jax.Array
-  spread: jax.Array
+  variance: jax.Array
 
 
 def annealed_kmeans(
-  key: jax.Array, vectors: jax.Array, *, num_codes: int, num_steps: int
+  key: jax.Array,
+  vectors: jax.Array,
+  *,
+  num_codes: int,
+  num_steps: int,
+  mesh: Mesh | None = None,
 ) -> KMeansResult:
   """Runs SR-C k-means (see the module docstring) from random sub-vectors.
 
-  Empty clusters are re-seeded by `split_worst`. The result depends only on the
-  arguments; one compilation serves all calls with the same N, D, `num_codes`
-  and `num_steps`. Works under `jit` and `vmap` (then without the check for
-  NaN), and on `vectors` sharded along N.
+  Empty clusters are re-seeded by `reseeding.split_worst`. The result depends
+  only on the arguments; one compilation serves all calls with the same N, D,
+  `num_codes` and `num_steps`. Works under `jit` and `vmap`, then without the
+  check for NaN.
 
   Args:
     key: PRNG key, consumed.
     vectors: [N, D] sub-vectors, any real type; computed in float32. D is
       unrolled in the compiled code: meant for D <= 32, slow beyond 100.
     num_codes: K, between 1 and N; need not be a power of two.
-    num_steps: T, at least 1. On 3x3 layers T = 300 ends within 0.4 % of the
-      squared error of the authors' rule at T = 1000, T = 100 within 1.4 %, on
-      1x1 layers within 1.9 % and 5 % (benchmarks/kmeans_quality.py).
+    num_steps: T, at least 1. T = 1000 ends 1.4 % below to 0.04 % above the
+      squared error of the authors' rule at T = 1000, T = 100 at 0.4 to 1.3 %
+      above it, on 5 layers of a ResNet-18 (benchmarks/kmeans_quality.py).
+    mesh: devices over which the sub-vectors are spread, or None for one. The
+      result is the same on any number of devices of one kind.
 
   Returns:
     The codebook, codes that match it, and the error of every step.
@@ -120,11 +91,19 @@ def annealed_kmeans(
       fewer than `num_codes` rows, or a count is below 1.
   """
   vectors = _checked(vectors, num_codes, num_steps)
-  return _run(key, vectors, annealing_schedule(num_steps), num_codes)
+  schedule = annealing_schedule(num_steps, amplitude(vectors.shape[1]))
+  return kmeans_of_layers(
+    key[None], [vectors], schedule, num_codes=num_codes, mesh=mesh
+  )[0]
 
 
 def lloyd_kmeans(
-  key: jax.Array, vectors: jax.Array, *, num_codes: int, num_steps: int
+  key: jax.Array,
+  vectors: jax.Array,
+  *,
+  num_codes: int,
+  num_steps: int,
+  mesh: Mesh | None = None,
 ) -> KMeansResult:
   """Runs plain k-means (Lloyd, 1982): `annealed_kmeans` without its noise.
 
@@ -136,6 +115,7 @@ def lloyd_kmeans(
     vectors: [N, D] sub-vectors, any real type; computed in float32.
     num_codes: K, between 1 and N.
     num_steps: T, at least 1.
+    mesh: as `annealed_kmeans`.
 
   Returns:
     The codebook, codes that match it, and the error of every step.
@@ -144,161 +124,160 @@ def lloyd_kmeans(
     InputError: as `annealed_kmeans`.
   """
   vectors = _checked(vectors, num_codes, num_steps)
-  return _run(key, vectors, np.zeros(num_steps, np.float32), num_codes)
+  return kmeans_of_layers(
+    key[None],
+    [vectors],
+    np.zeros(num_steps, np.float32),
+    num_codes=num_codes,
+    mesh=mesh,
+  )[0]
 
 
-def annealing_schedule(num_steps: int) -> np.ndarray:
-  """Returns a_t = sqrt(1 - t / T) for t = 1..T, [T] float32, on the host.
+def kmeans_of_layers(
+  keys: jax.Array,
+  layers: Sequence[jax.Array],
+  schedule: np.ndarray,
+  *,
+  num_codes: int,
+  reseed: relaxation.Rule = reseeding.split_worst,
+  mesh: Mesh | None = None,
+) -> list[KMeansResult]:
+  """Runs k-means on several sets of sub-vectors in one program.
+
+  A set's codebook and codes are, to the bit, those of a call with this set
+  alone (not under a `jit` of the caller, where they may differ by rounding).
+  Small sets then cost what their sub-vectors cost, not a dozen launches a step.
+
+  Args:
+    keys: [L] PRNG keys, consumed.
+    layers: L arrays [N_l, D] of one D, each with at least K rows; not checked.
+    schedule: [T] float32, from `annealing_schedule`, or zeros for plain
+      k-means.
+    num_codes: K.
+    reseed: the rule that places the centroids of empty clusters.
+    mesh: devices over which each set is spread, or None for one.
+
+  Returns:
+    One result a set.
+  """
+  num_shards = 1 if mesh is None else mesh.size
+  counts = tuple(vectors.shape[0] for vectors in layers)
+  most_rows = int(np.diff(_bounds(counts, num_shards)).max()) // num_shards
+  packed, starts = _packed(keys, tuple(layers), num_codes, num_shards)
+  fitted = relaxation.fit(
+    packed,
+    starts,
+    schedule,
+    _normals(keys, len(schedule), num_codes, layers[0].shape[1]),
+    options=relaxation.Options(most_rows, reseed),
+    mesh=mesh,
+  )
+  return _unpacked(fitted, counts, num_shards)
+
+
+def annealing_schedule(num_steps: int, amplitude: float = 1.0) -> np.ndarray:
+  """Returns a_t = a * sqrt(1 - t / T) for t = 1..T, [T] float32, on the host.
 
   Inside `jit` rounding makes `1 - t / T` negative at t = T for some T (10 and
   1000 among them), and its root NaN.
-  """
-  steps = np.arange(1, num_steps + 1, dtype=np.float64)
-  return np.sqrt(1 - steps / num_steps).astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnames="num_codes")
-def random_start(
-  key: jax.Array, vectors: jax.Array, *, num_codes: int
-) -> jax.Array:
-  """Returns K rows of `vectors` drawn without replacement, [K, D]."""
-  # The K largest of N random numbers: 50 times faster than jax.random.choice,
-  # which sorts all of them.
-  draws = jax.random.uniform(key, vectors.shape[:1], jnp.float32)
-  return vectors[lax.top_k(draws, num_codes)[1]]
-
-
-def split_worst(clusters: Clusters) -> Proposal:
-  """Re-seeds empty clusters next to the clusters with the largest error.
-
-  The i-th empty cluster moves to the mean of the cluster with the i-th largest
-  sum of squared distances, plus a Gaussian offset of 0.3 times that cluster's
-  root mean squared distance per dimension. Others move to their mean.
-
-  Why this rule: squared error after 100 steps relative to the authors' rule
-  (an empty cluster's centroid becomes 0), ResNet-18 kernels, K = 256, mean of 4
-  seeds with a standard deviation of 0.006 or less (0.03 for keeping). Last
-  column: this rule after 1000 steps, relative to theirs after 1000
-  (benchmarks/kmeans_quality.py).
-
-  | layer, N, D              | keep  | farthest | largest | worst | T=1000 |
-  |--------------------------|-------|----------|---------|-------|--------|
-  | layer1.0.conv1, 4096, 9  | 1.098 | 0.991    | 1.000   | 0.988 | 0.997  |
-  | layer1.1.conv1, 2048, 18 | 1.190 | 1.004    | 0.982   | 0.982 | 0.993  |
-  | layer2.0.down, 2048, 4   | 1.388 | 1.000    | 1.004   | 0.999 | 1.002  |
-  | layer2.0.conv1, 8192, 9  | 1.049 | 1.005    | 0.999   | 0.999 | 1.000  |
-  | layer3.0.conv1, 16384, 18| 1.001 | 1.000    | 1.000   | 1.000 | 1.000  |
-  | layer4.0.conv1, 131072, 9| 1.000 | 1.000    | 1.000   | 1.000 | 1.000  |
-  """
-  return split(clusters, clusters.errors)
-
-
-def split(clusters: Clusters, priority: jax.Array) -> Proposal:
-  """Re-seeds empty clusters next to those with the highest `priority` [K]."""
-  num_codes, length = clusters.means.shape
-  empty = clusters.counts == 0
-  donors = lax.top_k(priority, num_codes)[1]
-  # The i-th empty cluster takes the i-th donor; the others take themselves.
-  rank = jnp.maximum(jnp.cumsum(empty, dtype=jnp.int32) - 1, 0)
-  own = jnp.arange(num_codes, dtype=donors.dtype)
-  source = jnp.where(empty, donors[rank], own)
-  counts = jnp.maximum(clusters.counts, 1)[source]
-  spread = _SPLIT_OFFSET * jnp.sqrt(clusters.errors[source] / counts / length)
-  return Proposal(
-    centroids=clusters.means[source],
-    counts=counts,
-    spread=jnp.where(empty, spread, 0)[:, None],
-  )
-
-
-@functools.partial(jax.jit, static_argnames="reseed")
-def fit(
-  vectors: jax.Array,
-  start: jax.Array,
-  schedule: jax.Array,
-  normals: jax.Array,
-  *,
-  reseed: Callable[[Clusters], Proposal] = split_worst,
-) -> KMeansResult:
-  """Runs one step of k-means for every entry of `schedule`.
-
-  Deterministic; all randomness is in `start` and `normals`.
 
   Args:
-    vectors: [N, D] float32.
-    start: [K, D] float32, the first centroids.
-    schedule: [T] float32, a_t of the module docstring.
-    normals: [T, K, D] float32 draws of a standard normal.
-    reseed: the rule that places the centroids of empty clusters.
+    num_steps: T.
+    amplitude: a. 1 is the paper's. Squared error after 100 steps relative to
+      the authors' rule after 1000, K = 256 (1024 for layer4), mean of 3 seeds
+      (2 for layer4):
 
-  Returns:
-    The codebook, codes that match it, and the error of every step.
+      | layer of ResNet-18, N, D   | 0.4   | 0.5   | 0.7   | 1     | 1.2   |
+      |----------------------------|-------|-------|-------|-------|-------|
+      | layer2.0.down, 2048, 4     | 1.008 | 1.011 | 1.025 | 1.049 |       |
+      | layer3.0.down, 8192, 4     | 1.014 | 1.008 | 1.006 | 1.017 |       |
+      | layer4.0.down, 16384, 4    |       | 1.011 | 1.023 | 1.040 |       |
+      | layer1.0.conv1, 4096, 9    |       | 1.071 | 1.036 | 1.014 | 1.016 |
+      | layer2.0.conv1, 8192, 9    |       | 1.012 | 1.009 | 1.011 | 1.012 |
+      | layer1.1.conv1, 2048, 18   |       | 1.051 | 1.022 | 1.012 | 1.013 |
+      | layer3.0.conv1, 16384, 18  |       | 1.010 | 1.007 | 1.006 |       |
   """
-  # The data mean is moved to 0: the scores of `nearest` cancel less there.
-  offset = vectors.mean(axis=0, keepdims=True)
-  vectors = vectors - offset
-  deviation = vectors.std(
-    axis=0, keepdims=True, ddof=min(1, vectors.shape[0] - 1)
-  )
-  columns = nearest.split_columns(vectors)
-  norms = jnp.square(vectors).sum(axis=1)
-
-  def step(
-    codebook: jax.Array, inputs: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, jax.Array]:
-    amount, normal = inputs
-    codes, scores = nearest.nearest_centroid(columns, codebook)
-    # A tiny distance may round below 0.
-    distances = jnp.maximum(scores + norms, 0)
-    proposal = reseed(_clusters(vectors, codes, distances, codebook))
-    noise = amount * deviation / jnp.sqrt(proposal.counts)[:, None]
-    scale = jnp.hypot(noise, proposal.spread)
-    return proposal.centroids + scale * normal, distances.mean()
-
-  codebook, distortion = lax.scan(step, start - offset, (schedule, normals))
-  codes, _ = nearest.nearest_centroid(columns, codebook)
-  last = jnp.square(vectors - codebook[codes]).sum(axis=1).mean()
-  return KMeansResult(codebook + offset, codes, jnp.append(distortion, last))
+  steps = np.arange(1, num_steps + 1, dtype=np.float64)
+  return (amplitude * np.sqrt(1 - steps / num_steps)).astype(np.float32)
 
 
-def _clusters(
-  vectors: jax.Array,
-  codes: jax.Array,
-  distances: jax.Array,
-  codebook: jax.Array,
-) -> Clusters:
-  """Returns the cluster statistics of one assignment."""
-  # One sum over D + 2 columns: three sums of their own take 126 us more of 374
-  # at N = 262144, D = 9, K = 256 on an H200.
-  ones = jnp.ones_like(distances)
-  columns = jnp.concatenate(
-    [vectors, ones[:, None], distances[:, None]], axis=1
-  )
-  totals = jax.ops.segment_sum(columns, codes, codebook.shape[0])
-  counts = totals[:, -2]
-  return Clusters(
-    vectors=vectors,
-    codes=codes,
-    distances=distances,
-    codebook=codebook,
-    means=totals[:, :-2] / jnp.maximum(counts, 1)[:, None],
-    counts=counts,
-    errors=totals[:, -1],
+def amplitude(length: int) -> float:
+  """The amplitude that `annealed_kmeans` uses for sub-vectors of length D."""
+  return min(1.0, length / 8)
+
+
+def random_rows(key: jax.Array, count: int, num_codes: int) -> jax.Array:
+  """Draws K different rows of `count`, one of each K-th part; [K] int32.
+
+  Every row is as likely as any other, up to the rounding of count / K. Unlike a
+  draw without replacement this needs K numbers, not `count` of them and a sort.
+  """
+  bounds = np.arange(num_codes + 1, dtype=np.int64) * count // num_codes
+  return jax.random.randint(
+    key, (num_codes,), bounds[:-1], bounds[1:], jnp.int32
   )
 
 
-def _run(
-  key: jax.Array, vectors: jax.Array, schedule: np.ndarray, num_codes: int
-) -> KMeansResult:
-  """Draws the start and all normal numbers, and runs `fit`."""
-  start_key, normals_key = jax.random.split(key)
-  start = random_start(start_key, vectors, num_codes=num_codes)
-  # Drawn here because their code takes a third of the compile time: it depends
-  # on (T, K, D) only, so layers of different N share it.
-  normals = jax.random.normal(
-    normals_key, (len(schedule), num_codes, vectors.shape[1]), jnp.float32
-  )
-  return fit(vectors, start, schedule, normals)
+def _bounds(counts: tuple[int, ...], num_shards: int) -> np.ndarray:
+  """First row of each layer once packed, and the number of rows: [L + 1]."""
+  unit = nearest.BLOCK * num_shards
+  return np.cumsum([0, *(-(-count // unit) * unit for count in counts)])
+
+
+@functools.partial(jax.jit, static_argnames=("num_codes", "num_shards"))
+def _packed(
+  keys: jax.Array,
+  layers: tuple[jax.Array, ...],
+  num_codes: int,
+  num_shards: int,
+) -> tuple[relaxation.Packed, jax.Array]:
+  """The layers in blocks, and their first centroids, [L, K, D]."""
+  packed = relaxation.pack(layers, num_shards=num_shards)
+  counts = tuple(vectors.shape[0] for vectors in layers)
+  rows = [
+    first + random_rows(jax.random.fold_in(keys[i], 0), counts[i], num_codes)
+    for i, first in enumerate(_bounds(counts, num_shards)[:-1].tolist())
+  ]
+  vectors = packed.blocks.reshape(-1, packed.blocks.shape[2])
+  return packed, vectors[jnp.stack(rows)]
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_steps", "num_codes", "length")
+)
+def _normals(
+  keys: jax.Array, num_steps: int, num_codes: int, length: int
+) -> jax.Array:
+  """[L] keys -> [T, L, K, D] normal numbers; a layer's depend on its key only.
+
+  A program of its own because it takes a third of the compile time, and
+  depends on (T, K, D) only, so calls with different N share it. 8 bits of a
+  random offset are enough, and make `relaxation` exact.
+  """
+
+  def draw(key: jax.Array) -> jax.Array:
+    shape = num_steps, num_codes, length
+    normals = jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
+    return normals.astype(jnp.bfloat16)
+
+  return jax.vmap(draw, out_axes=1)(keys)
+
+
+@functools.partial(jax.jit, static_argnames=("counts", "num_shards"))
+def _unpacked(
+  fitted: relaxation.Fitted, counts: tuple[int, ...], num_shards: int
+) -> list[KMeansResult]:
+  codes = fitted.codes.reshape(-1)
+  firsts = _bounds(counts, num_shards)[:-1].tolist()
+  return [
+    KMeansResult(
+      fitted.codebooks[i],
+      codes[first : first + counts[i]],
+      fitted.distortion[i],
+      fitted.variance[i],
+    )
+    for i, first in enumerate(firsts)
+  ]
 
 
 def _checked(vectors: jax.Array, num_codes: int, num_steps: int) -> jax.Array:
@@ -321,11 +300,11 @@ def _checked(vectors: jax.Array, num_codes: int, num_steps: int) -> jax.Array:
   vectors = jnp.asarray(vectors).astype(jnp.float32)
   if isinstance(vectors, jax.core.Tracer) or not vectors.is_fully_addressable:
     return vectors
-  bad_rows = np.flatnonzero(~(np.abs(vectors) < _LARGEST).all(axis=1))
+  bad_rows = np.flatnonzero(~(np.abs(vectors) < LARGEST).all(axis=1))
   if bad_rows.size:
     raise errors.InputError(
       f"k-means: {bad_rows.size} of {shape[0]} sub-vectors hold NaN or values"
-      f" beyond {_LARGEST:g}, the first at row {bad_rows[0]}; take weights of"
+      f" beyond {LARGEST:g}, the first at row {bad_rows[0]}; take weights of"
       " a training run that did not diverge."
     )
   return vectors

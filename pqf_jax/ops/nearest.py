@@ -5,9 +5,14 @@ N sub-vectors of length D, K centroids. The score of a pair is
 element-wise float32 arithmetic: a matrix product would be TF32 on an H100 and
 bfloat16 on a TPU unless told otherwise, and it would store all N x K scores.
 
-Sub-vectors travel as D columns of length N ("columns"), because N is the long
-axis that vector lanes, threads and cores should run along, and because
-XLA:CPU copies every row that it has to slice out of a [D, N] array.
+Sub-vectors travel as D columns [B, 1024] ("columns"): B blocks of 1024
+sub-vectors each. Columns, because the long axis is the one that vector lanes,
+threads and cores should run along. Blocks, because a block may have a codebook
+of its own, so that layers of any size share one call.
+
+Forms, chosen by platform: a kernel for NVIDIA Hopper and later
+(`pqf_jax.ops.kernels.nearest_gpu`), one fused reduction for other accelerators,
+passes with a running minimum for CPUs.
 """
 
 from __future__ import annotations
@@ -20,13 +25,18 @@ import numpy as np
 from jax import lax
 
 from pqf_jax import errors
+from pqf_jax.ops.kernels import nearest_gpu
+
+BLOCK = 1024
+"""Sub-vectors of a block."""
 
 
 def assign(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
   """Returns the index of the nearest centroid of every sub-vector.
 
-  Equal distances go to the lowest index on a CPU, to either elsewhere. Both
-  arguments are centred first, so a common offset costs no accuracy.
+  Equal distances go to the lowest index on CPUs and Hopper GPUs, to either
+  elsewhere. Both arguments are centred first, so a common offset costs no
+  accuracy.
 
   Args:
     vectors: [N, D], any float type.
@@ -56,33 +66,67 @@ def assign(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
 def _assign(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
   codebook = codebook.astype(jnp.float32)
   offset = codebook.mean(axis=0, keepdims=True)
-  columns = split_columns(vectors.astype(jnp.float32) - offset)
-  return nearest_centroid(columns, codebook - offset)[0]
+  blocks = to_blocks(vectors.astype(jnp.float32) - offset)
+  codes = nearest_centroid(
+    split_columns(blocks),
+    (codebook - offset)[None],
+    jnp.zeros(blocks.shape[0], jnp.int32),
+  )
+  return codes.reshape(-1)[: vectors.shape[0]]
 
 
-def split_columns(vectors: jax.Array) -> tuple[jax.Array, ...]:
-  """Returns the D columns, each [N], of an [N, D] matrix."""
-  return tuple(vectors[:, i] for i in range(vectors.shape[1]))
+def to_blocks(vectors: jax.Array) -> jax.Array:
+  """[N, D] -> [B, 1024, D], padded with zeros."""
+  padding = -vectors.shape[0] % BLOCK
+  padded = jnp.pad(vectors, ((0, padding), (0, 0)))
+  return padded.reshape(-1, BLOCK, vectors.shape[1])
+
+
+def split_columns(blocks: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the D columns, each [B, 1024], of [B, 1024, D] sub-vectors."""
+  return tuple(blocks[:, :, i] for i in range(blocks.shape[2]))
 
 
 def nearest_centroid(
-  columns: Sequence[jax.Array], codebook: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the nearest centroid of every sub-vector and its score.
+  columns: Sequence[jax.Array], codebooks: jax.Array, layers: jax.Array
+) -> jax.Array:
+  """Returns the nearest centroid of every sub-vector.
 
   Args:
-    columns: D arrays [N] float32, from `split_columns`.
-    codebook: [K, D] float32.
+    columns: D arrays [B, 1024] float32, from `split_columns`.
+    codebooks: [L, K, D] float32.
+    layers: [B] int32, which codebook a block is compared with.
 
   Returns:
-    codes, [N] int32, and scores, [N] float32, `min_c |c|^2 - 2 <x, c>`; add
-    `|x|^2` to get squared distances.
+    codes, [B, 1024] int32.
   """
-  norms = jnp.square(codebook).sum(axis=1, keepdims=True)
-  table = jnp.concatenate([norms, -2 * codebook], axis=1)
+  norms = jnp.square(codebooks).sum(axis=2, keepdims=True)
+  tables = jnp.concatenate([norms, -2 * codebooks], axis=2)
+  arguments = tuple(columns), tables, layers
+  if nearest_gpu.is_available():
+    return lax.platform_dependent(
+      *arguments, cpu=_running_minimum, cuda=_kernel, default=_reduced_minimum
+    )
   return lax.platform_dependent(
-    tuple(columns), table, cpu=_running_minimum, default=_reduced_minimum
+    *arguments, cpu=_running_minimum, default=_reduced_minimum
   )
+
+
+@jax.custom_batching.custom_vmap
+def _kernel(
+  columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
+) -> jax.Array:
+  return nearest_gpu.nearest(columns, tables, layers)
+
+
+@_kernel.def_vmap
+def _kernel_vmap(
+  size: int, batched: list[bool], *arguments: jax.Array
+) -> tuple[jax.Array, bool]:
+  """A kernel cannot be mapped; the fused reduction can."""
+  del size
+  axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+  return jax.vmap(_reduced_minimum, tuple(axes))(*arguments), True
 
 
 def _score(columns: Sequence[jax.Array], row: Sequence[jax.Array]) -> jax.Array:
@@ -93,9 +137,14 @@ def _score(columns: Sequence[jax.Array], row: Sequence[jax.Array]) -> jax.Array:
   return score
 
 
+def _of_blocks(tables: jax.Array, layers: jax.Array) -> jax.Array:
+  """[L, K, D + 1] -> [B, K, D + 1], or [1, K, D + 1] if L = 1."""
+  return tables if tables.shape[0] == 1 else tables[layers]
+
+
 def _running_minimum(
-  columns: Sequence[jax.Array], table: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+  columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
+) -> jax.Array:
   """Passes over all sub-vectors, 8 or 16 centroids at a time, for XLA:CPU.
 
   The best score and its index ride in one complex array (index exact up to
@@ -104,14 +153,16 @@ def _running_minimum(
   scores twice and copies the columns: 38 ms instead of 11 at N = 262144,
   D = 9, K = 256 on two cores. Temporary memory: 8 bytes a sub-vector.
   """
-  rows, width = table.shape
+  num_layers, rows, width = tables.shape
   # A pass reads D + 2 and writes 2 numbers a sub-vector however many centroids
   # it serves: more is better until the registers spill. Measured, D = 1..72.
   num_scored = 16 if len(columns) <= 12 else 8
-  padding = jnp.zeros((-rows % num_scored, width), table.dtype)
-  padding = padding.at[:, 0].set(jnp.inf)
-  table = jnp.concatenate([table, padding]).reshape(-1, num_scored, width)
-  first = jnp.arange(table.shape[0], dtype=table.dtype) * num_scored
+  padding = jnp.zeros((num_layers, -rows % num_scored, width), tables.dtype)
+  padding = padding.at[:, :, 0].set(jnp.inf)
+  tables = jnp.concatenate([tables, padding], axis=1)
+  tables = tables.reshape(num_layers, -1, num_scored, width)
+  first = jnp.arange(tables.shape[1], dtype=tables.dtype) * num_scored
+  passes = jnp.moveaxis(_of_blocks(tables, layers), 1, 0)
 
   def one_pass(
     best: jax.Array, block: tuple[jax.Array, jax.Array]
@@ -119,7 +170,8 @@ def _running_minimum(
     block_table, block_first = block
     value, index = best.real, best.imag
     for i in range(num_scored):
-      score = _score(columns, tuple(block_table[i]))
+      row = [block_table[:, i, j, None] for j in range(width)]
+      score = _score(columns, row)
       closer = score < value
       value = jnp.where(closer, score, value)
       index = jnp.where(closer, block_first + i, index)
@@ -128,23 +180,25 @@ def _running_minimum(
   start = lax.complex(
     jnp.full_like(columns[0], jnp.inf), jnp.zeros_like(columns[0])
   )
-  best, _ = lax.scan(one_pass, start, (table, first))
-  return best.imag.astype(jnp.int32), best.real
+  best, _ = lax.scan(one_pass, start, (passes, first))
+  return best.imag.astype(jnp.int32)
 
 
 def _reduced_minimum(
-  columns: Sequence[jax.Array], table: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Reduces over the centroid axis of [K, N] scores that are never stored.
+  columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
+) -> jax.Array:
+  """Reduces over the centroid axis of [B, K, 1024] scores, never stored.
 
-  XLA:GPU fuses the scores into the column reduction. The three-operation
-  reducer replaces `argmin`, whose rules for NaN and ties cost six more.
+  XLA:GPU fuses the scores, and the choice of the codebook, into the column
+  reduction. The three-operation reducer replaces `argmin`, whose rules for NaN
+  and ties cost six more.
   """
+  tables = _of_blocks(tables, layers)
   scores = _score(
-    [column[None, :] for column in columns],
-    [table[:, i, None] for i in range(table.shape[1])],
+    [column[:, None, :] for column in columns],
+    [tables[:, :, i, None] for i in range(tables.shape[2])],
   )
-  indices = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+  indices = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
 
   def smaller(
     left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
@@ -156,5 +210,4 @@ def _reduced_minimum(
     )
 
   start = jnp.float32(jnp.inf), jnp.int32(0)
-  values, codes = lax.reduce((scores, indices), start, smaller, (0,))
-  return codes, values
+  return lax.reduce((scores, indices), start, smaller, (1,))[1]

@@ -65,12 +65,13 @@ def resize_image(
   Returns:
     [*canvas, C], zero outside of the image.
   """
-  rows = _between(canvas[0], size[0], scaled[0], image.dtype)
-  columns = _between(canvas[1], size[1], scaled[1], image.dtype)
-  low, high, above = (part[:, None, None] for part in rows)
-  image = image[low[:, 0, 0]] * (1 - above) + image[high[:, 0, 0]] * above
-  low, high, above = (part[None, :, None] for part in columns)
-  image = image[:, low[0, :, 0]] * (1 - above) + image[:, high[0, :, 0]] * above
+  for axis in (0, 1):
+    low, high, above = _between(
+      canvas[axis], size[axis], scaled[axis], image.dtype
+    )
+    above = above.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    lower, upper = (jnp.take(image, i, axis, mode="clip") for i in (low, high))
+    image = lower * (1 - above) + upper * above
   return jnp.where(within(canvas, scaled), image, 0)
 
 

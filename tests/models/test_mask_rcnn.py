@@ -54,7 +54,9 @@ def test_both_generations_of_names_give_the_same_variables():
   renamed = mask_rcnn_weights.rename(weights)
   assert "roi_heads.mask_head.0.0.weight" in renamed
   assert len(renamed.keys() - weights.keys()) == 2 * (8 + 1 + 4)
-  template = cases.shapes(cases.make(mask_rcnn_weights.SMALL), jnp.float32)
+  template = cases.shapes(
+    cases.make(mask_rcnn_weights.SMALL, jnp.float32), jnp.float32
+  )
   first, second = (
     mask_rcnn.load_torch(w, template) for w in (weights, renamed)
   )
@@ -84,6 +86,22 @@ def test_detections_are_those_that_torchvision_gave_image_by_image(name):
     expected = np.unpackbits(expected["masks"], axis=-1, count=width)
     np.testing.assert_array_equal(pasted, expected)
     assert 0.005 < expected.mean() < 0.5
+
+
+def test_the_golden_file_is_what_torchvision_gives():
+  try:
+    from tests.oracles import torchvision_mask_rcnn
+  except (ImportError, RuntimeError):  # the latter of mismatched versions
+    pytest.skip("no working torchvision")
+  case = mask_rcnn_weights.SMALL
+  model = torchvision_mask_rcnn.build(case)
+  images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
+  for i, (height, width) in enumerate(sizes):
+    found = torchvision_mask_rcnn.detect(model, images[i, :height, :width])
+    masks = np.packbits(found.pop("masks") > 0.5, axis=-1)
+    np.testing.assert_array_equal(masks, GOLDEN[f"small/{i}/masks"])
+    for name, array in found.items():
+      np.testing.assert_allclose(array, GOLDEN[f"small/{i}/{name}"], atol=1e-9)
 
 
 def test_float32_finds_the_same_and_zeros_where_there_is_no_more():
@@ -125,7 +143,7 @@ def test_weights_of_another_network_are_refused_with_names_and_shapes():
   with pytest.raises(errors.InputError) as caught:
     mask_rcnn.load_torch(weights, full())
   message = str(caught.value)
-  assert "166 missing (backbone.body.layer1.0.bn3.bias" in message
+  assert "165 missing (backbone.body.layer1.0.bn3.bias" in message
   assert "backbone.body.layer1.0.conv1.weight is (64, 64, 3, 3)" in message
 
 

@@ -125,7 +125,8 @@ def small():
   with cases.double():
     model = cases.make(case)
     images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
-    variables = cases.variables(model)
+    # NumPy's, which are permuted without compiling anything.
+    variables = jax.device_get(cases.variables(model))
     axes = discover.infer_channels(model.apply, variables, images, sizes)
     run = jax.jit(lambda variables: model.apply(variables, images, sizes))
 
@@ -228,7 +229,9 @@ def test_heads_read_compressed_kernels_as_they_are():
 
 def test_a_block_of_fc6_is_16_consecutive_weights_of_torchs():
   weights = cases.weights(18, 5)
-  template = cases.shapes(cases.make(mask_rcnn_weights.SMALL), jnp.float32)
+  template = cases.shapes(
+    cases.make(mask_rcnn_weights.SMALL, jnp.float32), jnp.float32
+  )
   variables = mask_rcnn.load_torch(weights, template)
   kernel = trees.flatten(variables)["params/roi_heads/box_head/fc6/kernel"]
   found = blocks.BlockSpec(16).to_blocks(kernel)

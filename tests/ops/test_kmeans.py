@@ -13,9 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pqf_jax import errors
-from pqf_jax.ops import kmeans, nearest
-
-FORMS = (nearest._running_minimum, nearest._reduced_minimum)
+from pqf_jax.ops import kmeans, relaxation
 
 
 def _normal(*shape, seed=0, scale=0.02, shift=0.0):
@@ -36,6 +34,24 @@ def _assert_nearest(vectors, codebook, codes):
   assert (chosen[:, 0] <= distances.min(axis=1) + slack).all()
 
 
+def _fit(vectors, start, schedule, normals):
+  """The loop for one layer, from a given start and given normal numbers."""
+  packed = relaxation.pack([jnp.asarray(vectors)])
+  fitted = relaxation.fit(
+    packed,
+    jnp.asarray(start)[None],
+    schedule,
+    jnp.asarray(normals, jnp.bfloat16)[:, None],
+    options=relaxation.Options(packed.blocks[:, :, 0].size),
+  )
+  return kmeans.KMeansResult(
+    fitted.codebooks[0],
+    fitted.codes.reshape(-1)[: len(vectors)],
+    fitted.distortion[0],
+    fitted.variance[0],
+  )
+
+
 def _numpy_lloyd(vectors, codebook, num_steps):
   trace = []
   for _ in range(num_steps):
@@ -50,61 +66,10 @@ def _numpy_lloyd(vectors, codebook, num_steps):
   return codebook, distances.argmin(axis=1), trace
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("length, num_codes", [(1, 1), (4, 8), (9, 37)])
-def test_both_forms_agree_with_brute_force(form, length, num_codes):
-  vectors, codebook = _normal(300, length), _normal(num_codes, length, seed=1)
-  squares = np.square(codebook).sum(axis=1, keepdims=True)
-  table = np.concatenate([squares, -2 * codebook], axis=1)
-  columns = nearest.split_columns(jnp.asarray(vectors))
-  codes, scores = jax.jit(form)(columns, table)
-  distances = _squared_distances(vectors, codebook)
-  np.testing.assert_array_equal(codes, distances.argmin(axis=1))
-  norms = np.square(np.float64(vectors)).sum(axis=1)
-  np.testing.assert_allclose(scores + norms, distances.min(axis=1), atol=1e-8)
-
-
-def test_equal_distances_go_to_the_lowest_index():
-  codebook = np.repeat(_normal(3, 9), 20, axis=0)
-  codes = np.asarray(nearest.assign(_normal(500, 9, seed=1), codebook))
-  assert set(codes) == {0, 20, 40}
-
-
-@pytest.mark.parametrize("shift", [0, 1, 100])
-def test_a_common_offset_costs_no_accuracy(shift):
-  vectors = _normal(2000, 9, shift=shift)
-  codebook = vectors[:64]
-  codes = np.asarray(nearest.assign(vectors, codebook))
-  np.testing.assert_array_equal(
-    codes, _squared_distances(vectors, codebook).argmin(axis=1)
-  )
-
-
-def test_assign_names_both_shapes():
-  with pytest.raises(errors.InputError, match=r"\[10, 9\].*\[4, 8\]"):
-    nearest.assign(jnp.zeros((10, 9)), jnp.zeros((4, 8)))
-  with pytest.raises(errors.InputError, match=r"\[0, 9\].*no centroid"):
-    nearest.assign(jnp.zeros((10, 9)), jnp.zeros((0, 9)))
-
-
-@pytest.mark.parametrize("length, num_codes", [(9, 256), (4, 2048)])
-def test_no_matrix_of_all_pairs_is_stored(length, num_codes):
-  count = 16384
-  vectors = jax.ShapeDtypeStruct((count, length), jnp.float32)
-  codebook = jax.ShapeDtypeStruct((num_codes, length), jnp.float32)
-  normals = jax.ShapeDtypeStruct((3, num_codes, length), jnp.float32)
-  fit = kmeans.fit.lower(vectors, codebook, np.zeros(3, np.float32), normals)
-  assign = jax.jit(nearest.assign).lower(vectors, codebook)
-  for lowered, rows in [(assign, length + 6), (fit, 4 * length + 10)]:
-    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 4 * count * rows + 100 * num_codes * length
-    assert temporary < 4 * count * num_codes / 4
-
-
 def test_four_points_by_hand():
   vectors = np.array([[0, 0], [0, 2], [10, 0], [10, 2]], np.float32)
   start, normals = vectors[:2] + [[0, 0], [10, 0]], np.zeros((2, 2, 2))
-  result = kmeans.fit(
+  result = _fit(
     vectors,
     start.astype(np.float32),
     np.zeros(2, np.float32),
@@ -118,7 +83,7 @@ def test_four_points_by_hand():
 def test_lloyd_agrees_with_numpy():
   vectors, schedule = _normal(1000, 4, shift=0.1), np.zeros(5, np.float32)
   start = vectors[:16]
-  result = kmeans.fit(vectors, start, schedule, _normal(5, 16, 4))
+  result = _fit(vectors, start, schedule, _normal(5, 16, 4))
   codebook, codes, trace = _numpy_lloyd(vectors, start, 5)
   np.testing.assert_allclose(result.codebook, codebook, atol=1e-6)
   np.testing.assert_array_equal(result.codes, codes)
@@ -127,9 +92,9 @@ def test_lloyd_agrees_with_numpy():
 
 def test_noise_is_that_of_the_mean_of_noisy_data():
   vectors = _normal(50, 3, shift=1)
-  normals = _normal(1, 1, 3, scale=1, seed=1)
+  normals = np.float32([[[0.5, -1.25, 2]]])
   amount = np.float32([0.7])
-  result = kmeans.fit(vectors, vectors[:1], amount, normals)
+  result = _fit(vectors, vectors[:1], amount, normals)
   want = (
     vectors.mean(axis=0)
     + 0.7 * vectors.std(axis=0, ddof=1) * normals[0, 0] / 50**0.5
@@ -215,14 +180,21 @@ def test_annealing_beats_lloyd():
     assert final[0] < 0.97 * final[1]
 
 
-def test_random_start_draws_distinct_rows_evenly():
-  vectors = np.arange(20, dtype=np.float32)[:, None]
+def test_random_rows_are_distinct_and_even():
   keys = jax.random.split(jax.random.key(0), 2000)
-  start = functools.partial(kmeans.random_start, num_codes=5)
-  rows = np.asarray(jax.vmap(start, (0, None))(keys, vectors))[:, :, 0]
+  draw = functools.partial(kmeans.random_rows, count=20, num_codes=5)
+  rows = np.asarray(jax.vmap(draw)(keys))
   assert all(len(set(row)) == 5 for row in rows)
-  frequency = np.bincount(rows.astype(int).ravel(), minlength=20) / 2000
+  frequency = np.bincount(rows.ravel(), minlength=20) / 2000
   np.testing.assert_allclose(frequency, 0.25, atol=0.05)
+
+
+@pytest.mark.parametrize("count, num_codes", [(7, 7), (10**7, 2048), (5, 1)])
+def test_random_rows_of_any_count(count, num_codes):
+  rows = np.asarray(kmeans.random_rows(jax.random.key(0), count, num_codes))
+  assert (np.diff(rows) > 0).all()
+  assert rows.min() >= 0
+  assert rows.max() < count
 
 
 def test_empty_clusters_are_filled():
@@ -230,28 +202,9 @@ def test_empty_clusters_are_filled():
   start = np.full((16, 9), 1e3, np.float32)  # too far away to be used
   start[0] = 0
   schedule, normals = np.zeros(4, np.float32), _normal(4, 16, 9, scale=1)
-  result = kmeans.fit(vectors, start, schedule, normals)
+  result = _fit(vectors, start, schedule, normals)
   assert len(set(np.asarray(result.codes))) == 16
   assert result.distortion[-1] < 0.75 * result.distortion[0]
-
-
-def test_split_takes_the_donors_in_order():
-  clusters = kmeans.Clusters(
-    vectors=None,
-    codes=None,
-    distances=None,
-    codebook=None,
-    means=jnp.arange(10.0).reshape(5, 2),
-    counts=jnp.array([4.0, 0, 5, 0, 2]),
-    errors=jnp.array([8.0, 0, 90, 0, 16]),
-  )
-  proposal = kmeans.split_worst(clusters)
-  source = np.array([0, 2, 2, 4, 4])
-  np.testing.assert_array_equal(proposal.centroids, clusters.means[source])
-  np.testing.assert_array_equal(proposal.counts, [4, 5, 5, 2, 2])
-  np.testing.assert_allclose(
-    proposal.spread[:, 0], [0, 0.3 * 3, 0, 0.3 * 2, 0], rtol=1e-6
-  )
 
 
 @pytest.mark.parametrize("num_codes", [1, 16])
@@ -316,6 +269,42 @@ def test_jit_and_vmap_of_the_caller_change_nothing():
     )
 
 
+@pytest.mark.parametrize("num_steps", [1, 12])
+def test_a_layer_does_not_depend_on_those_it_shares_a_call_with(num_steps):
+  layers = [_normal(n, 9, seed=n, shift=0.1) for n in (1000, 5000, 64, 2048)]
+  keys = jax.random.split(jax.random.key(0), 4)
+  schedule = kmeans.annealing_schedule(num_steps)
+  run = functools.partial(
+    kmeans.kmeans_of_layers, schedule=schedule, num_codes=64
+  )
+  together = run(keys, layers)
+  back = run(keys[::-1], layers[::-1])[::-1]
+  for i, layer in enumerate(layers):
+    alone = kmeans.annealed_kmeans(
+      keys[i], layer, num_codes=64, num_steps=num_steps
+    )
+    for other in (together[i], back[i]):
+      np.testing.assert_array_equal(alone.codes, other.codes)
+      np.testing.assert_array_equal(alone.codebook, other.codebook)
+      np.testing.assert_allclose(alone.distortion, other.distortion, rtol=1e-6)
+
+
+def test_amplitude_is_that_of_the_paper_for_long_sub_vectors():
+  assert kmeans.amplitude(4) == 0.5
+  assert kmeans.amplitude(9) == kmeans.amplitude(18) == 1
+  np.testing.assert_allclose(
+    kmeans.annealing_schedule(10, 0.5), kmeans.annealing_schedule(10) / 2
+  )
+
+
+def test_variance_is_that_of_all_entries():
+  vectors = _normal(3000, 4, shift=0.05) * np.float32([1, 2, 3, 4])
+  result = kmeans.lloyd_kmeans(
+    jax.random.key(0), vectors, num_codes=4, num_steps=1
+  )
+  np.testing.assert_allclose(result.variance, vectors.var(), rtol=1e-5)
+
+
 def test_layers_of_one_shape_share_one_compilation(caplog):
   run = functools.partial(kmeans.annealed_kmeans, num_codes=13, num_steps=6)
   run(jax.random.key(0), _normal(211, 9))
@@ -349,23 +338,30 @@ def test_bad_input_is_named(run, vectors, num_codes, num_steps, message):
 _SHARDED = """
 import jax, numpy as np
 from pqf_jax.ops import kmeans, nearest
-mesh = jax.make_mesh((8,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+vectors = np.random.default_rng(0).standard_normal((20000, 9)).astype("float32")
+run = lambda x, **options: kmeans.annealed_kmeans(
+  jax.random.key(0), x, num_codes=64, num_steps=5, **options)
+one = run(vectors)
+for count in (1, 2, 8):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("n",))
+  many = run(vectors, mesh=mesh)
+  assert len(many.codes) == 20000
+  np.testing.assert_array_equal(one.codes, many.codes)
+  np.testing.assert_array_equal(one.codebook, many.codebook)
+  np.testing.assert_allclose(one.distortion, many.distortion, rtol=1e-6)
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("n"))
-vectors = np.random.default_rng(0).standard_normal((4096, 9)).astype("float32")
-split = jax.device_put(vectors, rows)
+split = jax.device_put(vectors[:16384], rows)
 assert len(split.sharding.device_set) == 8
-run = lambda x: kmeans.annealed_kmeans(
-  jax.random.key(0), x, num_codes=64, num_steps=3)
-one, eight = run(vectors), run(split)
-np.testing.assert_allclose(one.codebook, eight.codebook, atol=1e-5)
-same = np.asarray(one.codes) == np.asarray(eight.codes)
-assert same.mean() > 0.999, same.mean()
+whole = run(vectors[:16384])
+np.testing.assert_array_equal(run(split).codes, whole.codes)
+np.testing.assert_array_equal(run(split, mesh=mesh).codes, whole.codes)
 np.testing.assert_array_equal(
-  nearest.assign(vectors, one.codebook), nearest.assign(split, one.codebook))
+  nearest.assign(split, one.codebook),
+  nearest.assign(vectors[:16384], one.codebook))
 """
 
 
-def test_eight_devices_agree_with_one():
+def test_one_two_and_eight_devices_give_the_same_bits():
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",

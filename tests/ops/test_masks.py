@@ -75,16 +75,19 @@ def test_crops_are_what_the_definition_says_of_the_scaled_mask(size):
   assert 0 < found.min(where=found > 0, initial=1) < 0.5 < found.max() <= 1
 
 
-def test_a_mask_fills_the_whole_pixels_of_its_box():
-  masks = np.ones((2, 28, 28), np.float32)
-  boxes = np.asarray([[10, 5, 38, 61], [-20, -20, 8, 8]], np.float32)
-  found = mask_ops.paste_masks(masks, boxes, 80, 50)
-  assert found.dtype == bool and found.shape == (2, 80, 50)
-  rows, columns = np.nonzero(found[0])
-  # One pixel more to the right and below: torchvision counts both ends.
-  assert (columns.min(), rows.min()) == (10, 5)
-  assert abs(columns.max() - 38) <= 1 and abs(rows.max() - 61) <= 1
-  assert found[1, :8, :8].all() and not found[1, 12:].any()
+def test_a_mask_fills_the_pixels_of_its_box_counting_both_ends():
+  masks = np.ones((3, 28, 28), np.float32)
+  boxes = [[10, 5, 38, 61], [-20, -20, 8, 8], [3, 4, 9, 10]]
+  found = mask_ops.paste_masks(masks, np.asarray(boxes, np.float32), 80, 50)
+  assert found.dtype == bool and found.shape == (3, 80, 50)
+  # Boxes grow by 1/14 around their center, are cut to integers, and hold both;
+  # the rim of the large ones is zero.
+  for image, (left, top, right, bottom) in zip(
+    found, [(10, 5, 38, 61), (0, 0, 8, 8), (2, 3, 9, 10)], strict=True
+  ):
+    expected = np.zeros((80, 50), bool)
+    expected[top : bottom + 1, left : right + 1] = True
+    np.testing.assert_array_equal(image, expected)
 
 
 def test_boxes_outside_the_image_paste_nothing():

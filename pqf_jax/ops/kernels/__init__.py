@@ -1,0 +1,1 @@
+"""Kernels for one kind of hardware; the plain forms are their oracles."""

@@ -1,0 +1,114 @@
+"""Where the centroids of empty clusters go."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Offset of a re-seeded centroid from its donor's mean, in units of the donor
+# cluster's root mean squared distance per dimension. 0.1 to 1 score alike.
+_SPLIT_OFFSET = 0.3
+
+
+class Clusters(NamedTuple):
+  """The statistics of one assignment; the data mean is at 0.
+
+  Attributes:
+    codebook: [K, D] float32 centroids that were assigned to.
+    means: [K, D] float32 cluster means; 0 where a cluster is empty.
+    counts: [K] float32 cluster sizes.
+    errors: [K] float32 sums of the clusters' squared distances, to 1 %.
+  """
+
+  codebook: jax.Array
+  means: jax.Array
+  counts: jax.Array
+  errors: jax.Array
+
+
+class Proposal(NamedTuple):
+  """Where the next centroids go, before the noise of the schedule.
+
+  Attributes:
+    centroids: [K, D] float32.
+    counts: [K] float32 cluster sizes that scale the noise, at least 1.
+    spread: [K, 1] float32 standard deviation of a further random offset.
+  """
+
+  centroids: jax.Array
+  counts: jax.Array
+  spread: jax.Array
+
+
+def split_worst(clusters: Clusters) -> Proposal:
+  """Re-seeds empty clusters next to the clusters with the largest error.
+
+  The i-th empty cluster moves to the mean of the cluster with the i-th largest
+  sum of squared distances, plus a Gaussian offset of 0.3 times that cluster's
+  root mean squared distance per dimension. Others move to their mean.
+
+  Why this rule: squared error after 100 steps relative to the authors' rule
+  (an empty cluster's centroid becomes 0), ResNet-18 kernels, K = 256, mean of 4
+  seeds with a standard deviation of 0.006 or less (0.03 for keeping). Last
+  column: this rule after 1000 steps, relative to theirs after 1000
+  (benchmarks/kmeans_quality.py). Moving to the farthest sub-vectors scored
+  0.991 to 1.005.
+
+  | layer, N, D              | keep  | largest | worst | T=1000 |
+  |--------------------------|-------|---------|-------|--------|
+  | layer1.0.conv1, 4096, 9  | 1.098 | 1.000   | 0.988 | 0.997  |
+  | layer1.1.conv1, 2048, 18 | 1.190 | 0.982   | 0.982 | 0.993  |
+  | layer2.0.down, 2048, 4   | 1.388 | 1.004   | 0.999 | 1.002  |
+  | layer2.0.conv1, 8192, 9  | 1.049 | 0.999   | 0.999 | 1.000  |
+  | layer3.0.conv1, 16384, 18| 1.001 | 1.000   | 1.000 | 1.000  |
+  | layer4.0.conv1, 131072, 9| 1.000 | 1.000   | 1.000 | 1.000  |
+  """
+  return split(clusters, clusters.errors)
+
+
+def split(clusters: Clusters, priority: jax.Array) -> Proposal:
+  """Re-seeds empty clusters next to those with the highest `priority` [K]."""
+  num_codes, length = clusters.means.shape
+  empty = clusters.counts == 0
+  own = jnp.arange(num_codes, dtype=jnp.int32)
+  source = jnp.where(empty, _donors(priority, empty), own)
+  counts = jnp.maximum(clusters.counts, 1)[source]
+  spread = _SPLIT_OFFSET * jnp.sqrt(clusters.errors[source] / counts / length)
+  return Proposal(
+    centroids=clusters.means[source],
+    counts=counts,
+    spread=jnp.where(empty, spread, 0)[:, None],
+  )
+
+
+def _donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
+  """[K]: for the i-th empty cluster, the cluster of i-th highest priority."""
+  return lax.platform_dependent(
+    priority, empty, cpu=_sorted_donors, default=_counted_donors
+  )
+
+
+def _sorted_donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
+  donors = lax.top_k(priority, priority.size)[1]
+  turn = jnp.cumsum(empty, dtype=jnp.int32) - 1
+  return donors[jnp.maximum(turn, 0)]
+
+
+def _counted_donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
+  """Counts ranks by K x K comparisons, in fused reductions.
+
+  A sort and a scan are several small programs on a GPU, which take longer than
+  the assignment of a small layer.
+  """
+  own = jnp.arange(priority.size, dtype=jnp.int32)
+  higher = priority[:, None] > priority[None, :]
+  equal = priority[:, None] == priority[None, :]
+  ahead = higher | (equal & (own[:, None] < own[None, :]))
+  rank = ahead.sum(axis=0, dtype=jnp.int32)
+  places = jnp.where(empty, own, priority.size)
+  turn = (places[:, None] < own[None, :]).sum(axis=0, dtype=jnp.int32)
+  chosen = rank[:, None] == turn[None, :]
+  return jnp.where(chosen, own[:, None], 0).sum(axis=0, dtype=jnp.int32)

@@ -1,0 +1,262 @@
+"""Compiles a recipe's programs for chips that are not there, and counts.
+
+What `compress` runs on every chip: the fine-tuning step, an evaluation batch,
+and the k-means of the most costly layer, which one chip does alone. The step is
+`finetune.make_finetune_step` itself, with the shardings of `cluster`.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from pqf_jax import cluster, errors, finetune, progress
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
+from pqf_jax.ops import kmeans
+from pqf_jax.pipeline import chips, costs, preflight_table, rehearsals
+from pqf_jax.pipeline import job as jobs
+
+PyTree = Any
+# Each takes a minute or two for a TPU.
+MOST_COMPILATIONS = 5
+# Long enough to remain a loop, short enough for its random numbers to be few.
+LOOP_STEPS = 8
+
+
+class Lowered(NamedTuple):
+  """A program before the compiler, and how it is told of.
+
+  Attributes:
+    name: in the table.
+    batch_size: images over all chips, or 0.
+    stages: `jax.stages.Lowered` programs. The cost is that of the first; of
+      three, the memory of the first, and the rest of the second less the third.
+    detail: what it runs on, where that is no batch.
+  """
+
+  name: str
+  batch_size: int
+  stages: tuple[Any, ...]
+  detail: str = ""
+
+
+def run(config: ml_collections.ConfigDict) -> None:
+  """Prints what each chip of `config.topology` would need and do.
+
+  Needs no data, no weights and no such chip. Call it before JAX has used any
+  device.
+
+  Raises:
+    InputError: unknown topology, no libtpu, a batch that the chips cannot
+      share, or one that does not fit into their memory.
+  """
+  target = chips.parse(config.topology)
+  batch_sizes = {
+    "config.finetune.batch_size": config.finetune.batch_size,
+    "config.eval_batch_size": config.eval_batch_size,
+  }
+  for name, size in batch_sizes.items():
+    cluster.check_divides(name, size, num_devices=target.num_chips)
+  jobs.check_choice("task", config.task, rehearsals.REHEARSALS)
+  devices = chips.open_devices(target)
+  rehearsal = _Rehearsal(config, target, cluster.mesh(devices))
+  trial = rehearsal.compile(
+    [
+      rehearsal.step(config.finetune.batch_size),
+      rehearsal.evaluation(config.eval_batch_size),
+      rehearsal.kmeans(),
+    ]
+  )
+  table = preflight_table.render(
+    target, trial, rehearsal.trained_bytes, dtype=rehearsal.dtype
+  )
+  progress.show(table)
+  for note in preflight_table.notes(target):
+    progress.say(note)
+  for setting, entry, lower in (
+    ("finetune.batch_size", trial[0], rehearsal.step),
+    ("eval_batch_size", trial[1], rehearsal.evaluation),
+  ):
+    if entry.cost is None or entry.cost.hbm_bytes > target.chip.hbm_bytes:
+      raise rehearsal.refusal(setting, entry, lower)
+  progress.say(f"{config.topology}: everything fits")
+
+
+class _Rehearsal:
+  """The programs of one recipe on one mesh."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    target: chips.Target,
+    mesh: jax.sharding.Mesh,
+  ):
+    self._config, self._target, self._mesh = config, target, mesh
+    module, self._template = jobs.build_model(config)
+    self._plan = jobs.make_plan(config, self._template)
+    self._parts = rehearsals.REHEARSALS[config.task](config, module)
+    self._variables = plans.compressed_shapes(self._plan, self._template)
+    self._optimizer = finetune.cosine_adam(
+      learning_rate=config.finetune.learning_rate,
+      final_learning_rate=config.finetune.final_learning_rate,
+      num_steps=max(1, config.finetune.epochs) * 1000,  # only a constant in it
+    )
+    self._state = jax.eval_shape(
+      lambda variables: finetune.init_state(
+        variables, self._optimizer, self._is_trained
+      ),
+      self._variables,
+    )
+    self.dtype = str(np.dtype(getattr(module, "dtype", np.float32)))
+    trained = jax.tree.leaves(self._state.trainable)
+    self.trained_bytes = sum(x.size * x.dtype.itemsize for x in trained)
+
+  def _is_trained(self, path: str, leaf: jax.Array) -> bool:
+    frozen = any(re.fullmatch(p, path) for p in self._config.frozen)
+    return vq_array.in_params(path, leaf) and not frozen
+
+  def step(self, batch_size: int) -> Lowered:
+    """The fine-tuning step."""
+    step = finetune.make_finetune_step(self._parts.loss_fn, self._optimizer)
+    lowered = step.lower(
+      _placed(self._state, cluster.replicated(self._mesh)),
+      _placed(self._parts.train_batch(batch_size), cluster.sharded(self._mesh)),
+    )
+    return Lowered("fine-tuning step", batch_size, (lowered,))
+
+  def evaluation(self, batch_size: int) -> Lowered:
+    """A batch of the evaluation."""
+    lowered = jax.jit(self._parts.infer).lower(
+      _placed(self._variables, cluster.replicated(self._mesh)),
+      _placed(self._parts.eval_batch(batch_size), cluster.sharded(self._mesh)),
+    )
+    return Lowered("evaluation step", batch_size, (lowered,))
+
+  def kmeans(self) -> Lowered:
+    """The k-means of the layer that takes longest, on one chip."""
+    cost = plans.kmeans_cost(self._plan, self._template)
+    path = max(cost, key=cost.__getitem__)
+    layer = self._plan[path]
+    shape = trees.flatten(self._template)[path].shape
+    c_out, m, length = layer.spec.layout(shape)
+    device = self._mesh.devices.flat[0]
+
+    def lower(num_steps: int) -> Any:
+      function = jax.jit(
+        lambda keys, vectors, schedule: kmeans.kmeans_of_layers(
+          keys, [vectors], schedule, num_codes=layer.num_codes
+        )
+      )
+      keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+      return function.lower(
+        *_placed(
+          (
+            keys,
+            jax.ShapeDtypeStruct((c_out * m, length), jnp.float32),
+            jax.ShapeDtypeStruct((num_steps,), jnp.float32),
+          ),
+          jax.sharding.SingleDeviceSharding(device),
+        )
+      )
+
+    # A loop's body counts once: what it adds is one iteration.
+    stages = tuple(map(lower, (layer.kmeans_steps, LOOP_STEPS, 0)))
+    detail = f"N={c_out * m} D={length} K={layer.num_codes}"
+    return Lowered("k-means iteration", 0, stages, detail)
+
+  def compile(self, programs: list[Lowered]) -> list[preflight_table.Entry]:
+    """Compiles side by side, and says how long it took."""
+    start = time.perf_counter()
+    progress.say(
+      f"compiling for {self._target.num_chips} chips of "
+      f"{self._config.topology}: {', '.join(p.name for p in programs)}"
+    )
+    with futures.ThreadPoolExecutor(len(programs)) as pool:
+      entries = list(pool.map(_compile, programs))
+    progress.say(f"compiled in {time.perf_counter() - start:.0f} s")
+    return entries
+
+  def refusal(
+    self,
+    setting: str,
+    entry: preflight_table.Entry,
+    lower: Callable[[int], Lowered],
+  ) -> errors.InputError:
+    """What to tell the user of a batch that does not fit."""
+    fits, fails = self._largest(entry, lower)
+    limit = self._target.chip.hbm_bytes
+    needed = (
+      f"{preflight_table.size(entry.hbm_bytes)} of memory a chip"
+      if entry.hbm_bytes
+      else "more memory than a chip has"
+    )
+    advice = f"the largest that fits is {fits}"
+    if fails - fits > self._target.num_chips:
+      advice = f"{fits} fits, {fails} does not, between them was not tried"
+    if not fits:
+      advice = "not even one image a chip fits; take smaller images"
+    return errors.InputError(
+      f"config.{setting}={entry.batch_size} needs {needed}, where a chip of "
+      f"{self._target.topology} has {preflight_table.size(limit)}; {advice}"
+    )
+
+  def _largest(
+    self, entry: preflight_table.Entry, lower: Callable[[int], Lowered]
+  ) -> tuple[int, int]:
+    """(largest batch seen to fit or 0, smallest seen not to).
+
+    Memory is nearly a line in the batch, so each trial lies where the line
+    through what is known meets the limit.
+    """
+    chips_ = self._target.num_chips
+    limit = self._target.chip.hbm_bytes
+    low, low_bytes = 0, float(self.trained_bytes)
+    high, high_bytes = entry.batch_size // chips_, entry.hbm_bytes
+    for _ in range(MOST_COMPILATIONS):
+      if high - low <= 1:
+        break
+      share = 0.5
+      if high_bytes > limit > low_bytes:
+        share = (limit - low_bytes) / (high_bytes - low_bytes)
+      middle = min(high - 1, max(low + 1, low + int(share * (high - low))))
+      (found,) = self.compile([lower(middle * chips_)])
+      if found.cost is not None and found.hbm_bytes <= limit:
+        low, low_bytes = middle, found.hbm_bytes
+      else:
+        high, high_bytes = middle, found.hbm_bytes
+    return low * chips_, high * chips_
+
+
+def _compile(program: Lowered) -> preflight_table.Entry:
+  named = program.name, program.batch_size, program.detail
+  try:
+    found = [costs.measure(lowered.compile()) for lowered in program.stages]
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    needed = costs.needed_bytes(str(error))
+    return preflight_table.Entry(*named, needed, None)
+  cost = found[0]
+  if len(found) == 3:
+    _, looped, without = found
+    cost = cost._replace(
+      flops=looped.flops - without.flops,
+      moved_bytes=looped.moved_bytes - without.moved_bytes,
+    )
+  return preflight_table.Entry(*named, cost.hbm_bytes, cost)
+
+
+def _placed(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    tree,
+  )

@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu
+
+from pqf_jax import errors
+from pqf_jax.ops import nearest, relaxation
+from pqf_jax.ops.kernels import nearest_gpu
+
+FORMS = (nearest._running_minimum, nearest._reduced_minimum)
+
+
+needs_new_jax = pytest.mark.skipif(
+  jax.__version_info__ < nearest_gpu.FIRST_JAX, reason="the kernel needs it"
+)
+
+
+def _normal(*shape, seed=0, scale=0.02, shift=0.0):
+  draws = np.random.default_rng(seed).standard_normal(shape)
+  return (draws * scale + shift).astype(np.float32)
+
+
+def _squared_distances(vectors, codebook):
+  vectors, codebook = np.float64(vectors), np.float64(codebook)
+  return ((vectors[:, None] - codebook[None]) ** 2).sum(axis=2)
+
+
+def _case(length, num_codes, num_layers, num_blocks):
+  """(columns, tables, layers) and the codes that brute force finds."""
+  vectors = _normal(num_blocks, 1024, length)
+  codebooks = _normal(num_layers, num_codes, length, seed=1)
+  layers = np.sort(np.arange(num_blocks) % num_layers).astype(np.int32)
+  squares = np.square(codebooks).sum(axis=2, keepdims=True)
+  tables = np.concatenate([squares, -2 * codebooks], axis=2)
+  columns = nearest.split_columns(jnp.asarray(vectors))
+  codes = [
+    _squared_distances(block, codebooks[layer]).argmin(axis=1)
+    for block, layer in zip(vectors, layers, strict=True)
+  ]
+  return (columns, jnp.asarray(tables), jnp.asarray(layers)), np.stack(codes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+  "length, num_codes, num_layers",
+  [(1, 1, 1), (4, 8, 2), (9, 37, 3), (18, 5, 1)],
+)
+def test_both_forms_agree_with_brute_force(form, length, num_codes, num_layers):
+  arguments, codes = _case(length, num_codes, num_layers, num_blocks=3)
+  np.testing.assert_array_equal(jax.jit(form)(*arguments), codes)
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+  "length, num_codes, num_layers", [(4, 37, 2), (18, 8, 1), (2, 300, 1)]
+)
+def test_the_kernel_agrees_with_brute_force(length, num_codes, num_layers):
+  arguments, codes = _case(length, num_codes, num_layers, num_blocks=2)
+  found = nearest_gpu.nearest(
+    *arguments, interpret=mosaic_gpu.InterpretGPUParams()
+  )
+  np.testing.assert_array_equal(found, codes)
+
+
+@needs_new_jax
+def test_the_kernel_compiles_for_a_gpu_without_one():
+  for length, num_codes in [(1, 1), (9, 256), (18, 256), (4, 2048), (4, 8192)]:
+    arguments, _ = _case(length, 1, 1, num_blocks=2)
+    tables = jnp.zeros((1, num_codes, length + 1))
+    traced = jax.jit(nearest_gpu.nearest).trace(
+      arguments[0], tables, arguments[2]
+    )
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_equal_distances_go_to_the_lowest_index():
+  codebook = np.repeat(_normal(3, 9), 20, axis=0)
+  codes = np.asarray(nearest.assign(_normal(500, 9, seed=1), codebook))
+  assert set(codes) == {0, 20, 40}
+
+
+@pytest.mark.parametrize("shift", [0, 1, 100])
+def test_a_common_offset_costs_no_accuracy(shift):
+  vectors = _normal(2000, 9, shift=shift)
+  codebook = vectors[:64]
+  codes = np.asarray(nearest.assign(vectors, codebook))
+  np.testing.assert_array_equal(
+    codes, _squared_distances(vectors, codebook).argmin(axis=1)
+  )
+
+
+def test_assign_names_both_shapes():
+  with pytest.raises(errors.InputError, match=r"\[10, 9\].*\[4, 8\]"):
+    nearest.assign(jnp.zeros((10, 9)), jnp.zeros((4, 8)))
+  with pytest.raises(errors.InputError, match=r"\[0, 9\].*no centroid"):
+    nearest.assign(jnp.zeros((10, 9)), jnp.zeros((0, 9)))
+
+
+def test_assign_of_any_number_of_sub_vectors():
+  for count in (1, 1023, 1024, 1025):
+    vectors, codebook = _normal(count, 4), _normal(7, 4, seed=1)
+    codes = nearest.assign(vectors, codebook)
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(
+      codes, _squared_distances(vectors, codebook).argmin(axis=1)
+    )
+
+
+@pytest.mark.parametrize("length, num_codes", [(9, 256), (4, 2048)])
+def test_no_matrix_of_all_pairs_is_stored(length, num_codes):
+  count = 16384
+  vectors = jax.ShapeDtypeStruct((count, length), jnp.float32)
+  codebook = jax.ShapeDtypeStruct((num_codes, length), jnp.float32)
+  packed = jax.eval_shape(lambda v: relaxation.pack([v]), vectors)
+  normals = jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16)
+  options = relaxation.Options(most_rows=count)
+  fit = jax.jit(relaxation.fit, static_argnames="options").lower(
+    packed,
+    jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
+    np.zeros(3, np.float32),
+    normals,
+    options=options,
+  )
+  assign = jax.jit(nearest.assign).lower(vectors, codebook)
+  for lowered, rows in [(assign, length + 6), (fit, 10 * length + 20)]:
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * count * rows + 100 * num_codes * length
+    assert temporary < 4 * count * num_codes / 2

@@ -1,0 +1,59 @@
+"""Compiles for TPUs without one, where libtpu is installed."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_COMPILE = """
+import functools, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from pqf_jax.ops import relaxation
+
+topology = topologies.get_topology_desc(
+  platform="tpu", topology_name=sys.argv[1])
+mesh = topologies.make_mesh(topology, (4,), ("devices",))
+place = NamedSharding(mesh, PartitionSpec())
+
+def spec(array):
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+count = 16384
+for length, num_codes in [(9, 256), (4, 2048)]:
+  vectors = jax.ShapeDtypeStruct((count, length), jnp.float32)
+  arguments = (
+    jax.eval_shape(lambda v: relaxation.pack([v]), vectors),
+    jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
+    jax.ShapeDtypeStruct((3,), jnp.float32),
+    jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16),
+  )
+  fit = functools.partial(relaxation.fit, options=relaxation.Options(count))
+  compiled = jax.jit(fit).lower(*jax.tree.map(spec, arguments)).compile()
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  assert temporary < 4 * count * 100, (length, num_codes, temporary)
+"""
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
+)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_the_loop_compiles_without_a_matrix_of_all_pairs(topology):
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+  }
+  subprocess.run(
+    [sys.executable, "-c", _COMPILE, topology],
+    env=environment,
+    check=True,
+    timeout=120,
+  )

@@ -1,0 +1,129 @@
+"""A fine-tuning step on 8 devices is that on 1, but for rounding."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NUM_DEVICES = 8
+NUM_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def found():
+  """What `main` prints in a process that has the devices."""
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.test_finetune_devices"],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_ENABLE_X64": "1",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+    },
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_everything_is_computed_in_float64(found):
+  assert found["devices"] == [1, NUM_DEVICES]
+  assert found["dtypes"] == ["float64"]
+
+
+def test_the_states_agree(found):
+  assert max(found["differences"].values()) < 1e-10, found["differences"]
+  assert found["losses"][0] == pytest.approx(found["losses"][1], abs=1e-10)
+
+
+def test_the_step_changed_what_it_trains(found):
+  assert found["moved"] > 1e-4
+
+
+def test_a_device_that_saw_other_images_would_be_noticed(found):
+  # The same step on half of the batch: what no exchange would give.
+  assert found["difference_of_half"] > 1e-6
+
+
+def main() -> None:
+  """Takes the steps on 1 and on 8 devices, and prints how far they part."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from pqf_jax import cluster, finetune, quantize
+  from pqf_jax.core import plan as plans
+  from pqf_jax.core import trees
+  from pqf_jax.tasks import classification
+  from tests.pipeline import tiny
+
+  module = tiny.Tiny(num_classes=10)
+  draw = np.random.default_rng(0)
+  batch = {
+    "image": draw.normal(size=(32, 12, 12, 3)),
+    "label": draw.integers(0, 10, 32).astype(np.int32),
+  }
+  dense = module.init(jax.random.key(0), jnp.asarray(batch["image"]))
+  rules = [plans.Rule(*rule) for rule in tiny.get_config().rules]
+  plan = plans.make_plan(rules, dense)
+  quantized, _ = quantize.quantize_params(jax.random.key(1), dense, plan)
+
+  def widen(leaf):
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return np.asarray(leaf, np.float64 if floating else None)
+
+  start = jax.tree.map(widen, quantized)
+  optimizer = finetune.cosine_adam(
+    learning_rate=1e-3, final_learning_rate=1e-6, num_steps=10
+  )
+  loss_fn = classification.make_loss(module.apply, lambda images: images)
+
+  def train(devices, rows):
+    mesh = cluster.mesh(tuple(devices))
+    state = finetune.init_state(start, optimizer)
+    state = jax.device_put(
+      jax.tree.map(np.asarray, state), cluster.replicated(mesh)
+    )
+    placed = {
+      name: jax.device_put(value[:rows], cluster.sharded(mesh))
+      for name, value in batch.items()
+    }
+    step = finetune.make_finetune_step(loss_fn, optimizer)
+    for _ in range(NUM_STEPS):
+      state, metrics = step(state, placed)
+    used = len(metrics["loss"].sharding.device_set)
+    after = trees.flatten(finetune.state_variables(state))
+    return used, after, float(metrics["loss"])
+
+  def differences(left, right):
+    return {
+      path: float(np.abs(np.asarray(left[path]) - right[path]).max())
+      for path in left
+    }
+
+  devices = jax.devices()
+  one, alone, loss = train(devices[:1], 32)
+  many, together, loss_of_all = train(devices, 32)
+  _, half, _ = train(devices, 16)
+  before = trees.flatten(start)
+  floats = [x for x in alone.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+  found = {
+    "devices": [one, many],
+    "dtypes": sorted({str(leaf.dtype) for leaf in floats}),
+    "differences": differences(alone, together),
+    "losses": [loss, loss_of_all],
+    "moved": max(differences(alone, before).values()),
+    "difference_of_half": max(differences(alone, half).values()),
+  }
+  sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+  main()
