@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
-from packaging import requirements, specifiers
 
 from pqf_jax import errors
 
@@ -125,6 +124,8 @@ def open_devices(target: Target) -> tuple[jax.Device, ...]:
   # libtpu would ask the cloud's metadata server, which a laptop has not.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # Its lock is for chips, and there are none.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
     found = topologies.get_topology_desc(
       platform="tpu", topology_name=target.topology
@@ -143,25 +144,16 @@ def _check_libtpu(topology: str) -> None:
 
   jaxlib 0.10.2 aborts on some programs of libtpu 0.0.52.
   """
-  wanted = next(
-    (
-      str(requirement.specifier)
-      for requirement in map(
-        requirements.Requirement, importlib.metadata.requires("jax") or ()
-      )
-      if requirement.name == "libtpu"
-    ),
-    "",
-  )
-  install = f'pip install "libtpu{wanted}"' if wanted else "pip install libtpu"
+  stated = " ".join(importlib.metadata.requires("jax") or ())
+  match = re.search(r"\blibtpu==([\d.]*\d)(\.\*)?", stated)
+  install = f'pip install "{match[0]}"' if match else "pip install libtpu"
   if importlib.util.find_spec("libtpu") is None:
     raise errors.InputError(
       f"config.topology={topology} needs the compiler of TPUs, which itself "
       f"runs without one: {install}"
     )
   held = importlib.metadata.version("libtpu")
-  if not specifiers.SpecifierSet(wanted).contains(held):
+  if match and not f"{held}.".startswith(f"{match[1]}."):
     raise errors.InputError(
-      f"libtpu is {held}, but jax {jax.__version__} belongs to libtpu{wanted}: "
-      f"{install}"
+      f"libtpu is {held}, but jax {jax.__version__} needs {match[0]}: {install}"
     )

@@ -5,6 +5,7 @@ and the k-means of the most costly layer, which one chip does alone. The step is
 `finetune.make_finetune_step` itself, with the shardings of `cluster`.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -190,8 +191,21 @@ class _Rehearsal:
     lower: Callable[[int], Lowered],
   ) -> errors.InputError:
     """What to tell the user of a batch that does not fit."""
-    fits, fails = self._largest(entry, lower)
     limit = self._target.chip.hbm_bytes
+
+    def needed_bytes(batch_size: int) -> float:
+      (found,) = self.compile([lower(batch_size)])
+      refused = found.cost is None and found.hbm_bytes <= limit
+      return 0 if refused else found.hbm_bytes
+
+    fits, fails = search_largest(
+      needed_bytes,
+      entry.batch_size,
+      entry.hbm_bytes,
+      limit=limit,
+      least=self.trained_bytes,
+      unit=self._target.num_chips,
+    )
     needed = (
       f"{preflight_table.size(entry.hbm_bytes)} of memory a chip"
       if entry.hbm_bytes
@@ -207,31 +221,52 @@ class _Rehearsal:
       f"{self._target.topology} has {preflight_table.size(limit)}; {advice}"
     )
 
-  def _largest(
-    self, entry: preflight_table.Entry, lower: Callable[[int], Lowered]
-  ) -> tuple[int, int]:
-    """(largest batch seen to fit or 0, smallest seen not to).
 
-    Memory is nearly a line in the batch, so each trial lies where the line
-    through what is known meets the limit.
-    """
-    chips_ = self._target.num_chips
-    limit = self._target.chip.hbm_bytes
-    low, low_bytes = 0, float(self.trained_bytes)
-    high, high_bytes = entry.batch_size // chips_, entry.hbm_bytes
-    for _ in range(MOST_COMPILATIONS):
-      if high - low <= 1:
-        break
-      share = 0.5
-      if high_bytes > limit > low_bytes:
-        share = (limit - low_bytes) / (high_bytes - low_bytes)
-      middle = min(high - 1, max(low + 1, low + int(share * (high - low))))
-      (found,) = self.compile([lower(middle * chips_)])
-      if found.cost is not None and found.hbm_bytes <= limit:
-        low, low_bytes = middle, found.hbm_bytes
-      else:
-        high, high_bytes = middle, found.hbm_bytes
-    return low * chips_, high * chips_
+def search_largest(
+  needed: Callable[[int], float],
+  batch_size: int,
+  batch_bytes: float,
+  *,
+  limit: float,
+  least: float,
+  unit: int,
+) -> tuple[int, int]:
+  """The largest batch that fits, in few trials.
+
+  Memory is nearly a line in the batch, so each trial lies where the line
+  through the last two meets the limit, or halfway where two are not known.
+
+  Args:
+    needed: batch -> its bytes; 0 where it does not fit and no size is told.
+    batch_size: one that does not fit.
+    batch_bytes: what it needs, or 0.
+    limit: bytes that there are.
+    least: bytes needed without any image.
+    unit: batches are multiples of it.
+
+  Returns:
+    (largest batch seen to fit or 0, smallest seen not to).
+  """
+  low, high = 0, batch_size // unit
+  known = [(0, least)]
+  if batch_bytes:
+    known.append((high, batch_bytes))
+  for _ in range(MOST_COMPILATIONS):
+    if high - low <= 1:
+      break
+    middle = (low + high) // 2
+    if len(known) > 1 and known[-1][1] != known[-2][1]:
+      (x0, y0), (x1, y1) = known[-2:]
+      middle = x0 + math.floor((limit - y0) * (x1 - x0) / (y1 - y0))
+      middle = min(high - 1, max(low + 1, middle))
+    middle_bytes = needed(middle * unit)
+    if middle_bytes:
+      known.append((middle, middle_bytes))
+    if 0 < middle_bytes <= limit:
+      low = middle
+    else:
+      high = middle
+  return low * unit, high * unit
 
 
 def _compile(program: Lowered) -> preflight_table.Entry:

@@ -15,7 +15,6 @@ import ml_collections
 from pqf_jax import (
   checkpoint,
   cluster,
-  errors,
   pack,
   permute,
   progress,

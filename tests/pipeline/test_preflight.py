@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pqf_jax import errors
-from pqf_jax.pipeline import chips, costs
+from pqf_jax.pipeline import chips, costs, preflight
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -190,6 +190,36 @@ def test_a_batch_that_the_devices_cannot_share():
   assert "config.finetune.batch_size is 12, which 8 devices cannot" in told
 
 
+@pytest.mark.parametrize(("limit", "offset"), [(400, 0), (997, 90), (250, 200)])
+def test_the_search_for_the_largest_batch(limit, offset):
+  """Memory of 10 a image on a chip, more for few images than a line has."""
+  tried = []
+
+  def needed(batch):
+    tried.append(batch)
+    return 10 * batch / 2 + (offset if batch else 0)
+
+  fits, fails = preflight.search_largest(
+    needed, 256, needed(256), limit=limit, least=20, unit=2
+  )
+  assert needed(fits) <= limit < needed(fails)
+  assert fails - fits == 2
+  assert len(tried) <= 3 + preflight.MOST_COMPILATIONS
+
+
+def test_a_refusal_without_a_size_is_halved():
+  fits, fails = preflight.search_largest(
+    lambda batch: 1.0 if batch <= 40 else 0.0,
+    64,
+    0.0,
+    limit=5.0,
+    least=0.5,
+    unit=8,
+  )
+  assert (fits, fails) == (40, 48)
+
+
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_refused_by_the_largest_that_does():
   small = (
     "from pqf_jax.pipeline import chips\n"
