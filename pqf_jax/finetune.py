@@ -1,6 +1,7 @@
 """Stage 3: training the leaves that stay continuous; the codes are frozen."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,18 +43,24 @@ Step = Callable[[FinetuneState, Batch], tuple[FinetuneState, Metrics]]
 def init_state(
   variables: PyTree,
   optimizer: optax.GradientTransformation,
-  is_trainable: Callable[[str, jax.Array], bool] = vq_array.in_params,
+  frozen: Sequence[str] = (),
 ) -> FinetuneState:
   """The state before the first step.
 
   Args:
     variables: with `VQArray`s, or dense (then every parameter is trained).
     optimizer: of the step that will be taken.
-    is_trainable: see `vq_array.split_trainable`.
+    frozen: patterns of the paths that stay as they are, besides codes and
+      statistics.
   """
-  trainable, frozen = vq_array.split_trainable(variables, is_trainable)
+
+  def is_trainable(path: str, leaf: jax.Array) -> bool:
+    kept = any(re.fullmatch(pattern, path) for pattern in frozen)
+    return vq_array.in_params(path, leaf) and not kept
+
+  trainable, rest = vq_array.split_trainable(variables, is_trainable)
   step = jnp.zeros((), jnp.int32)
-  return FinetuneState(step, trainable, frozen, optimizer.init(trainable))
+  return FinetuneState(step, trainable, rest, optimizer.init(trainable))
 
 
 def state_variables(state: FinetuneState) -> PyTree:

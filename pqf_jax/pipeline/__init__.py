@@ -10,7 +10,9 @@ preemption      stops it when the scheduler says so
 weights         reads a weights file of any known kind
 workspace       the files of a run
 summary         its figures as plain data
-preflight       compiles it for hardware that is not here
+preflight       compiles it for hardware that is not here, with rehearsals,
+                chips, costs, preflight_table
+hub             fetches weights;  torch_files reads torch's
 """
 
 from pqf_jax.pipeline.modes import run as run

@@ -6,7 +6,6 @@ and the k-means of the most costly layer, which one chip does alone. The step is
 """
 
 import math
-import re
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -19,7 +18,7 @@ import numpy as np
 
 from pqf_jax import cluster, errors, finetune, progress
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees, vq_array
+from pqf_jax.core import trees
 from pqf_jax.ops import kmeans
 from pqf_jax.pipeline import chips, costs, preflight_table, rehearsals
 from pqf_jax.pipeline import job as jobs
@@ -111,17 +110,13 @@ class _Rehearsal:
     )
     self._state = jax.eval_shape(
       lambda variables: finetune.init_state(
-        variables, self._optimizer, self._is_trained
+        variables, self._optimizer, self._config.frozen
       ),
       self._variables,
     )
     self.dtype = str(np.dtype(getattr(module, "dtype", np.float32)))
     trained = jax.tree.leaves(self._state.trainable)
     self.trained_bytes = sum(x.size * x.dtype.itemsize for x in trained)
-
-  def _is_trained(self, path: str, leaf: jax.Array) -> bool:
-    frozen = any(re.fullmatch(p, path) for p in self._config.frozen)
-    return vq_array.in_params(path, leaf) and not frozen
 
   def step(self, batch_size: int) -> Lowered:
     """The fine-tuning step."""

@@ -55,16 +55,16 @@ def _classification(
     taught = jax.ShapeDtypeStruct(shape, jnp.float32)
     return batch(size, {"teacher_logits": taught})
 
-  def infer(variables: PyTree, images: Any) -> jax.Array:
-    return module.apply(variables, preprocess(images["image"]), train=False)
+  def eval_batch(size: int) -> Shapes:
+    return batch(size, {"mask": jax.ShapeDtypeStruct((size,), jnp.float32)})
 
   return Rehearsal(
     classification.make_loss(
       module.apply, preprocess, distillation=config.distillation
     ),
     train_batch,
-    infer,
-    lambda size: batch(size, {}),
+    classification.make_count(module.apply, preprocess),
+    eval_batch,
   )
 
 

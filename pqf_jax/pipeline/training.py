@@ -5,7 +5,6 @@ run goes on with exactly the next batch.
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from pqf_jax import (
   progress,
   report,
 )
-from pqf_jax.core import trees, vq_array
+from pqf_jax.core import trees
 from pqf_jax.pipeline import preemption
 
 PyTree = Any
@@ -94,7 +93,7 @@ def fit(
     batches: first step -> global batches from that step on.
     evaluate: variables -> metrics, at the end of every epoch.
     metric: the one by which an epoch is the best.
-    frozen: patterns of paths that are not trained.
+    frozen: see `finetune.init_state`.
     checkpoints: where progress is saved.
     on_metrics: receives the records of `metrics.jsonl`.
 
@@ -108,14 +107,7 @@ def fit(
     num_steps=schedule.num_steps,
   )
   step_fn = finetune.make_finetune_step(loss_fn, optimizer)
-  state = finetune.init_state(
-    variables,
-    optimizer,
-    lambda path, leaf: (
-      vq_array.in_params(path, leaf)
-      and not any(re.fullmatch(pattern, path) for pattern in frozen)
-    ),
-  )
+  state = finetune.init_state(variables, optimizer, frozen)
   tree, record = checkpoints.restore_progress(
     stage, trees.shapes((state, variables))
   ) or ((state, variables), _first_record())

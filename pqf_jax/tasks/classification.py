@@ -65,6 +65,25 @@ def make_teacher(
   }
 
 
+def make_count(
+  apply_fn: ApplyFn, preprocess: Preprocess
+) -> Callable[[PyTree, Batch], jax.Array]:
+  """(variables, batch) -> [top-1 hits, top-5 hits, images] of its mask."""
+
+  def count(variables: PyTree, batch: Batch) -> jax.Array:
+    logits = apply_fn(variables, preprocess(batch["image"]), train=False)
+    label = batch["label"][:, None]
+    of_label = jnp.take_along_axis(logits, label, axis=1)
+    # Rank 0 is the best; of equal logits the first class wins, like argmax.
+    classes = jnp.arange(logits.shape[1])[None]
+    ahead = (logits > of_label) | ((logits == of_label) & (classes < label))
+    rank = ahead.sum(axis=1)
+    hits = jnp.stack([rank < 1, rank < TOP_K, rank >= 0])
+    return jnp.where(hits, batch["mask"][None], 0.0).sum(axis=1)
+
+  return count
+
+
 def make_evaluate(
   apply_fn: ApplyFn, preprocess: Preprocess
 ) -> Callable[[PyTree, Iterable[Batch]], dict[str, float]]:
@@ -78,18 +97,7 @@ def make_evaluate(
     evaluate(variables, batches) -> {top1, top5 in 0..1, images}; every batch
     also has `mask` float32 [B], 0 for padding.
   """
-
-  @jax.jit
-  def count(variables: PyTree, batch: Batch) -> jax.Array:
-    logits = apply_fn(variables, preprocess(batch["image"]), train=False)
-    label = batch["label"][:, None]
-    of_label = jnp.take_along_axis(logits, label, axis=1)
-    # Rank 0 is the best; of equal logits the first class wins, like argmax.
-    classes = jnp.arange(logits.shape[1])[None]
-    ahead = (logits > of_label) | ((logits == of_label) & (classes < label))
-    rank = ahead.sum(axis=1)
-    hits = jnp.stack([rank < 1, rank < TOP_K, rank >= 0])
-    return jnp.where(hits, batch["mask"][None], 0.0).sum(axis=1)
+  count = jax.jit(make_count(apply_fn, preprocess))
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     # One device value a batch, read at the end: no sync between batches.

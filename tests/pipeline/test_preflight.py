@@ -181,7 +181,9 @@ def test_a_recipe_on_gpus_that_are_not_there():
   assert "everything fits" in told
   assert "Memory is an estimate" in told
   assert re.search(r"input +128 \(16 a chip\) +256 \(32 a chip\)", told), told
-  assert re.search(r"collectives +\d+ all-reduce +none +none", told), told
+  assert re.search(r"collectives +\d+ all-reduce +1 all-reduce +none", told), (
+    told
+  )
 
 
 def test_a_batch_that_the_devices_cannot_share():
