@@ -111,6 +111,7 @@ def test_logits_are_those_that_torch_gave(name):
     np.testing.assert_array_equal(array, weights(name)[entry])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_statistics_of_training_are_torchs(name):
   logits, updates = forward(name, jnp.float64, train=True)

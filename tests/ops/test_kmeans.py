@@ -361,6 +361,7 @@ np.testing.assert_array_equal(
 """
 
 
+@pytest.mark.slow
 def test_one_two_and_eight_devices_give_the_same_bits():
   environment = {
     **os.environ,
