@@ -7,21 +7,13 @@ from etils import epath
 from PIL import Image
 
 from pqf_jax import errors
-from pqf_jax.data import coco_annotations
+from pqf_jax.data import coco_annotations, transforms
 
 # The network halves the image five times.
 SIDE_MULTIPLE = 32
 # Every image of a batch is padded to the largest: beyond this a few large ones
 # would take gigabytes. COCO's have at most 640 pixels.
 LARGEST_SIDE = 2048
-# What Pillow raises for files that are damaged, cut short or no images.
-_DAMAGED = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  Image.DecompressionBombError,
-)
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
@@ -36,7 +28,7 @@ def read_image(path: epath.PathLike) -> np.ndarray:
       mode, pixels = image.mode, np.asarray(image.convert("RGB"))
   except FileNotFoundError as error:
     raise errors.InputError(f"the image {path} is missing") from error
-  except _DAMAGED as error:
+  except transforms.DAMAGED as error:
     raise errors.InputError(
       f"{path} is not an image that can be read, copy it again: {error}"
     ) from error

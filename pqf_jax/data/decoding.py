@@ -23,14 +23,6 @@ Transform = Callable[[Image.Image], Image.Image]
 MAX_BAD_SHARE = 0.001
 # In a small split a few are no sign of a bad copy.
 MIN_BAD = 10
-# What Pillow raises for files that are damaged, cut short or no images.
-_DAMAGED = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  Image.DecompressionBombError,
-)
 
 
 class DamagedError(Exception):
@@ -175,5 +167,5 @@ def _decode_image(data: bytes) -> Image.Image:
   except UnidentifiedImageError as error:
     # Its message shows where in memory the bytes are.
     raise DamagedError("not an image file") from error
-  except _DAMAGED as error:
+  except transforms.DAMAGED as error:
     raise DamagedError(str(error)) from error

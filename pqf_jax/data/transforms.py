@@ -12,6 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+# What Pillow raises for files that are damaged, cut short or no images.
+DAMAGED = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  Image.DecompressionBombError,
+)
+
 
 def decode_image(data: bytes) -> Image.Image:
   """An RGB image from a JPEG or PNG file, also of a gray or CMYK one."""

@@ -39,7 +39,6 @@ DEPTHS = {
   152: (bottleneck, (3, 8, 36, 3)),
 }
 STEMS = {"imagenet": (7, 64, 2), "small": (3, 64, 1)}
-convolution = layers.convolution
 
 
 class Downsample(nn.Module):

@@ -255,24 +255,19 @@ def training_samples(
   """
   boxes = lax.stop_gradient(jnp.concatenate([boxes, objects]))
   valid = jnp.concatenate([valid, exists])
-  matches = matching.match(
+  samples, matched = matching.match_and_sample(
+    key,
     objects,
     exists,
     boxes,
+    valid,
     low=MATCHED_FROM,
     high=MATCHED_FROM,
     best_too=False,
-  )
-  matches = matches._replace(
-    positive=matches.positive & valid, negative=matches.negative & valid
-  )
-  samples = matching.sample(
-    matches,
-    matching.draw_priorities(key, len(boxes)),
     num_samples=NUM_SAMPLES,
     max_positive=MAX_POSITIVE,
   )
-  boxes, matched = boxes[samples.index], matches.object[samples.index]
+  boxes = boxes[samples.index]
   return Samples(
     boxes,
     jnp.where(samples.positive, labels[matched], 0),

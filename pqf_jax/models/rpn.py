@@ -169,30 +169,24 @@ def training_samples(
   """
   boxes = jnp.concatenate([grid.boxes for grid in grids])
   inside = jnp.concatenate([grid.exists for grid in grids])
-  matches = matching.match(
+  samples, matched = matching.match_and_sample(
+    key,
     objects,
     exists,
     boxes,
+    inside,
     low=BACKGROUND_BELOW,
     high=MATCHED_FROM,
     best_too=True,
-  )
-  matches = matches._replace(
-    positive=matches.positive & inside, negative=matches.negative & inside
-  )
-  samples = matching.sample(
-    matches,
-    matching.draw_priorities(key, len(boxes)),
     num_samples=NUM_SAMPLES,
     max_positive=MAX_POSITIVE,
   )
   logits = jnp.concatenate([region.logits for region in regions])
   offsets = jnp.concatenate([region.offsets for region in regions])
-  target = objects[matches.object[samples.index]]
   return Training(
     logits[samples.index],
     samples.positive,
     samples.valid,
     offsets[samples.index],
-    box_ops.encode(target, boxes[samples.index]),
+    box_ops.encode(objects[matched], boxes[samples.index]),
   )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pqf_jax.ops import resize
+from pqf_jax.ops import resize, roi_align
 
 # Boxes whose masks are unpacked at a time: 16 of 640 x 640 are 26 MB.
 NUM_UNPACKED = 16
@@ -82,15 +82,8 @@ def _averages(
   sample = jnp.arange(num_samples)[None, None].astype(ends.dtype)
   place = jnp.arange(num_bins)[None, :, None].astype(ends.dtype)
   position = start + place * step + (sample + 0.5) * step / count
-  inside = (position >= -1) & (position <= scaled.astype(ends.dtype))
-  inside &= sample < count
-  position = jnp.maximum(position, 0)
-  low = jnp.floor(position).astype(jnp.int32)
-  at_end = low >= scaled - 1
-  low = jnp.where(at_end, scaled - 1, low)
-  high = jnp.where(at_end, low, low + 1)
-  above = jnp.where(at_end, 0, position - low.astype(ends.dtype))
-  share = jnp.where(inside, 1 / count, 0)
+  inside, low, high, above = roi_align.neighbours(position, scaled)
+  share = jnp.where(inside & (sample < count), 1 / count, 0)
   row = jnp.arange(ends.shape[0])[:, None, None]
   column = jnp.arange(num_bins)[None, :, None]
   matrix = jnp.zeros((ends.shape[0], num_bins, buffer), ends.dtype)

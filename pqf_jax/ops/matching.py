@@ -114,3 +114,48 @@ def sample(
     negative[jnp.clip(slot - num_positive, 0, negative.shape[0] - 1)],
   )
   return Samples(index, is_positive, slot < num_positive + num_negative)
+
+
+def match_and_sample(
+  key: jax.Array,
+  objects: jax.Array,
+  exists: jax.Array,
+  candidates: jax.Array,
+  usable: jax.Array,
+  *,
+  low: float,
+  high: float,
+  best_too: bool,
+  num_samples: int,
+  max_positive: int,
+) -> tuple[Samples, jax.Array]:
+  """Draws the candidates to train on, and says which object each should find.
+
+  Args:
+    key: consumed.
+    objects: boxes [G, 4].
+    exists: bool [G], which rows are objects.
+    candidates: boxes [N, 4].
+    usable: bool [N], which rows are candidates.
+    low: see `match`.
+    high: see `match`.
+    best_too: see `match`.
+    num_samples: see `sample`.
+    max_positive: see `sample`.
+
+  Returns:
+    (samples, int32 [num_samples] the object of each).
+  """
+  matches = match(
+    objects, exists, candidates, low=low, high=high, best_too=best_too
+  )
+  matches = matches._replace(
+    positive=matches.positive & usable, negative=matches.negative & usable
+  )
+  samples = sample(
+    matches,
+    draw_priorities(key, len(candidates)),
+    num_samples=num_samples,
+    max_positive=max_positive,
+  )
+  return samples, matches.object[samples.index]

@@ -138,6 +138,39 @@ def assign_levels(boxes: jax.Array, num_levels: int) -> jax.Array:
   return jnp.clip(level, 0, num_levels - 1).astype(jnp.int32)
 
 
+class Neighbours(NamedTuple):
+  """The two rows that bilinear interpolation reads at each position.
+
+  Attributes:
+    inside: bool, False more than a row beyond either end; such read nothing.
+    low: int32, the row before.
+    high: int32, the row behind; both are the last one at its end.
+    above: weight of `high`; that of `low` is the rest to 1.
+  """
+
+  inside: jax.Array
+  low: jax.Array
+  high: jax.Array
+  above: jax.Array
+
+
+def neighbours(position: jax.Array, length: jax.Array) -> Neighbours:
+  """What torchvision's RoIAlign reads; shapes broadcast.
+
+  Args:
+    position: in rows, float.
+    length: int, number of rows.
+  """
+  inside = (position >= -1) & (position <= length.astype(position.dtype))
+  position = jnp.maximum(position, 0)
+  low = jnp.floor(position).astype(jnp.int32)
+  at_end = low >= length - 1
+  low = jnp.where(at_end, length - 1, low)
+  high = jnp.where(at_end, low, low + 1)
+  above = jnp.where(at_end, 0, position - low.astype(position.dtype))
+  return Neighbours(inside, low, high, above)
+
+
 def _taps(
   ends: jax.Array, length: jax.Array, stride: jax.Array, num_bins: int
 ) -> _Taps:
@@ -152,13 +185,7 @@ def _taps(
   )
   step = side / num_bins
   position = start + place * step + (within + 0.5) * step / NUM_SAMPLES
-  inside = (position >= -1) & (position <= length.astype(ends.dtype))
-  position = jnp.maximum(position, 0)
-  low = jnp.floor(position).astype(jnp.int32)
-  at_end = low >= length - 1
-  low = jnp.where(at_end, length - 1, low)
-  high = jnp.where(at_end, low, low + 1)
-  above = jnp.where(at_end, 0, position - low.astype(ends.dtype))
+  inside, low, high, above = neighbours(position, length)
   # Samples outside may have any position: they read somewhere and weigh 0.
   above = jnp.where(inside, above, 0)
   below = jnp.where(inside, 1 - above, 0)

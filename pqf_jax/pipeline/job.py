@@ -13,6 +13,7 @@ from pqf_jax import (
   cluster,
   errors,
   models,
+  pack,
   progress,
   report,
 )
@@ -89,19 +90,13 @@ def prepare(
   print_plan(plan, template)
   variables = None
   if config.weights:
-    stored = weights.read(
-      config.weights,
-      config.model.name,
-      template,
-      norm_epsilon=module.norm_epsilon,
-    )
+    stored = read_weights(config, module, template)
     variables = vq_array.decode_params(stored)  # of a file packed before
   elif not config.train.epochs:
     raise errors.InputError(
       "nothing to compress: give --config.weights=FILE.safetensors, or train "
       "from scratch with --config.train.epochs=N"
     )
-  cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
   backbone = (
     weights.read_backbone(config.backbone, dict(config.model), template)
     if config.backbone
@@ -153,6 +148,36 @@ def build_model(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
   module = models.get_model(arguments.pop("name")).make(**arguments)
   sample = tasks.sample(config)
   return module, jax.eval_shape(module.init, jax.random.key(0), *sample)
+
+
+def read_weights(
+  config: ml_collections.ConfigDict, module: Any, template: PyTree
+) -> PyTree:
+  """The variables in `config.weights`, compressed or dense."""
+  return weights.read(
+    config.weights,
+    config.model.name,
+    template,
+    norm_epsilon=module.norm_epsilon,
+  )
+
+
+def write_packed(
+  config: ml_collections.ConfigDict,
+  module: Any,
+  files: workspace.Workspace,
+  variables: PyTree,
+) -> pack.PackedModel:
+  """Packs the variables into the run's file, which all processes then see."""
+  packed = pack.pack_model(
+    variables,
+    norm_epsilon=module.norm_epsilon,
+    architecture=dict(config.model),
+  )
+  if cluster.is_lead():
+    pack.write(files.packed_file, packed)
+  cluster.barrier("packed")
+  return packed
 
 
 def make_plan(

@@ -1,14 +1,13 @@
 """What `config.mode` may ask for: the whole job, or a part of it."""
 
-import json
 import pathlib
 from typing import Any
 
 import ml_collections
 
-from pqf_jax import cluster, errors, pack, progress
+from pqf_jax import cluster, errors, progress
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import preflight, stages, tasks, weights, workspace
+from pqf_jax.pipeline import preflight, stages, tasks, workspace
 
 PyTree = Any
 
@@ -31,7 +30,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   progress.say_everywhere(cluster.banner())
   cluster.check_agreement(
     {
-      "config": json.loads(json.dumps(config.to_dict())),
+      "config": config.to_dict(),
       "code": workspace.code_digest(),
       "packages": cluster.package_versions(),
     }
@@ -73,12 +72,7 @@ def repack(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   module, variables = read_weights(config)
   files = workspace.Workspace(workdir or f"runs/{config.name}_pack", config)
   files.claim()
-  packed = pack.save(
-    files.packed_file,
-    variables,
-    norm_epsilon=module.norm_epsilon,
-    architecture=dict(config.model),
-  )
+  packed = jobs.write_packed(config, module, files, variables)
   progress.say(
     f"written: {files.packed_file} payload_bytes={packed.payload_bytes}"
   )
@@ -106,10 +100,4 @@ def read_weights(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
       f"config.mode={config.mode} needs --config.weights=FILE.safetensors"
     )
   module, template = jobs.build_model(config)
-  variables = weights.read(
-    config.weights,
-    config.model.name,
-    template,
-    norm_epsilon=module.norm_epsilon,
-  )
-  return module, variables
+  return module, jobs.read_weights(config, module, template)

@@ -197,14 +197,7 @@ def finish(
   """Packs, checks the file by evaluating it, and writes what came out."""
   start = time.perf_counter()
   files = job.files
-  packed = pack.pack_model(
-    variables,
-    norm_epsilon=job.module.norm_epsilon,
-    architecture=dict(job.config.model),
-  )
-  if cluster.is_lead():
-    pack.write(files.packed_file, packed)
-  cluster.barrier("packed")
+  packed = jobs.write_packed(job.config, job.module, files, variables)
   loaded = pack.load(files.packed_file)
   accuracy = job.task.evaluate(loaded)
   records["packed"] = accuracy | {"seconds": time.perf_counter() - start}

@@ -48,8 +48,10 @@ def load(config: ml_collections.ConfigDict, module: Any) -> Task:
   """The task on the data of the config.
 
   Raises:
-    InputError: the data are not there, or are none for this network.
+    InputError: the data are not there, or are none for this network; or the
+      devices cannot share a batch of the evaluation.
   """
+  cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
   return TASKS[config.task](config, module)
 
 

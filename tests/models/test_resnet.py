@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from pqf_jax import errors, models
 from pqf_jax.core import blocks, trees, vq_array
-from pqf_jax.models import resnet, torch_weights
+from pqf_jax.models import layers, resnet, torch_weights
 from tests.oracles import resnet_weights
 
 GOLDEN = np.load(
@@ -203,7 +203,7 @@ def test_a_backbone_may_use_the_maps_alone():
 
 
 def test_kernels_start_with_kaimings_variance():
-  conv = resnet.convolution(3, 128, 1, dtype=jnp.float32, name="conv1")
+  conv = layers.convolution(3, 128, 1, dtype=jnp.float32, name="conv1")
   variables = conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 32)))
   kernel = np.asarray(variables["params"]["kernel"])
   assert kernel.shape == (3, 3, 32, 128)

@@ -118,19 +118,23 @@ def test_the_bytes_that_a_refusal_states():
   assert costs.needed_bytes("out of memory") == 0
 
 
-def _python(code):
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-  }
-  done = subprocess.run(
+def _run(code, environment):
+  return subprocess.run(
     [sys.executable, "-c", code],
     cwd=ROOT,
     env=environment,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=200,
   )
+
+
+def _python(code):
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  }
+  done = _run(code, environment)
   assert done.returncode == 0, done.stderr
   return done.stdout.splitlines()
 
@@ -164,14 +168,7 @@ def _preflight(*settings, before=""):
     "tiny.main()\n"
   )
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=200,
-  )
+  done = _run(code, environment)
   return done.returncode, done.stdout + done.stderr
 
 
