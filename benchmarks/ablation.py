@@ -12,17 +12,15 @@ or mobilenet_v2. --studies picks some, --jobs says how many run side by side.
 import argparse
 import concurrent.futures
 import itertools
-import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parents[1]
-Record = dict[str, Any]
+import study as studies
+
+DOCS = studies.ROOT / "docs"
+Record = studies.Record
 
 
 class Study(NamedTuple):
@@ -82,7 +80,6 @@ STUDIES = {
 }
 ORDERS = {"none": "as trained", "assignment": "permuted"}
 KMEANS = {False: "Lloyd", True: "annealed"}
-TABLES = "<!-- The rest is written by benchmarks/ablation.py. -->"
 FIELDS = ("top1_dense", "top1_quantized", "top1_finetuned", "payload_bytes")
 COLUMNS = {
   "error": ("squared error", 1),
@@ -102,11 +99,9 @@ def main() -> None:
   parser.add_argument("--kmeans", nargs="*", default=list(KMEANS.values()))
   parser.add_argument("--jobs", type=int, default=1)
   parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablation")
-  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
+  parser.add_argument("--docs", type=pathlib.Path, default=DOCS)
   options = parser.parse_args()
-  store = options.docs / "ablation.json"
-  records = json.loads(store.read_text()) if store.exists() else []
-  known = {record["run"] for record in records}
+  records = studies.Records(options.docs / "ablation.json")
   weights = dict(pair.split("=", 1) for pair in options.weights)
   with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
     waiting = [
@@ -115,18 +110,14 @@ def main() -> None:
         options.studies, options.orders, KMEANS, options.seeds
       )
       if KMEANS[annealed] in options.kmeans
-      if (name := f"{study}-{order}-{annealed}-{seed}") not in known
+      if (name := f"{study}-{order}-{annealed}-{seed}") not in records
     ]
     for done in concurrent.futures.as_completed(waiting):
-      records.append(done.result())
-      print(json.dumps(records[-1]), flush=True)
-      records.sort(key=lambda record: record["run"])
-      store.write_text(json.dumps(records, indent=1) + "\n")
-  # What is said above the tables is written by hand, and stays.
-  document = options.docs / "ablation.md"
-  prose = document.read_text().partition(TABLES)[0] if document.exists() else ""
-  document.write_text("\n".join((prose + TABLES, "", *page(records))))
-  draw(records, options.docs / "ablation.svg")
+      records.add(done.result())
+  studies.write_page(
+    options.docs / "ablation.md", "benchmarks/ablation.py", page(records.rows)
+  )
+  draw(records.rows, options.docs / "ablation.svg")
 
 
 def run_one(
@@ -140,30 +131,16 @@ def run_one(
 ) -> Record:
   """One whole job in a process of its own, from wherever it stopped."""
   workdir = options.workdir / name
-  workdir.mkdir(parents=True, exist_ok=True)
-  command = [
-    sys.executable,
-    str(ROOT / "main.py"),
+  flags = [
     *STUDIES[study].flags,
     f"--config.data.dir={options.data}",
     f"--config.weights={weights[STUDIES[study].weights]}",
     f"--config.permute.search={order}",
     f"--config.quantize.annealed={annealed}",
     f"--config.seed={seed}",
-    f"--workdir={workdir}",
   ]
   share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / options.jobs:.3f}"}
-  with open(workdir / "log", "a") as log:
-    subprocess.run(
-      command,
-      cwd=ROOT,
-      env=os.environ | share,
-      stdout=log,
-      stderr=subprocess.STDOUT,
-      check=True,
-    )
-  results = json.loads((workdir / "results.json").read_text())
-  quantized = json.loads((workdir / "checkpoints/quantize.json").read_text())
+  results = studies.run_main(flags, workdir, share)
   return {
     "run": name,
     "study": study,
@@ -172,7 +149,7 @@ def run_one(
     "seed": seed,
     "device": results["device"],
     "date": results["date"],
-    "error": statistics.mean(quantized["distortion"].values()),
+    "error": studies.quantization_error(workdir),
     **{field: results[field] for field in FIELDS},
   }
 
@@ -199,7 +176,7 @@ def page(records: Sequence[Record]) -> Iterable[str]:
       if not (runs := _of(ours, order, annealed)):
         continue
       cells = [
-        _cell([scale * run[field] for run in runs])
+        studies.mean_and_range([scale * run[field] for run in runs])
         for field, (_, scale) in COLUMNS.items()
       ]
       yield f"| {ORDERS[order]} | {KMEANS[annealed]} | {' | '.join(cells)} |"
@@ -255,12 +232,6 @@ def _of(records: Sequence[Record], order: str, annealed: bool) -> list[Record]:
     for record in records
     if record["order"] == order and record["annealed"] == annealed
   ]
-
-
-def _cell(values: Sequence[float]) -> str:
-  digits = 4 if max(values) < 1 else 2
-  ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
-  return f"{statistics.mean(values):.{digits}f} ({ends})"
 
 
 if __name__ == "__main__":

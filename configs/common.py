@@ -13,8 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
   """The settings shared by all recipes (section 4.1 of arXiv 2010.15703)."""
   config = ml_collections.ConfigDict()
 
-  # What is run: 'compress' does the whole job, 'evaluate' counts the accuracy
-  # of --config.weights, 'pack' writes them as a file of this library, 'plan'
+  # What is run: 'compress' does the whole job, 'train' its stage 0, whose
+  # checkpoint other workdirs may begin with, 'evaluate' counts the accuracy of
+  # --config.weights, 'pack' writes them as a file of this library, 'plan'
   # prints layers and sizes and stops, 'predict' finds the objects of one image,
   # --config.image, 'preflight' compiles everything for --config.topology and
   # prints what each of its chips would need; neither data nor chips are needed.
@@ -77,12 +78,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.batch_size = 128
   config.train.learning_rate = 1e-3
   config.train.final_learning_rate = 1e-6
+  config.train.evaluation_epochs = 1  # between evaluations
 
   config.finetune = ml_collections.ConfigDict()
   config.finetune.epochs = 9
   config.finetune.batch_size = 128
   config.finetune.learning_rate = 1e-3
   config.finetune.final_learning_rate = 1e-6
+  config.finetune.evaluation_epochs = 1
   # Share of the fine-tuning loss, 0 to 1, that compares with the outputs of the
   # dense network instead of the labels. The paper has none.
   config.distillation = 0.0
@@ -93,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.pack = "last"
 
   config.eval_batch_size = 256
-  config.checkpoint_steps = 500  # training steps between saves; also each epoch
+  config.checkpoint_steps = 500  # steps between saves; evaluated epochs too
   config.tensorboard = False
   return config
 

@@ -101,7 +101,8 @@ def decode(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
 
 def encode(masks: np.ndarray) -> list[dict[str, Any]]:
   """Compressed run-length codes of bool [N, H, W], ready for JSON."""
-  columns = np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8))
+  # [H, W, N] in Fortran's order, one mask after the other.
+  columns = np.ascontiguousarray(masks.swapaxes(1, 2)).view(np.uint8).T
   return [
     {
       "size": [int(side) for side in rle["size"]],
@@ -125,7 +126,8 @@ def pack(masks: np.ndarray, num_rows: int, side: int) -> np.ndarray:
     uint8 [G, S, ceil(S / 8)], numpy.packbits of the last axis; 0 outside.
   """
   packed = np.zeros((num_rows, side, -(-side // 8)), np.uint8)
-  bits = np.packbits(masks, axis=-1)
+  # Of rows read backwards packbits is ten times slower.
+  bits = np.packbits(np.ascontiguousarray(masks), axis=-1)
   packed[: bits.shape[0], : bits.shape[1], : bits.shape[2]] = bits
   return packed
 

@@ -50,7 +50,9 @@ def read_targets(
   return Targets(
     np.array([box for _, box in chosen], np.float32).reshape(-1, 4),
     np.array(labels, np.int32),
-    np.array(masks, bool).reshape(-1, image.height, image.width),
+    np.stack(masks)
+    if masks
+    else np.zeros((0, image.height, image.width), bool),
   )
 
 

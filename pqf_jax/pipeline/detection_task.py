@@ -17,6 +17,8 @@ from pqf_jax.tasks import detection, detection_metrics
 
 PyTree = Any
 NUM_PICTURES = 3
+# Those of `config.mode` that read training images.
+TRAINING_MODES = ("compress", "train")
 # What is less certain would only clutter a picture.
 LEAST_SCORE = 0.5
 
@@ -33,7 +35,7 @@ def load(config: ml_collections.ConfigDict, module: Any) -> dict[str, Any]:
       f"config.distillation is {config.distillation:g}; detection has no "
       "teacher, so give 0"
     )
-  dataset = open_dataset(config, with_train=config.mode == "compress")
+  dataset = open_dataset(config, with_train=config.mode in TRAINING_MODES)
   for note in dataset.notes:
     progress.say(note)
   detect = make_detect(module)

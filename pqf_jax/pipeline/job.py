@@ -134,6 +134,11 @@ def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
       )
     if settings.epochs:
       cluster.check_divides(f"config.{stage}.batch_size", settings.batch_size)
+    if settings.evaluation_epochs < 1:
+      raise errors.InputError(
+        f"config.{stage}.evaluation_epochs is {settings.evaluation_epochs}; "
+        "give 1 to evaluate after every epoch, N after every N-th"
+      )
     rates = settings.learning_rate, settings.final_learning_rate
     if not rates[0] >= rates[1] >= 0 or not rates[0]:
       raise errors.InputError(

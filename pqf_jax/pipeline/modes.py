@@ -41,6 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     "pack": repack,
     "plan": show_plan,
     "predict": predict,
+    "train": train,
   }
   jobs.check_choice("mode", config.mode, [*modes, "preflight"])
   modes[config.mode](config, workdir)
@@ -52,6 +53,19 @@ def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   _, template = jobs.build_model(config)
   size = jobs.print_plan(jobs.make_plan(config, template), template)
   progress.say(f"payload_bytes={size.payload_bytes}")
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Stage 0 alone: its checkpoint, and its accuracy in results.json."""
+  if config.weights:
+    raise errors.InputError(
+      f"config.mode=train trains from scratch, but config.weights is "
+      f"{config.weights!r}; leave it out"
+    )
+  files = workspace.Workspace(workdir or f"runs/{config.name}_train", config)
+  _, record = stages.dense_stage(jobs.prepare(config, files))
+  files.write_results(record)
+  progress.say(f"written: {files.results_file}")
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:

@@ -36,7 +36,8 @@ class Schedule(NamedTuple):
     learning_rate: of Adam, at the first step.
     final_learning_rate: at the last.
     batch_size: images a step.
-    checkpoint_steps: steps between saves; an epoch's end is saved too.
+    evaluation_epochs: passes between evaluations; the last is evaluated too.
+    checkpoint_steps: steps between saves; an evaluated epoch is saved too.
   """
 
   epochs: int
@@ -44,6 +45,7 @@ class Schedule(NamedTuple):
   learning_rate: float
   final_learning_rate: float
   batch_size: int
+  evaluation_epochs: int
   checkpoint_steps: int
 
   @property
@@ -51,10 +53,15 @@ class Schedule(NamedTuple):
     """Training steps in all."""
     return self.epochs * self.steps_per_epoch
 
+  def evaluation_is_due(self, step: int) -> bool:
+    """Whether an epoch ends with it that is evaluated."""
+    interval = self.evaluation_epochs * self.steps_per_epoch
+    return step % interval == 0 or step == self.num_steps
+
   def save_is_due(self, step: int) -> bool:
     """Whether progress is saved after it; the last step is the stage's own."""
     return step < self.num_steps and (
-      step % self.checkpoint_steps == 0 or step % self.steps_per_epoch == 0
+      step % self.checkpoint_steps == 0 or self.evaluation_is_due(step)
     )
 
 
@@ -91,7 +98,7 @@ def fit(
     schedule: see `Schedule`.
     loss_fn: see `finetune.LossFn`.
     batches: first step -> global batches from that step on.
-    evaluate: variables -> metrics, at the end of every epoch.
+    evaluate: variables -> metrics, at the end of epochs.
     metric: the one by which an epoch is the best.
     frozen: see `finetune.init_state`.
     checkpoints: where progress is saved.
@@ -129,7 +136,7 @@ def fit(
       state, metrics = step_fn(state, batch)
       meter.step(step, metrics["loss"])
       bar.advance(loss=metrics["loss"])
-      if step % schedule.steps_per_epoch == 0:
+      if schedule.evaluation_is_due(step):
         current = finetune.state_variables(state)
         accuracy = evaluate(current)
         meter.epoch(step, accuracy)

@@ -31,7 +31,7 @@ class Workspace:
     self.report_file = path / "report.html"
     self._config_file = path / "config.json"
     self._metrics_file = path / "metrics.jsonl"
-    self._results_file = path / "results.json"
+    self.results_file = path / "results.json"
     # As JSON reads it back, so that tuples and lists are alike.
     self._config = json.loads(json.dumps(config.to_dict()))
     self._curves = (
@@ -56,14 +56,14 @@ class Workspace:
 
   def results(self) -> Results | None:
     """What a finished run found, or None."""
-    if not self._results_file.exists():
+    if not self.results_file.exists():
       return None
-    return json.loads(self._results_file.read_text())
+    return json.loads(self.results_file.read_text())
 
   def write_results(self, results: Results) -> None:
     """Writes results.json, which also says that the run is finished."""
     if cluster.is_lead():
-      report.write_json(self._results_file, results)
+      report.write_json(self.results_file, results)
 
   def log(self, record: dict[str, Any]) -> None:
     """Appends to metrics.jsonl, and to TensorBoard where asked for."""

@@ -1,11 +1,12 @@
 import json
 import os
 import pkgutil
+import shutil
 
 import pytest
 import safetensors.numpy
 
-from pqf_jax import errors, pack, permute, pipeline
+from pqf_jax import errors, pack, permute, pipeline, report
 from pqf_jax.models import torch_weights
 
 
@@ -165,6 +166,41 @@ def test_a_diverged_training_is_named(config, tmp_path):
     pipeline.run(config, str(tmp_path))
 
 
+def test_only_some_epochs_are_evaluated(config, tmp_path):
+  config.train.evaluation_epochs = 2  # of three
+  _run(config, tmp_path)
+  log = report.read_metrics(tmp_path / "metrics.jsonl")
+  evaluated = [
+    record["epoch"]
+    for record in log
+    if record["stage"] == "train" and "top1" in record
+  ]
+  assert evaluated == [2, 3]
+
+
+def test_compression_begins_with_the_checkpoint_of_a_training(
+  config, undisturbed, tmp_path
+):
+  finished, packed = undisturbed
+  config.mode = "train"
+  pipeline.run(config, str(tmp_path / "train"))
+  trained = json.loads((tmp_path / "train/results.json").read_text())
+  assert trained["top1"] == finished["top1_dense"]
+  shutil.copytree(
+    tmp_path / "train/checkpoints", tmp_path / "other/checkpoints"
+  )
+  config.mode = "compress"
+  results, data = _run(config, tmp_path / "other")
+  assert data == packed
+  assert results["seconds"]["dense"] == trained["seconds"]
+
+
+def test_training_alone_refuses_weights(config, tmp_path):
+  config.mode, config.weights = "train", "trained.safetensors"
+  with pytest.raises(errors.InputError, match="leave it out"):
+    pipeline.run(config, str(tmp_path))
+
+
 def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
   config, tmp_path
 ):
@@ -178,6 +214,7 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
   [
     ("finetune.batch_size", 5000, "5000, but there are 1437"),
     ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
+    ("finetune.evaluation_epochs", 0, "evaluation_epochs is 0; give 1"),
     ("pack", "latest", "'latest'; it must be one of .*'best'"),
     ("permute.search", "papers", "'papers'; it must be .*'paper', 'none'"),
   ],

@@ -1,0 +1,88 @@
+"""What benchmarks that run whole jobs share: records, processes, pages."""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+GENERATED = "<!-- The rest is written by {script}. -->"
+Record = dict[str, Any]
+
+
+class Records:
+  """What was found so far, in a JSON file; each record has the name 'run'."""
+
+  def __init__(self, file: pathlib.Path):
+    """Reads the file, if there is one."""
+    self._file = file
+    self.rows = json.loads(file.read_text()) if file.exists() else []
+
+  def __contains__(self, run: str) -> bool:
+    return any(record["run"] == run for record in self.rows)
+
+  def add(self, record: Record) -> None:
+    """Prints the record and writes them all."""
+    print(json.dumps(record), flush=True)
+    self.rows = sorted([*self.rows, record], key=lambda row: row["run"])
+    self._file.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def run_main(
+  flags: Sequence[str],
+  workdir: pathlib.Path,
+  environment: Mapping[str, str],
+) -> Record:
+  """main.py in a process of its own, from wherever it stopped.
+
+  Args:
+    flags: without --workdir.
+    workdir: of the job; its output goes to `log` there.
+    environment: beyond that of this process.
+
+  Returns:
+    Its results.json.
+
+  Raises:
+    RuntimeError: it failed; with the end of its output.
+  """
+  results = workdir / "results.json"
+  if results.exists():
+    return json.loads(results.read_text())
+  workdir.mkdir(parents=True, exist_ok=True)
+  log = workdir / "log"
+  with log.open("a") as output:
+    done = subprocess.run(
+      [sys.executable, str(ROOT / "main.py"), *flags, f"--workdir={workdir}"],
+      cwd=ROOT,
+      env=os.environ | environment,
+      stdout=output,
+      stderr=subprocess.STDOUT,
+    )
+  if done.returncode:
+    raise RuntimeError(f"{workdir} failed:\n{log.read_text()[-3000:]}")
+  return json.loads(results.read_text())
+
+
+def quantization_error(workdir: pathlib.Path) -> float:
+  """Mean over layers of the squared error, relative to the weights' own."""
+  stored = json.loads((workdir / "checkpoints/quantize.json").read_text())
+  return statistics.mean(stored["distortion"].values())
+
+
+def write_page(page: pathlib.Path, script: str, lines: Iterable[str]) -> None:
+  """Writes the generated part; what is above it is by hand, and stays."""
+  mark = GENERATED.format(script=script)
+  prose = page.read_text().partition(mark)[0] if page.exists() else ""
+  page.write_text("\n".join((prose + mark, "", *lines)))
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+  """'2.00 (1.00 to 3.00)'."""
+  digits = 4 if max(values) < 1 else 2
+  ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+  return f"{statistics.mean(values):.{digits}f} ({ends})"
