@@ -1,12 +1,14 @@
 """The paper's claims, one switch at a time: order, k-means, fine-tuning.
 
-    python benchmarks/ablation.py --data DIR --weights NAME=FILE ... --jobs 6
+    python benchmarks/ablation.py --data DIR --weights NAME=FILE ... \\
+        --devices 0 1 --jobs 6
 
 Runs the whole job for every study, channel order, k-means and seed that
 `docs/ablation.json` does not hold yet, adds what came out, and writes
 `docs/ablation.md` and `docs/ablation.svg` from all it holds (which needs
 matplotlib). DIR is the parent folder of the data sets; NAME is resnet18_cifar10
-or mobilenet_v2. --studies picks some, --jobs says how many run side by side.
+or mobilenet_v2. --studies picks some, --jobs says how many run side by side on
+each of the GPUs of --devices.
 """
 
 import argparse
@@ -98,19 +100,32 @@ def main() -> None:
   parser.add_argument("--orders", nargs="*", default=list(ORDERS))
   parser.add_argument("--kmeans", nargs="*", default=list(KMEANS.values()))
   parser.add_argument("--jobs", type=int, default=1)
+  parser.add_argument("--devices", nargs="+", default=["0"])
   parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablation")
   parser.add_argument("--docs", type=pathlib.Path, default=DOCS)
   options = parser.parse_args()
   records = studies.Records(options.docs / "ablation.json")
   weights = dict(pair.split("=", 1) for pair in options.weights)
-  with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+  devices = studies.Devices(options.devices, options.workdir)
+  wanted = [
+    (name, study, order, annealed, seed)
+    for seed, study, order, annealed in itertools.product(
+      options.seeds, options.studies, options.orders, KMEANS
+    )
+    if KMEANS[annealed] in options.kmeans
+    if (name := f"{study}-{order}-{annealed}-{seed}") not in records
+  ]
+  num_workers = options.jobs * len(options.devices)
+  with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
     waiting = [
-      pool.submit(run_one, name, study, order, annealed, seed, options, weights)
-      for study, order, annealed, seed in itertools.product(
-        options.studies, options.orders, KMEANS, options.seeds
+      pool.submit(
+        run_one,
+        *run,
+        options,
+        weights,
+        devices.environment(position, options.jobs),
       )
-      if KMEANS[annealed] in options.kmeans
-      if (name := f"{study}-{order}-{annealed}-{seed}") not in records
+      for position, run in enumerate(wanted)
     ]
     for done in concurrent.futures.as_completed(waiting):
       records.add(done.result())
@@ -128,6 +143,7 @@ def run_one(
   seed: int,
   options: argparse.Namespace,
   weights: dict[str, str],
+  environment: dict[str, str],
 ) -> Record:
   """One whole job in a process of its own, from wherever it stopped."""
   workdir = options.workdir / name
@@ -139,8 +155,7 @@ def run_one(
     f"--config.quantize.annealed={annealed}",
     f"--config.seed={seed}",
   ]
-  share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / options.jobs:.3f}"}
-  results = studies.run_main(flags, workdir, share)
+  results = studies.run_main(flags, workdir, environment)
   return {
     "run": name,
     "study": study,

@@ -34,23 +34,6 @@ KINDS = ("box", "mask")
 Job = concurrent.futures.Future[study.Record]
 
 
-class Devices:
-  """GPUs that jobs are dealt to, and the cache of programs that they share."""
-
-  def __init__(self, numbers: Sequence[str], workdir: pathlib.Path):
-    """Args: as on the command line."""
-    self._numbers = numbers
-    self._cache = (workdir / "compiled").resolve()
-
-  def environment(self, position: int, num_jobs: int) -> dict[str, str]:
-    """Of one of `num_jobs` jobs on the GPU at `position`, counted around."""
-    return {
-      "CUDA_VISIBLE_DEVICES": self._numbers[position % len(self._numbers)],
-      "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / num_jobs:.3f}",
-      "JAX_COMPILATION_CACHE_DIR": str(self._cache),
-    }
-
-
 def main() -> None:
   """Runs what is missing and writes the page."""
   parser = argparse.ArgumentParser(
@@ -71,7 +54,7 @@ def main() -> None:
     f"--config.data.dir={options.data}",
     f"--config.backbone={options.backbone}",
   ]
-  devices = Devices(options.devices, options.workdir)
+  devices = study.Devices(options.devices, options.workdir)
   records = study.Records(options.docs / "nuclei.json")
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -109,7 +92,7 @@ def train(
   position: int,
   options: argparse.Namespace,
   flags: Sequence[str],
-  devices: Devices,
+  devices: study.Devices,
 ) -> study.Record:
   """The dense network."""
   name = f"dense-{rate:g}"
@@ -133,7 +116,7 @@ def compress(
   dense: str,
   options: argparse.Namespace,
   flags: Sequence[str],
-  devices: Devices,
+  devices: study.Devices,
   first: Job | None = None,
 ) -> study.Record:
   """One fine-tuning, of what the job of the first seed quantized."""

@@ -32,6 +32,23 @@ class Records:
     self._file.write_text(json.dumps(self.rows, indent=1) + "\n")
 
 
+class Devices:
+  """GPUs that jobs are dealt to, and the cache of programs that they share."""
+
+  def __init__(self, numbers: Sequence[str], workdir: pathlib.Path):
+    """Args: as on the command line."""
+    self._numbers = numbers
+    self._cache = (workdir / "compiled").resolve()
+
+  def environment(self, position: int, num_jobs: int) -> dict[str, str]:
+    """Of one of `num_jobs` jobs on the GPU at `position`, counted around."""
+    return {
+      "CUDA_VISIBLE_DEVICES": self._numbers[position % len(self._numbers)],
+      "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / num_jobs:.3f}",
+      "JAX_COMPILATION_CACHE_DIR": str(self._cache),
+    }
+
+
 def run_main(
   flags: Sequence[str],
   workdir: pathlib.Path,

@@ -78,9 +78,8 @@ def make_count(
     # the first class wins, like argmax.
     _, best = lax.top_k(logits, min(TOP_K, logits.shape[1]))
     found = best == batch["label"][:, None]
-    hits = jnp.stack(
-      [found[:, 0], found.any(axis=1), jnp.ones_like(found[:, 0])]
-    )
+    top1, top5 = found[:, 0], found.any(axis=1)
+    hits = jnp.stack([top1, top5, jnp.ones_like(top1)])
     return jnp.where(hits, batch["mask"][None], 0.0).sum(axis=1)
 
   return count
