@@ -1,6 +1,6 @@
-"""The paper's claims, one switch at a time: order, k-means, fine-tuning.
+r"""The paper's claims, one switch at a time: order, k-means, fine-tuning.
 
-    python benchmarks/ablation.py --data DIR --weights NAME=FILE ... \\
+    python benchmarks/ablation.py --data DIR --weights NAME=FILE ... \
         --devices 0 1 --jobs 6
 
 Runs the whole job for every study, channel order, k-means and seed that
@@ -92,7 +92,9 @@ COLUMNS = {
 
 def main() -> None:
   """Runs what is missing and writes the page."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--data", help="parent folder of the data sets")
   parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FILE")
   parser.add_argument("--studies", nargs="*", default=list(STUDIES))
