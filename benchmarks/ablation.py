@@ -63,6 +63,16 @@ STUDIES = {
     "mobilenet_v2",
     ("--config=configs/mobilenet_v2.py:imagenet2012,large", *MOBILENET),
   ),
+  # What fine-tuning on 10 classes makes of the network as it is.
+  "mobilenet_v2_dense": Study(
+    "MobileNetV2, 10 classes of ImageNet, nothing compressed",
+    "mobilenet_v2",
+    (
+      "--config=configs/mobilenet_v2.py:imagenet2012",
+      '--config.rules=((".*",None,1,1),)',
+      *MOBILENET,
+    ),
+  ),
   **{
     f"mobilenet_v2_{size}_{rule}": Study(
       f"MobileNetV2, blocks of {block}, depthwise kernels {what}",

@@ -88,7 +88,7 @@ def run_main(
 def quantization_error(workdir: pathlib.Path) -> float:
   """Mean over layers of the squared error, relative to the weights' own."""
   stored = json.loads((workdir / "checkpoints/quantize.json").read_text())
-  return statistics.mean(stored["distortion"].values())
+  return statistics.mean(stored["distortion"].values() or [0.0])
 
 
 def write_page(page: pathlib.Path, script: str, lines: Iterable[str]) -> None:
