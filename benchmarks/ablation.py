@@ -93,10 +93,11 @@ STUDIES = {
 ORDERS = {"none": "as trained", "assignment": "permuted"}
 KMEANS = {False: "Lloyd", True: "annealed"}
 FIELDS = ("top1_dense", "top1_quantized", "top1_finetuned", "payload_bytes")
+# Title, factor and digits.
 COLUMNS = {
-  "error": ("squared error", 1),
-  "top1_quantized": ("top-1 quantized", 100),
-  "top1_finetuned": ("top-1 fine-tuned", 100),
+  "error": ("squared error", 1, 4),
+  "top1_quantized": ("top-1 quantized", 100, 2),
+  "top1_finetuned": ("top-1 fine-tuned", 100, 2),
 }
 
 
@@ -195,7 +196,7 @@ def page(records: Sequence[Record]) -> Iterable[str]:
       f"{max(record['date'] for record in ours)[:10]}.",
       "",
       "| order | k-means | "
-      + " | ".join(title for title, _ in COLUMNS.values())
+      + " | ".join(title for title, *_ in COLUMNS.values())
       + " |",
       "|---|---|" + "---|" * len(COLUMNS),
     )
@@ -203,8 +204,8 @@ def page(records: Sequence[Record]) -> Iterable[str]:
       if not (runs := _of(ours, order, annealed)):
         continue
       cells = [
-        studies.mean_and_range([scale * run[field] for run in runs])
-        for field, (_, scale) in COLUMNS.items()
+        studies.mean_and_range([scale * run[field] for run in runs], digits)
+        for field, (_, scale, digits) in COLUMNS.items()
       ]
       yield f"| {ORDERS[order]} | {KMEANS[annealed]} | {' | '.join(cells)} |"
     yield ""

@@ -213,10 +213,10 @@ def page(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
   for order, title in ORDERS.items():
     if not (runs := [row for row in compressed if row["order"] == order]):
       continue
-    cells = [study.mean_and_range([row["error"] for row in runs])]
+    cells = [study.mean_and_range([row["error"] for row in runs], 4)]
     for stage, kind in itertools.product(("quantized", "packed"), KINDS):
       values = [100 * row[f"{kind}_ap_{stage}"] for row in runs]
-      cells.append(study.mean_and_range(values))
+      cells.append(study.mean_and_range(values, 2))
     share = statistics.mean(row["mask_ap_packed"] for row in runs) / best
     yield f"| {title} | {' | '.join(cells)} | {100 * share:.1f} % |"
   yield ""

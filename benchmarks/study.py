@@ -98,8 +98,7 @@ def write_page(page: pathlib.Path, script: str, lines: Iterable[str]) -> None:
   page.write_text("\n".join((prose + mark, "", *lines)))
 
 
-def mean_and_range(values: Sequence[float]) -> str:
-  """'2.00 (1.00 to 3.00)'."""
-  digits = 4 if max(values) < 1 else 2
+def mean_and_range(values: Sequence[float], digits: int) -> str:
+  """'2.00 (1.00 to 3.00)', with so many digits behind the point."""
   ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
   return f"{statistics.mean(values):.{digits}f} ({ends})"
