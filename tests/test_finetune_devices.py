@@ -83,7 +83,9 @@ def main() -> None:
   optimizer = finetune.cosine_adam(
     learning_rate=1e-3, final_learning_rate=1e-6, num_steps=10
   )
-  loss_fn = classification.make_loss(module.apply, lambda images: images)
+  loss_fn = classification.make_loss(
+    module.clone(norm_axis=cluster.AXIS).apply, lambda images: images
+  )
 
   def train(devices, rows):
     mesh = cluster.mesh(tuple(devices))
@@ -95,7 +97,7 @@ def main() -> None:
       name: jax.device_put(value[:rows], cluster.sharded(mesh))
       for name, value in batch.items()
     }
-    step = finetune.make_finetune_step(loss_fn, optimizer)
+    step = finetune.make_finetune_step(loss_fn, optimizer, mesh=mesh)
     for _ in range(NUM_STEPS):
       state, metrics = step(state, placed)
     used = len(metrics["loss"].sharding.device_set)

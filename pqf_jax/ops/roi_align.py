@@ -6,8 +6,9 @@ Rows and columns separate: a bin is a weighted sum of 4 rows and 4 columns.
 Boxes get no gradient.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,17 @@ def roi_align(
     [R, P, P, C].
   """
   boxes = lax.stop_gradient(boxes)
-  pool = {"tpu": pool_by_product}.get(jax.default_backend(), pool_by_gather)
+
+  def pool(*arguments: Any) -> jax.Array:
+    return lax.platform_dependent(
+      *arguments,
+      tpu=functools.partial(pool_by_product, num_bins=num_bins),
+      default=functools.partial(pool_by_gather, num_bins=num_bins),
+    )
+
   # The backward pass needs boxes alone; without this the indices, weights and
   # samples of the forward pass would be kept for it.
-  compute: Callable[..., jax.Array] = jax.checkpoint(
-    lambda maps, boxes, size: pool(maps, boxes, size, num_bins=num_bins)
-  )
+  compute: Callable[..., jax.Array] = jax.checkpoint(pool)
   return compute(tuple(maps), boxes, size)
 
 

@@ -58,7 +58,9 @@ def load(config: ml_collections.ConfigDict, module: Any) -> dict[str, Any]:
   return {
     "num_train": len(dataset.train or ()),
     "train_batches": train_batches,
-    "make_loss": lambda distillation: detection.make_loss(forward),
+    "make_loss": lambda distillation: detection.make_loss(
+      forward, axis=cluster.AXIS
+    ),
     "make_teacher": lambda variables: lambda batch: batch,
     "evaluate": evaluate,
     "metric": "mask_ap",

@@ -57,6 +57,7 @@ def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Counts the accuracy of `config.weights`; writes results.json."""
   module, variables = read_weights(config)
+  jobs.check_batches(config, stages=())
   task = tasks.load(config, module)
   files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
   files.claim()

@@ -58,13 +58,8 @@ def run(config: ml_collections.ConfigDict) -> None:
       share, or one that does not fit into their memory.
   """
   target = chips.parse(config.topology)
-  batch_sizes = {
-    "config.finetune.batch_size": config.finetune.batch_size,
-    "config.eval_batch_size": config.eval_batch_size,
-  }
-  for name, size in batch_sizes.items():
-    cluster.check_divides(name, size, num_devices=target.num_chips)
   jobs.check_choice("task", config.task, rehearsals.REHEARSALS)
+  jobs.check_batches(config, ("finetune",), num_devices=target.num_chips)
   devices = chips.open_devices(target)
   rehearsal = _Rehearsal(config, target, cluster.mesh(devices))
   trial = rehearsal.compile(
@@ -120,7 +115,12 @@ class _Rehearsal:
 
   def step(self, batch_size: int) -> Lowered:
     """The fine-tuning step."""
-    step = finetune.make_finetune_step(self._parts.loss_fn, self._optimizer)
+    step = finetune.make_finetune_step(
+      self._parts.loss_fn,
+      self._optimizer,
+      mesh=self._mesh,
+      microbatches=self._config.finetune.microbatches,
+    )
     lowered = step.lower(
       _placed(self._state, cluster.replicated(self._mesh)),
       _placed(self._parts.train_batch(batch_size), cluster.sharded(self._mesh)),
@@ -189,6 +189,7 @@ class _Rehearsal:
   ) -> errors.InputError:
     """What to tell the user of a batch that does not fit."""
     limit = self._target.chip.hbm_bytes
+    parts = self._config.finetune.microbatches
 
     def needed_bytes(batch_size: int) -> float:
       (found,) = self.compile([lower(batch_size)])
@@ -201,7 +202,7 @@ class _Rehearsal:
       entry.hbm_bytes,
       limit=limit,
       least=self.trained_bytes,
-      unit=self._target.num_chips,
+      unit=self._target.num_chips * parts,
     )
     needed = (
       f"{preflight_table.size(entry.hbm_bytes)} of memory a chip"
@@ -209,7 +210,7 @@ class _Rehearsal:
       else "more memory than a chip has"
     )
     advice = f"the largest that fits is {fits}"
-    if fails - fits > self._target.num_chips:
+    if fails - fits > self._target.num_chips * parts:
       advice = f"{fits} fits, {fails} does not, between them was not tried"
     if not fits:
       advice = "not even one image a chip fits; take smaller images"

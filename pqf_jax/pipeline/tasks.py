@@ -51,7 +51,6 @@ def load(config: ml_collections.ConfigDict, module: Any) -> Task:
     InputError: the data are not there, or are none for this network; or the
       devices cannot share a batch of the evaluation.
   """
-  cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
   return TASKS[config.task](config, module)
 
 
@@ -77,7 +76,7 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
     len(dataset.train),
     train_batches,
     lambda share: classification.make_loss(
-      module.apply, preprocess, distillation=share
+      trained(config, module).apply, preprocess, distillation=share
     ),
     lambda variables: classification.make_teacher(
       module.apply, preprocess, cluster.replicate(variables)
@@ -86,6 +85,16 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
     "top1",
     lambda networks: [],
   )
+
+
+def trained(config: ml_collections.ConfigDict, module: Any) -> Any:
+  """The network as a training step applies it: over which images norms average.
+
+  Args:
+    config: see `config.norm_statistics`.
+    module: with a field `norm_axis`; see `models.layers.batch_norm`.
+  """
+  return module.clone(norm_axis=NORM_AXES[config.norm_statistics])
 
 
 def load_images(config: ml_collections.ConfigDict) -> data.ImageDataset:
@@ -126,6 +135,8 @@ def _noise_image() -> tuple[jax.Array, ...]:
 
 
 TASKS = {"classification": _classification, "detection": _detection}
+# What `config.norm_statistics` may be.
+NORM_AXES = {"batch": cluster.AXIS, "device": None}
 # Convolutional networks take any size; this one suits every stem and is cheap.
 SAMPLES = {
   "classification": lambda: (jnp.zeros((1, 64, 64, 3)),),

@@ -19,6 +19,7 @@ from pqf_jax.models import torch_weights
 class Tiny(nn.Module):
   num_classes: int
   norm_epsilon: float = 1e-3
+  norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, images, train=False):
@@ -31,6 +32,7 @@ class Tiny(nn.Module):
         use_running_average=not train,
         momentum=0.9,
         epsilon=self.norm_epsilon,
+        axis_name=self.norm_axis,
         name=f"bn{i}",
       )(x)
       x = nn.relu(x)
