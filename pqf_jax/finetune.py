@@ -112,7 +112,6 @@ def make_finetune_step(
     step(state, batch) -> (state, metrics); the state's buffers are donated.
     `metrics` holds `loss` and whatever `loss_fn` reports.
   """
-
   learn = functools.partial(_mean_of_parts, loss_fn, microbatches)
   if mesh is not None:
     learn = _mean_of_devices(learn, mesh)
