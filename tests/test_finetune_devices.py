@@ -52,6 +52,22 @@ def test_a_device_that_saw_other_images_would_be_noticed(found):
   assert found["difference_of_half"] > 1e-6
 
 
+def test_one_all_reduce_carries_the_gradients_summed_by_codeword(found):
+  trained = found["trained_bytes"]
+  large = [size for size in found["all_reduces"] if size >= trained]
+  assert len(large) == 1, found["all_reduces"]
+  # And the loss; running statistics are equal by then, as XLA sees.
+  assert large[0] == trained + 8
+  assert large[0] < found["dense_bytes"] / 2
+  # Two norms, forward and backward.
+  assert 3 <= len(found["all_reduces"]) <= 5
+
+
+def test_norms_of_each_device_exchange_nothing_else(found):
+  assert len(found["all_reduces_of_device_norms"]) == 1
+  assert found["difference_of_device_norms"] > 1e-6
+
+
 def main() -> None:
   """Takes the steps on 1 and on 8 devices, and prints how far they part."""
   import jax
@@ -61,6 +77,7 @@ def main() -> None:
   from pqf_jax import cluster, finetune, quantize
   from pqf_jax.core import plan as plans
   from pqf_jax.core import trees
+  from pqf_jax.pipeline import costs
   from pqf_jax.tasks import classification
   from tests.pipeline import tiny
 
@@ -83,11 +100,11 @@ def main() -> None:
   optimizer = finetune.cosine_adam(
     learning_rate=1e-3, final_learning_rate=1e-6, num_steps=10
   )
-  loss_fn = classification.make_loss(
-    module.clone(norm_axis=cluster.AXIS).apply, lambda images: images
-  )
 
-  def train(devices, rows):
+  def train(devices, rows, axis=cluster.AXIS):
+    loss_fn = classification.make_loss(
+      module.clone(norm_axis=axis).apply, lambda images: images
+    )
     mesh = cluster.mesh(tuple(devices))
     state = finetune.init_state(start, optimizer)
     state = jax.device_put(
@@ -98,11 +115,13 @@ def main() -> None:
       for name, value in batch.items()
     }
     step = finetune.make_finetune_step(loss_fn, optimizer, mesh=mesh)
+    text = step.lower(state, placed).compile().as_text()
+    sent = [found.num_bytes for found in costs.find_collectives(text)]
     for _ in range(NUM_STEPS):
       state, metrics = step(state, placed)
     used = len(metrics["loss"].sharding.device_set)
     after = trees.flatten(finetune.state_variables(state))
-    return used, after, float(metrics["loss"])
+    return used, after, float(metrics["loss"]), sent
 
   def differences(left, right):
     return {
@@ -110,10 +129,14 @@ def main() -> None:
       for path in left
     }
 
+  def num_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
   devices = jax.devices()
-  one, alone, loss = train(devices[:1], 32)
-  many, together, loss_of_all = train(devices, 32)
-  _, half, _ = train(devices, 16)
+  one, alone, loss, _ = train(devices[:1], 32)
+  many, together, loss_of_all, sent = train(devices, 32)
+  _, half, *_ = train(devices, 16)
+  *_, by_device, _, sent_by_device = train(devices, 32, axis=None)
   before = trees.flatten(start)
   floats = [x for x in alone.values() if jnp.issubdtype(x.dtype, jnp.floating)]
   found = {
@@ -123,6 +146,11 @@ def main() -> None:
     "losses": [loss, loss_of_all],
     "moved": max(differences(alone, before).values()),
     "difference_of_half": max(differences(alone, half).values()),
+    "difference_of_device_norms": max(differences(alone, by_device).values()),
+    "all_reduces": sent,
+    "all_reduces_of_device_norms": sent_by_device,
+    "trained_bytes": num_bytes(finetune.init_state(start, optimizer).trainable),
+    "dense_bytes": 2 * num_bytes(dense["params"]),  # dense is float32
   }
   sys.stdout.write(json.dumps(found) + "\n")
 

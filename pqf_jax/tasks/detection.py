@@ -144,9 +144,9 @@ def _mean(
   """
   total = jnp.where(mask, values, 0).sum()
   count = counted.sum().astype(total.dtype)
-  if axis is None:
-    return total / jnp.maximum(count, 1)
-  return total / jnp.maximum(lax.pmean(count, axis), 1 / lax.axis_size(axis))
+  if axis is not None:
+    count = lax.pmean(count, axis)
+  return total / jnp.where(count > 0, count, 1)
 
 
 def _checksum(tree: PyTree) -> jax.Array:
