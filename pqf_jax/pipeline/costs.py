@@ -145,7 +145,7 @@ def find_collectives(text: str) -> list[Collective]:
   """The collectives of a compiled program's HLO text.
 
   One that is started and awaited by two instructions counts once; one in the
-  body of a loop, once.
+  body of a loop, once; one of a single chip, which sends nothing, not at all.
   """
   found, groups = [], {}
   everybody = _everybody(text)
@@ -161,8 +161,9 @@ def find_collectives(text: str) -> list[Collective]:
       group_size = groups[_OPERAND.search(line)[1]]
     else:
       group_size = _group_size(line, everybody)
-    num_bytes = _num_bytes(match["shapes"])
-    found.append(Collective(match["kind"], num_bytes, group_size))
+    if group_size > 1:
+      num_bytes = _num_bytes(match["shapes"])
+      found.append(Collective(match["kind"], num_bytes, group_size))
   return found
 
 

@@ -2,13 +2,13 @@
 
 import functools
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from pqf_jax import cluster, errors, files, finetune, progress
 from pqf_jax.data import coco, detection_batches
@@ -109,8 +109,8 @@ def predict(
   config: ml_collections.ConfigDict,
   module: Any,
   variables: PyTree,
-  folder: pathlib.Path,
-) -> list[pathlib.Path]:
+  folder: epath.Path,
+) -> list[epath.Path]:
   """Finds the objects of `config.image`; names of the files written.
 
   Args:
