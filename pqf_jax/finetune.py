@@ -155,10 +155,12 @@ def _mean_of_parts(
   batch: Batch,
 ) -> Learned:
   """What is learned of each part of the rows, one after the other."""
+  learn = functools.partial(_learn, loss_fn, trainable, frozen)
+  if microbatches == 1:  # a loop of one would take longer to compile
+    return learn(batch)
   parts = jax.tree.map(
     lambda rows: rows.reshape(microbatches, -1, *rows.shape[1:]), batch
   )
-  learn = functools.partial(_learn, loss_fn, trainable, frozen)
   shapes = jax.eval_shape(learn, jax.tree.map(lambda rows: rows[0], parts))
   sums, _ = lax.scan(
     lambda sums, part: (jax.tree.map(jnp.add, sums, learn(part)), None),
