@@ -89,6 +89,8 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         job.plan,
         search=jobs.SEARCHES[settings.search],
         kmeans_steps=settings.kmeans_steps,
+        share=lambda costs: cluster.divide(costs)[jax.process_index()],
+        gather=cluster.merge,
         on_group=lambda group: bar.advance(),
       )
     record = {
