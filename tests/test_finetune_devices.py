@@ -68,6 +68,11 @@ def test_norms_of_each_device_exchange_nothing_else(found):
   assert found["difference_of_device_norms"] > 1e-6
 
 
+def test_a_large_layer_is_spread_with_the_same_result(found):
+  assert found["spread_over"] == [NUM_DEVICES]
+  assert set(found["differences_of_spread"].values()) == {0.0}
+
+
 def main() -> None:
   """Takes the steps on 1 and on 8 devices, and prints how far they part."""
   import jax
@@ -77,6 +82,7 @@ def main() -> None:
   from pqf_jax import cluster, finetune, quantize
   from pqf_jax.core import plan as plans
   from pqf_jax.core import trees
+  from pqf_jax.ops import relaxation
   from pqf_jax.pipeline import costs
   from pqf_jax.tasks import classification
   from tests.pipeline import tiny
@@ -91,6 +97,21 @@ def main() -> None:
   rules = [plans.Rule(*rule) for rule in tiny.get_config().rules]
   plan = plans.make_plan(rules, dense)
   quantized, _ = quantize.quantize_params(jax.random.key(1), dense, plan)
+
+  # As if the 4,608 weights of conv1 were many.
+  spread_over = []
+  fit = relaxation.fit
+
+  def spy(*arguments, **settings):
+    if settings["mesh"] is not None:
+      spread_over.append(settings["mesh"].size)
+    return fit(*arguments, **settings)
+
+  quantize._MOST_WEIGHTS, relaxation.fit = 1000, spy
+  spread, _ = quantize.quantize_params(
+    jax.random.key(1), dense, plan, mesh=cluster.mesh()
+  )
+  assert spread["params"]["conv1"]["kernel"].codes.is_fully_addressable
 
   def widen(leaf):
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -145,6 +166,10 @@ def main() -> None:
     "differences": differences(alone, together),
     "losses": [loss, loss_of_all],
     "moved": max(differences(alone, before).values()),
+    "spread_over": spread_over,
+    "differences_of_spread": differences(
+      *map(trees.flatten, (quantized, spread))
+    ),
     "difference_of_half": max(differences(alone, half).values()),
     "difference_of_device_norms": max(differences(alone, by_device).values()),
     "all_reduces": sent,

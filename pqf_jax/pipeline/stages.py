@@ -120,6 +120,7 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
         permuted,
         mine,
         annealed=job.config.quantize.annealed,
+        mesh=cluster.mesh(tuple(jax.local_devices())),
         on_layer=lambda layer: bar.advance(distortion=layer.distortion),
       )
     nodes = cluster.exchange(
