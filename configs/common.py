@@ -71,9 +71,13 @@ def get_config() -> ml_collections.ConfigDict:
   # Patterns of paths that no training changes, besides codes and statistics.
   config.frozen = ()
 
+  # Of activations and products in training steps: 'float32' or 'bfloat16'.
+  # Codebooks, all other weights, statistics and evaluation stay float32.
+  config.dtype = "float32"
+
   # Over what norms take their statistics in training: 'batch', all devices, or
   # 'device', each its own images; running statistics are then their mean.
-  config.norm_statistics = "batch"
+  config.norm_statistics = "batch"  # a detector's are frozen
 
   # Stage 0, where there are no weights to start from.
   config.train = ml_collections.ConfigDict()

@@ -160,6 +160,7 @@ def check_batches(
     InputError: names the setting, and of batches the nearest that fit.
   """
   check_choice("norm_statistics", config.norm_statistics, tasks.NORM_AXES)
+  check_choice("dtype", config.dtype, tasks.DTYPES)
   count = jax.device_count() if num_devices is None else num_devices
   cluster.check_divides("config.eval_batch_size", config.eval_batch_size, count)
   for stage in stages:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from pqf_jax import cluster, errors, finetune, progress
 from pqf_jax.core import plan as plans
@@ -39,12 +38,14 @@ class Lowered(NamedTuple):
     stages: `jax.stages.Lowered` programs. The cost is that of the first; of
       three, the memory of the first, and the rest of the second less the third.
     detail: what it runs on, where that is no batch.
+    dtype: of the inputs of its products.
   """
 
   name: str
   batch_size: int
   stages: tuple[Any, ...]
   detail: str = ""
+  dtype: str = "float32"
 
 
 def run(config: ml_collections.ConfigDict) -> None:
@@ -69,10 +70,7 @@ def run(config: ml_collections.ConfigDict) -> None:
       rehearsal.kmeans(),
     ]
   )
-  table = preflight_table.render(
-    target, trial, rehearsal.trained_bytes, dtype=rehearsal.dtype
-  )
-  progress.show(table)
+  progress.show(preflight_table.render(target, trial, rehearsal.trained_bytes))
   for note in preflight_table.notes(target):
     progress.say(note)
   for setting, entry, lower in (
@@ -109,7 +107,6 @@ class _Rehearsal:
       ),
       self._variables,
     )
-    self.dtype = str(np.dtype(getattr(module, "dtype", np.float32)))
     trained = jax.tree.leaves(self._state.trainable)
     self.trained_bytes = sum(x.size * x.dtype.itemsize for x in trained)
 
@@ -125,7 +122,9 @@ class _Rehearsal:
       _placed(self._state, cluster.replicated(self._mesh)),
       _placed(self._parts.train_batch(batch_size), cluster.sharded(self._mesh)),
     )
-    return Lowered("fine-tuning step", batch_size, (lowered,))
+    return Lowered(
+      "fine-tuning step", batch_size, (lowered,), dtype=self._config.dtype
+    )
 
   def evaluation(self, batch_size: int) -> Lowered:
     """A batch of the evaluation."""
@@ -268,7 +267,7 @@ def search_largest(
 
 
 def _compile(program: Lowered) -> preflight_table.Entry:
-  named = program.name, program.batch_size, program.detail
+  named = program.name, program.batch_size, program.detail, program.dtype
   try:
     found = [costs.measure(lowered.compile()) for lowered in program.stages]
   except jax.errors.JaxRuntimeError as error:

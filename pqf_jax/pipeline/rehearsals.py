@@ -61,7 +61,7 @@ def _classification(
 
   return Rehearsal(
     classification.make_loss(
-      tasks.trained(config, module).apply,
+      tasks.trained_classifier(config, module).apply,
       preprocess,
       distillation=config.distillation,
     ),
@@ -93,7 +93,9 @@ def _detection(config: ml_collections.ConfigDict, module: Any) -> Rehearsal:
       "masks": jax.ShapeDtypeStruct((*rows, side, -(-side // 8)), jnp.uint8),
     }
 
-  forward = functools.partial(module.apply, method="training_outputs")
+  forward = functools.partial(
+    tasks.trained(config, module).apply, method="training_outputs"
+  )
   return Rehearsal(
     detection.make_loss(forward, axis=cluster.AXIS),
     train_batch,

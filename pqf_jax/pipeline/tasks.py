@@ -76,7 +76,7 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
     len(dataset.train),
     train_batches,
     lambda share: classification.make_loss(
-      trained(config, module).apply, preprocess, distillation=share
+      trained_classifier(config, module).apply, preprocess, distillation=share
     ),
     lambda variables: classification.make_teacher(
       module.apply, preprocess, cluster.replicate(variables)
@@ -87,14 +87,28 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
   )
 
 
-def trained(config: ml_collections.ConfigDict, module: Any) -> Any:
-  """The network as a training step applies it: over which images norms average.
+def trained(
+  config: ml_collections.ConfigDict, module: Any, **fields: Any
+) -> Any:
+  """The network as a training step applies it, computing in `config.dtype`.
 
   Args:
-    config: see `config.norm_statistics`.
-    module: with a field `norm_axis`; see `models.layers.batch_norm`.
+    config: the recipe.
+    module: with a field `dtype`.
+    fields: others of it that only a training step sets.
   """
-  return module.clone(norm_axis=NORM_AXES[config.norm_statistics])
+  return module.clone(dtype=jnp.dtype(config.dtype), **fields)
+
+
+def trained_classifier(config: ml_collections.ConfigDict, module: Any) -> Any:
+  """`trained`, its norms averaging over what the config says.
+
+  Args:
+    config: the recipe.
+    module: with fields `dtype` and `norm_axis`; see `models.layers`.
+  """
+  axis = NORM_AXES[config.norm_statistics]
+  return trained(config, module, norm_axis=axis)
 
 
 def load_images(config: ml_collections.ConfigDict) -> data.ImageDataset:
@@ -135,6 +149,8 @@ def _noise_image() -> tuple[jax.Array, ...]:
 
 
 TASKS = {"classification": _classification, "detection": _detection}
+# What `config.dtype` may be; float16 would need its losses scaled.
+DTYPES = ("float32", "bfloat16")
 # What `config.norm_statistics` may be.
 NORM_AXES = {"batch": cluster.AXIS, "device": None}
 # Convolutional networks take any size; this one suits every stem and is cheap.

@@ -1,7 +1,12 @@
+import functools
 import json
 import os
 import pkgutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
 import pytest
 import safetensors.numpy
 
@@ -163,7 +168,30 @@ def test_settings_of_the_batch_reach_the_step(config, tmp_path, monkeypatch):
 )
 def test_norms_average_over_what_the_config_says(config, statistics, axis):
   config.norm_statistics = statistics
-  assert tasks.trained(config, tiny.Tiny(10)).norm_axis == axis
+  assert tasks.trained_classifier(config, tiny.Tiny(10)).norm_axis == axis
+
+
+def test_bfloat16_trains_float32_codebooks(config, tmp_path, monkeypatch):
+  config.train.epochs = config.finetune.epochs = 1
+  config.dtype = "bfloat16"
+  seen = set()
+  original = tiny.Tiny.__call__
+
+  @functools.wraps(original)
+  def spy(self, images, train=False):
+    seen.add((train, str(jnp.dtype(self.dtype))))
+    return original(self, images, train)
+
+  monkeypatch.setattr(tiny.Tiny, "__call__", spy)
+  pipeline.run(config, str(tmp_path))
+  assert seen == {(True, "bfloat16"), (False, "float32")}
+  types = {leaf.dtype for leaf in _leaves(tmp_path / "checkpoints/finetune")}
+  assert types == {np.dtype(name) for name in ("float32", "uint8")}
+
+
+def _leaves(checkpoint):
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    return jax.tree.leaves(checkpointer.restore(checkpoint))
 
 
 def test_a_workdir_of_another_config_is_refused(config, undisturbed, finished):
@@ -243,6 +271,7 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
     ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
     ("finetune.microbatches", 0, "microbatches=0"),
     ("finetune.microbatches", 3, "128, .* in 3 microbatches; choose 126 or"),
+    ("dtype", "float16", "'float16'; it must be .*'float32', 'bfloat16'"),
     ("norm_statistics", "images", "'images'; it must be .*'batch', 'device'"),
     ("pack", "latest", "'latest'; it must be one of .*'best'"),
     ("permute.search", "papers", "'papers'; it must be .*'paper', 'none'"),
