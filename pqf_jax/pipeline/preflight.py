@@ -62,16 +62,13 @@ def run(config: ml_collections.ConfigDict) -> None:
   jobs.check_choice("task", config.task, rehearsals.REHEARSALS)
   jobs.check_batches(config, ("finetune",), num_devices=target.num_chips)
   devices = chips.open_devices(target)
-  rehearsal = _Rehearsal(config, target, cluster.mesh(devices))
-  trial = rehearsal.compile(
-    [
-      rehearsal.step(config.finetune.batch_size),
-      rehearsal.evaluation(config.eval_batch_size),
-      rehearsal.kmeans(),
-    ]
-  )
+  rehearsal = _Rehearsal(config, target, cluster.mesh(devices.sizing))
+  trial = rehearsal.try_all()
+  if devices.counting is not devices.sizing:
+    counter = _Rehearsal(config, target, cluster.mesh(devices.counting))
+    trial = list(map(_counted_by, trial, counter.try_all()))
   progress.show(preflight_table.render(target, trial, rehearsal.trained_bytes))
-  for note in preflight_table.notes(target):
+  for note in preflight_table.notes(target, devices):
     progress.say(note)
   for setting, entry, lower in (
     ("finetune.batch_size", trial[0], rehearsal.step),
@@ -109,6 +106,16 @@ class _Rehearsal:
     )
     trained = jax.tree.leaves(self._state.trainable)
     self.trained_bytes = sum(x.size * x.dtype.itemsize for x in trained)
+
+  def try_all(self) -> list[preflight_table.Entry]:
+    """The three programs, at the batches of the recipe."""
+    return self.compile(
+      [
+        self.step(self._config.finetune.batch_size),
+        self.evaluation(self._config.eval_batch_size),
+        self.kmeans(),
+      ]
+    )
 
   def step(self, batch_size: int) -> Lowered:
     """The fine-tuning step."""
@@ -174,7 +181,7 @@ class _Rehearsal:
       f"{self._config.topology}: {', '.join(p.name for p in programs)}"
     )
     # libtpu 0.0.42 crashed twice for v6e:4x4, in three threads at a time.
-    num_threads = 1 if self._target.is_exact else len(programs)
+    num_threads = 1 if self._target.is_tpu else len(programs)
     with futures.ThreadPoolExecutor(num_threads) as pool:
       entries = list(pool.map(_compile, programs))
     progress.say(f"compiled in {time.perf_counter() - start:.0f} s")
@@ -283,6 +290,18 @@ def _compile(program: Lowered) -> preflight_table.Entry:
       moved_bytes=looped.moved_bytes - without.moved_bytes,
     )
   return preflight_table.Entry(*named, cost.hbm_bytes, cost)
+
+
+def _counted_by(
+  entry: preflight_table.Entry, other: preflight_table.Entry
+) -> preflight_table.Entry:
+  """The entry with FLOPs and traffic of another compiler."""
+  if entry.cost is None or other.cost is None:
+    return entry
+  cost = entry.cost._replace(
+    flops=other.cost.flops, moved_bytes=other.cost.moved_bytes
+  )
+  return entry._replace(cost=cost)
 
 
 def _placed(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import rich.box
 import rich.table
 
-from pqf_jax.pipeline import chips, costs
+from pqf_jax.pipeline import chips, costs, gpu_compiler
 
 
 class Entry(NamedTuple):
@@ -59,13 +59,20 @@ def render(
   return table
 
 
-def notes(target: chips.Target) -> Iterator[str]:
+def notes(target: chips.Target, devices: chips.Devices) -> Iterator[str]:
   """What the figures are not."""
-  if not target.is_exact:
+  if devices.is_estimate:
     yield (
       f"{target.topology}: compiled by XLA's CPU compiler for as many host "
-      "devices, because the GPU's needs a GPU. Memory is an estimate, and so "
-      "are traffic and collectives: a GPU fuses both further."
+      "devices. Memory is an estimate, and so are traffic and collectives: a "
+      "GPU fuses both further. The GPU's own compiler, which needs no GPU: "
+      f"{gpu_compiler.installation()}"
+    )
+  elif devices.counting is not devices.sizing:
+    yield (
+      f"{target.topology}: FLOPs and traffic are an estimate by XLA's CPU "
+      "compiler, and a GPU fuses further; memory and collectives are by the "
+      "GPU's own. K-means is compiled without its kernels for GPUs."
     )
   yield (
     "time: the largest of the three, at peak rates; no real step is as fast. "
