@@ -101,7 +101,11 @@ def _measure(num_devices: int, batch_size: int, repeats: int) -> dict:
     return data.normalize(images, mean=(0.5,) * 3, std=(0.25,) * 3)
 
   step = finetune.make_finetune_step(
-    classification.make_loss(model.apply, preprocess), optimizer
+    classification.make_loss(
+      model.clone(norm_axis=cluster.AXIS).apply, preprocess
+    ),
+    optimizer,
+    mesh=cluster.mesh(),
   )
   # Copied, because the step takes its buffers.
   state = cluster.replicate(

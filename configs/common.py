@@ -72,10 +72,25 @@ def get_config() -> ml_collections.ConfigDict:
   # Patterns of paths that no training changes, besides codes and statistics.
   config.frozen = ()
 
+  # Of activations and products in training steps: 'float32' or 'bfloat16'.
+  # Codebooks, all other weights, statistics and evaluation stay float32.
+  config.dtype = "float32"
+
+  # Over what norms take their statistics in training: 'batch', all devices, or
+  # 'device', each its own images; running statistics are then their mean.
+  config.norm_statistics = "batch"  # a detector's are frozen
+
   # Stage 0, where there are no weights to start from.
   config.train = ml_collections.ConfigDict()
   config.train.epochs = 0
+  # Images of a step, over all devices. Each device takes its share in so many
+  # microbatches, one after the other, of which the step follows the mean: less
+  # memory, and norms see a microbatch of all devices at a time.
   config.train.batch_size = 128
+  config.train.microbatches = 1
+  # If not 0, both learning rates are for batches of this size and grow in
+  # proportion for larger ones (arXiv 1706.02677).
+  config.train.base_batch_size = 0
   config.train.learning_rate = 1e-3
   config.train.final_learning_rate = 1e-6
   config.train.evaluation_epochs = 1  # between evaluations
@@ -83,6 +98,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.finetune = ml_collections.ConfigDict()
   config.finetune.epochs = 9
   config.finetune.batch_size = 128
+  config.finetune.microbatches = 1
+  config.finetune.base_batch_size = 0
   config.finetune.learning_rate = 1e-3
   config.finetune.final_learning_rate = 1e-6
   config.finetune.evaluation_epochs = 1

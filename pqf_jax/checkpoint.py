@@ -10,7 +10,6 @@ processes and devices.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,9 +28,7 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.PathLike):
     """Args: workdir: any path; orbax itself needs it absolute."""
-    path = epath.Path(workdir)
-    remote = "://" in os.fspath(path)
-    self._root = (path if remote else path.resolve()) / "checkpoints"
+    self._root = files.absolute(workdir) / "checkpoints"
 
   def restore_or_compute(
     self,

@@ -279,25 +279,27 @@ def check_shared(folder: os.PathLike[str], token_file: Any) -> None:
 
 
 def check_divides(
-  name: str, batch_size: int, *, num_devices: int | None = None
+  name: str, batch_size: int, num_devices: int, microbatches: int = 1
 ) -> None:
   """Refuses a batch that the devices cannot share evenly.
 
   Args:
     name: of the setting.
     batch_size: its value.
-    num_devices: None: all of all processes.
+    num_devices: of all processes.
+    microbatches: parts that each device cuts its share into.
 
   Raises:
     InputError: names the setting and the nearest sizes that fit.
   """
-  count = jax.device_count() if num_devices is None else num_devices
-  if batch_size % count:
-    below = batch_size // count * count
-    sizes = " or ".join(str(n) for n in (below, below + count) if n)
+  unit = num_devices * microbatches
+  if batch_size % unit:
+    below = batch_size // unit * unit
+    sizes = " or ".join(str(n) for n in (below, below + unit) if n)
+    parts = f" in {microbatches} microbatches" if microbatches > 1 else ""
     raise errors.InputError(
-      f"{name} is {batch_size}, which {count} devices cannot share evenly; "
-      f"choose {sizes}"
+      f"{name} is {batch_size}, which {num_devices} devices cannot share "
+      f"evenly{parts}; choose {sizes}"
     )
 
 

@@ -151,7 +151,8 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
     InputError: the file is missing, damaged, of a newer format, or no file of
       this library.
   """
-  header = read_header(path)
+  file = files.fetch(path)
+  header = read_header(file)
   if header is None:
     raise errors.InputError(
       f"{path} is a safetensors file but not one that pqf_jax packed; for "
@@ -162,7 +163,7 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
       f"{path} has format {header['format']}, this version of pqf_jax reads "
       f"{FORMAT_VERSION}; use the version that wrote it, or pack it again"
     )
-  buffers = safetensors.numpy.load_file(path)
+  buffers = safetensors.numpy.load_file(file)
   if _digest(buffers) != header["sha256"]:
     raise errors.InputError(
       f"{path} is damaged: its content does not match its sha256 "
@@ -177,14 +178,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   Raises:
     InputError: the file is missing, truncated, or not safetensors.
   """
-  if not os.path.isfile(path):
-    raise errors.InputError(
-      f"no weights file {os.fspath(path)!r} (looked in {os.getcwd()}); check "
-      "the path"
-    )
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      metadata = file.metadata() or {}
+    with safetensors.safe_open(files.fetch(path), framework="numpy") as content:
+      metadata = content.metadata() or {}
   except safetensors.SafetensorError as error:
     raise errors.InputError(
       f"{path} is truncated or not a safetensors file: {error}"

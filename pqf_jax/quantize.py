@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import sharding
 
 from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
@@ -52,6 +53,7 @@ def quantize_params(
   plan: plans.CompressionPlan,
   *,
   annealed: bool = True,
+  mesh: sharding.Mesh | None = None,
   on_layer: Callable[[LayerSummary], None] = lambda summary: None,
 ) -> tuple[PyTree, dict[str, LayerSummary]]:
   """Learns a codebook and codes for every kernel of the plan.
@@ -65,6 +67,8 @@ def quantize_params(
     variables: dense variable tree.
     plan: which kernels, and how.
     annealed: False: plain k-means (Lloyd), to compare with.
+    mesh: devices of this process over which a layer of more than 2^25 weights
+      is spread, with the same result; all others take one.
     on_layer: called once for each layer, for progress.
 
   Returns:
@@ -77,14 +81,25 @@ def quantize_params(
   flat = trees.flatten(variables)
   for path in plan:
     trees.check_finite(path, flat[path])
-  groups = list(_groups(flat, plan))
   run = functools.partial(_quantize, key, flat, plan, annealed)
   nodes, summaries = {}, {}
-  with futures.ThreadPoolExecutor(max(1, len(groups))) as pool:
-    for done in futures.as_completed([pool.submit(run, g) for g in groups]):
-      for node, summary in done.result():
-        nodes[summary.path], summaries[summary.path] = node, summary
-        on_layer(summary)
+
+  def keep(done: list[tuple[vq_array.VQArray, LayerSummary]]) -> None:
+    for node, summary in done:
+      nodes[summary.path], summaries[summary.path] = node, summary
+      on_layer(summary)
+
+  groups = list(_groups(flat, plan))
+  # Alone in its group. One at a time: devices that exchange something must all
+  # get their programs in the same order.
+  many = mesh is not None and mesh.size > 1
+  large = [g for g in groups if many and flat[g[0]].size > _MOST_WEIGHTS]
+  for paths in large:
+    keep(run(paths, mesh))
+  small = [paths for paths in groups if paths not in large]
+  with futures.ThreadPoolExecutor(max(1, len(small))) as pool:
+    for done in futures.as_completed([pool.submit(run, g) for g in small]):
+      keep(done.result())
   return trees.replace(variables, nodes), {
     path: summaries[path] for path in plan
   }
@@ -116,6 +131,7 @@ def _quantize(
   plan: plans.CompressionPlan,
   annealed: bool,
   paths: tuple[str, ...],
+  mesh: sharding.Mesh | None = None,
 ) -> list[tuple[vq_array.VQArray, LayerSummary]]:
   """The layers `paths`, which are of one kind."""
   kernels = tuple(jnp.asarray(flat[path]) for path in paths)
@@ -129,7 +145,10 @@ def _quantize(
     layers,
     kmeans.annealing_schedule(plan[paths[0]].kmeans_steps, size),
     num_codes=num_codes,
+    mesh=mesh,
   )
+  if mesh is not None:  # the codes are still spread
+    results = jax.device_put(results, jax.local_devices()[0])
   shapes = tuple(kernel.shape for kernel in kernels)
   codes = _to_codes([result.codes for result in results], specs, shapes)
   # One transfer for all layers; it also waits for them.

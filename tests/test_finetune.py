@@ -71,6 +71,25 @@ def test_a_step_is_the_hand_written_one():
   )
 
 
+def test_microbatches_follow_the_mean_of_their_gradients():
+  optimizer = optax.sgd(0.1)
+  states, metrics = zip(
+    *(
+      finetune.make_finetune_step(_loss, optimizer, microbatches=count)(
+        finetune.init_state(_variables(), optimizer), BATCH
+      )
+      for count in (1, 4)
+    ),
+    strict=True,
+  )
+  one, four = map(finetune.state_variables, states)
+  for left, right in zip(*map(jax.tree.leaves, (one, four)), strict=True):
+    np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(metrics[0]["loss"], metrics[1]["loss"], rtol=1e-5)
+  # What is not a mean of images would differ: the largest output of a part.
+  assert float(jnp.abs(one["params"]["fc"]["bias"]).max()) > 1e-3
+
+
 def test_training_lowers_the_loss_and_never_moves_codes():
   optimizer = finetune.cosine_adam(
     learning_rate=1e-2, final_learning_rate=1e-4, num_steps=200

@@ -52,6 +52,27 @@ def test_a_device_that_saw_other_images_would_be_noticed(found):
   assert found["difference_of_half"] > 1e-6
 
 
+def test_one_all_reduce_carries_the_gradients_summed_by_codeword(found):
+  trained = found["trained_bytes"]
+  large = [size for size in found["all_reduces"] if size >= trained]
+  assert len(large) == 1, found["all_reduces"]
+  # And the loss; running statistics are equal by then, as XLA sees.
+  assert large[0] == trained + 8
+  assert large[0] < found["dense_bytes"] / 2
+  # Two norms, forward and backward.
+  assert 3 <= len(found["all_reduces"]) <= 5
+
+
+def test_norms_of_each_device_exchange_nothing_else(found):
+  assert len(found["all_reduces_of_device_norms"]) == 1
+  assert found["difference_of_device_norms"] > 1e-6
+
+
+def test_a_large_layer_is_spread_with_the_same_result(found):
+  assert found["spread_over"] == [NUM_DEVICES]
+  assert set(found["differences_of_spread"].values()) == {0.0}
+
+
 def main() -> None:
   """Takes the steps on 1 and on 8 devices, and prints how far they part."""
   import jax
@@ -61,6 +82,8 @@ def main() -> None:
   from pqf_jax import cluster, finetune, quantize
   from pqf_jax.core import plan as plans
   from pqf_jax.core import trees
+  from pqf_jax.ops import relaxation
+  from pqf_jax.pipeline import costs
   from pqf_jax.tasks import classification
   from tests.pipeline import tiny
 
@@ -75,6 +98,21 @@ def main() -> None:
   plan = plans.make_plan(rules, dense)
   quantized, _ = quantize.quantize_params(jax.random.key(1), dense, plan)
 
+  # As if the 4,608 weights of conv1 were many.
+  spread_over = []
+  fit = relaxation.fit
+
+  def spy(*arguments, **settings):
+    if settings["mesh"] is not None:
+      spread_over.append(settings["mesh"].size)
+    return fit(*arguments, **settings)
+
+  quantize._MOST_WEIGHTS, relaxation.fit = 1000, spy
+  spread, _ = quantize.quantize_params(
+    jax.random.key(1), dense, plan, mesh=cluster.mesh()
+  )
+  assert spread["params"]["conv1"]["kernel"].codes.is_fully_addressable
+
   def widen(leaf):
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return np.asarray(leaf, np.float64 if floating else None)
@@ -83,9 +121,11 @@ def main() -> None:
   optimizer = finetune.cosine_adam(
     learning_rate=1e-3, final_learning_rate=1e-6, num_steps=10
   )
-  loss_fn = classification.make_loss(module.apply, lambda images: images)
 
-  def train(devices, rows):
+  def train(devices, rows, axis=cluster.AXIS):
+    loss_fn = classification.make_loss(
+      module.clone(norm_axis=axis).apply, lambda images: images
+    )
     mesh = cluster.mesh(tuple(devices))
     state = finetune.init_state(start, optimizer)
     state = jax.device_put(
@@ -95,12 +135,14 @@ def main() -> None:
       name: jax.device_put(value[:rows], cluster.sharded(mesh))
       for name, value in batch.items()
     }
-    step = finetune.make_finetune_step(loss_fn, optimizer)
+    step = finetune.make_finetune_step(loss_fn, optimizer, mesh=mesh)
+    text = step.lower(state, placed).compile().as_text()
+    sent = [found.num_bytes for found in costs.find_collectives(text)]
     for _ in range(NUM_STEPS):
       state, metrics = step(state, placed)
     used = len(metrics["loss"].sharding.device_set)
     after = trees.flatten(finetune.state_variables(state))
-    return used, after, float(metrics["loss"])
+    return used, after, float(metrics["loss"]), sent
 
   def differences(left, right):
     return {
@@ -108,10 +150,14 @@ def main() -> None:
       for path in left
     }
 
+  def num_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
   devices = jax.devices()
-  one, alone, loss = train(devices[:1], 32)
-  many, together, loss_of_all = train(devices, 32)
-  _, half, _ = train(devices, 16)
+  one, alone, loss, _ = train(devices[:1], 32)
+  many, together, loss_of_all, sent = train(devices, 32)
+  _, half, *_ = train(devices, 16)
+  *_, by_device, _, sent_by_device = train(devices, 32, axis=None)
   before = trees.flatten(start)
   floats = [x for x in alone.values() if jnp.issubdtype(x.dtype, jnp.floating)]
   found = {
@@ -120,7 +166,16 @@ def main() -> None:
     "differences": differences(alone, together),
     "losses": [loss, loss_of_all],
     "moved": max(differences(alone, before).values()),
+    "spread_over": spread_over,
+    "differences_of_spread": differences(
+      *map(trees.flatten, (quantized, spread))
+    ),
     "difference_of_half": max(differences(alone, half).values()),
+    "difference_of_device_norms": max(differences(alone, by_device).values()),
+    "all_reduces": sent,
+    "all_reduces_of_device_norms": sent_by_device,
+    "trained_bytes": num_bytes(finetune.init_state(start, optimizer).trainable),
+    "dense_bytes": 2 * num_bytes(dense["params"]),  # dense is float32
   }
   sys.stdout.write(json.dumps(found) + "\n")
 

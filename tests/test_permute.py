@@ -1,5 +1,7 @@
 """The permutation stage on variable trees, against `numpy.cov`."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,3 +269,54 @@ def test_the_authors_search_can_be_asked_for():
   )
   assert report.accepted
   np.testing.assert_array_equal(np.sort(permutations["g"]), np.arange(64))
+
+
+def test_groups_may_be_divided_over_processes():
+  variables = _kernels(a=(3, 3, 16, 8), b=(24, 10), c=(12, 6))
+  axes = {
+    "a/kernel": (None, None, GROUP, None),
+    "b/kernel": (channels.ChannelAxis("h"), None),
+    "c/kernel": (channels.ChannelAxis("i"), None),
+  }
+  plan = {"a/kernel": _layer(2), "b/kernel": _layer(4), "c/kernel": _layer(4)}
+  key = jax.random.key(3)
+  moved, permutations, reports = permute.permute_channels(
+    key, variables, axes, plan
+  )
+  assert len(permutations) == 3
+  told = {}
+
+  class Told(Exception):
+    """Raised where a process would wait for the others."""
+
+  def tell(found):
+    told.update(json.loads(json.dumps(found)))
+    raise Told
+
+  shares = (["h"], ["g", "i"])
+  for mine in shares:
+    with pytest.raises(Told):
+      permute.permute_channels(
+        key,
+        variables,
+        axes,
+        plan,
+        share=lambda costs, mine=mine: mine,
+        gather=tell,
+      )
+  assert told.keys() == {"g", "h", "i"}
+  for mine in shares:
+    seen = []
+    found = permute.permute_channels(
+      key,
+      variables,
+      axes,
+      plan,
+      share=lambda costs, mine=mine: mine,
+      gather=lambda found: told,
+      on_group=seen.append,
+    )
+    jax.tree.map(np.testing.assert_array_equal, found[0], moved)
+    jax.tree.map(np.testing.assert_array_equal, found[1], permutations)
+    assert found[2] == reports
+    assert len(seen) == 3

@@ -99,12 +99,14 @@ class EfficientNetLite0(nn.Module):
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, see `layers.batch_norm`.
+  statistics of the batch, over the devices of `norm_axis`; see
+  `layers.batch_norm`.
   """
 
   num_classes: int
   dtype: DTypeLike = jnp.float32
   norm_epsilon: float = 1e-3
+  norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -117,6 +119,7 @@ class EfficientNetLite0(nn.Module):
       train=train,
       epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      axis=self.norm_axis,
     )
     x = conv(3, STEM, 2, name="conv_stem")(images)
     x = nn.relu6(norm(name="bn1")(x))

@@ -75,9 +75,17 @@ def convolution(
 
 
 def batch_norm(
-  *, train: bool, epsilon: float, dtype: DTypeLike, name: str
+  *,
+  train: bool,
+  epsilon: float,
+  dtype: DTypeLike,
+  axis: str | None = None,
+  name: str,
 ) -> nn.BatchNorm:
   """A norm with the statistics of the batch in training, else the running ones.
+
+  The batch is that of all devices along `axis`, the name of a `shard_map`'s, or
+  where that is None what the norm itself is given.
 
   In training, `mutable=["batch_stats"]` also returns the new running ones, 0.9
   old + 0.1 batch. That is torch's momentum of 0.1, but of the variance torch
@@ -90,6 +98,7 @@ def batch_norm(
     epsilon=epsilon,
     dtype=dtype,
     param_dtype=at_least_float32(dtype),
+    axis_name=axis,
     name=name,
   )
 

@@ -50,12 +50,14 @@ class MobileNetV2(nn.Module):
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, see `layers.batch_norm`.
+  statistics of the batch, over the devices of `norm_axis`; see
+  `layers.batch_norm`.
   """
 
   num_classes: int
   dtype: DTypeLike = jnp.float32
   norm_epsilon: float = 1e-5
+  norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -76,6 +78,7 @@ class MobileNetV2(nn.Module):
       train=train,
       epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      axis=self.norm_axis,
     )
 
     def activated(

@@ -100,7 +100,8 @@ class ResNet(nn.Module):
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, see `layers.batch_norm`.
+  statistics of the batch, over the devices of `norm_axis`; see
+  `layers.batch_norm`.
   """
 
   depth: int
@@ -108,6 +109,7 @@ class ResNet(nn.Module):
   stem: str = "imagenet"
   dtype: DTypeLike = jnp.float32
   norm_epsilon: float = 1e-5
+  norm_axis: str | None = None
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -127,6 +129,7 @@ class ResNet(nn.Module):
       train=train,
       epsilon=self.norm_epsilon,
       dtype=self.dtype,
+      axis=self.norm_axis,
     )
     x = conv(*STEMS[self.stem], name="conv1")(images)
     x = nn.relu(norm(name="bn1")(x))

@@ -54,8 +54,11 @@ def segment_sum(
   Returns:
     [K, C] sums in the type of `rows`, 0 for an empty segment. The error is at
     most 2^-29 of the column's largest entry for each row added, and the
-    rounding of the result.
+    rounding of the result. float64, which two words cannot hold, is added as it
+    is, in the order that XLA chooses.
   """
+  if rows.dtype == jnp.float64:
+    return jax.ops.segment_sum(rows, segments, num_segments)
   values = rows.astype(jnp.float32)
   scale = power_of_two(jnp.abs(values).max(axis=0, initial=0))
   words = to_words(values / scale[None, :])

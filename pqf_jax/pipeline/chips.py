@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from pqf_jax import errors
+from pqf_jax.pipeline import gpu_compiler
 
 
 class Chip(NamedTuple):
@@ -73,8 +74,8 @@ class Target(NamedTuple):
   num_chips: int
 
   @property
-  def is_exact(self) -> bool:
-    """Whether the compiler is the chip's own."""
+  def is_tpu(self) -> bool:
+    """Whether libtpu compiles for it."""
     return self.chip.num_axes > 0
 
   @property
@@ -107,19 +108,52 @@ def parse(topology: str) -> Target:
   return target
 
 
-def open_devices(target: Target) -> tuple[jax.Device, ...]:
-  """Devices to compile for; none of them can run anything but a CPU's.
+class Devices(NamedTuple):
+  """What to compile for; only a CPU's could run anything.
 
-  Call it before JAX has used any device: a GPU's are as many host devices.
+  Attributes:
+    sizing: those whose compiler says memory and collectives.
+    counting: those whose compiler counts FLOPs and traffic.
+  """
+
+  sizing: tuple[jax.Device, ...]
+  counting: tuple[jax.Device, ...]
+
+  @property
+  def is_estimate(self) -> bool:
+    """Whether XLA's CPU compiler stands for that of the chips."""
+    return self.sizing[0].platform == "cpu"
+
+
+def open_devices(target: Target) -> Devices:
+  """Devices to compile for.
+
+  Call it before JAX has used any device: for GPUs as many host devices stand,
+  since their own compiler, where it is installed, counts no FLOPs.
 
   Raises:
     InputError: libtpu is not installed, or has no such slice.
   """
   # The host's own accelerator, if any, is none of our business.
   jax.config.update("jax_platforms", "cpu")
-  if not target.is_exact:
-    jax.config.update("jax_num_cpu_devices", target.num_chips)
-    return tuple(jax.devices("cpu"))
+  if target.is_tpu:
+    devices = _open_tpus(target)
+    return Devices(devices, devices)
+  jax.config.update("jax_num_cpu_devices", target.num_chips)
+  hosts = tuple(jax.devices("cpu"))
+  if not gpu_compiler.is_installed():
+    return Devices(hosts, hosts)
+  devices = gpu_compiler.open_devices(
+    target.topology,
+    target.num_chips,
+    memory_bytes=target.chip.hbm_bytes,
+    bandwidth=target.chip.hbm_bandwidth,
+    devices_per_host=target.chip.num_linked,
+  )
+  return Devices(devices, hosts)
+
+
+def _open_tpus(target: Target) -> tuple[jax.Device, ...]:
   _check_libtpu(target.topology)
   # libtpu would ask the cloud's metadata server, which a laptop has not.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -53,8 +53,8 @@ class Cost(NamedTuple):
 
   Attributes:
     hbm_bytes: arguments, results, temporaries and code, at once.
-    flops: floating-point operations.
-    moved_bytes: read from and written to HBM.
+    flops: floating-point operations; NaN where the compiler does not count.
+    moved_bytes: read from and written to HBM; NaN likewise.
     collectives: all of them.
   """
 
@@ -101,15 +101,16 @@ def measure(compiled: Any) -> Cost:
   Args:
     compiled: a `jax.stages.Compiled`, partitioned: all is per device.
   """
-  memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
+  memory = compiled.memory_analysis()
+  counted = compiled.cost_analysis() or {}
   return Cost(
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes,
-    counted["flops"],
-    counted["bytes accessed"],
+    counted.get("flops", math.nan),
+    counted.get("bytes accessed", math.nan),
     tuple(find_collectives(compiled.as_text())),
   )
 
@@ -145,7 +146,7 @@ def find_collectives(text: str) -> list[Collective]:
   """The collectives of a compiled program's HLO text.
 
   One that is started and awaited by two instructions counts once; one in the
-  body of a loop, once.
+  body of a loop, once; one of a single chip, which sends nothing, not at all.
   """
   found, groups = [], {}
   everybody = _everybody(text)
@@ -161,8 +162,9 @@ def find_collectives(text: str) -> list[Collective]:
       group_size = groups[_OPERAND.search(line)[1]]
     else:
       group_size = _group_size(line, everybody)
-    num_bytes = _num_bytes(match["shapes"])
-    found.append(Collective(match["kind"], num_bytes, group_size))
+    if group_size > 1:
+      num_bytes = _num_bytes(match["shapes"])
+      found.append(Collective(match["kind"], num_bytes, group_size))
   return found
 
 

@@ -2,16 +2,17 @@
 
 import functools
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from pqf_jax import cluster, errors, files, finetune, progress
 from pqf_jax.data import coco, detection_batches
+from pqf_jax.pipeline import tasks
 from pqf_jax.report import drawings
 from pqf_jax.tasks import detection, detection_metrics
 
@@ -56,11 +57,15 @@ def load(config: ml_collections.ConfigDict, module: Any) -> dict[str, Any]:
       del batch["image_id"]  # int64, which a device has not
       yield cluster.shard(batch)
 
-  forward = functools.partial(module.apply, method="training_outputs")
+  forward = functools.partial(
+    tasks.trained(config, module).apply, method="training_outputs"
+  )
   return {
     "num_train": len(dataset.train or ()),
     "train_batches": train_batches,
-    "make_loss": lambda distillation: detection.make_loss(forward),
+    "make_loss": lambda distillation: detection.make_loss(
+      forward, axis=cluster.AXIS
+    ),
     "make_teacher": lambda variables: lambda batch: batch,
     "evaluate": evaluate,
     "metric": "mask_ap",
@@ -109,8 +114,8 @@ def predict(
   config: ml_collections.ConfigDict,
   module: Any,
   variables: PyTree,
-  folder: pathlib.Path,
-) -> list[pathlib.Path]:
+  folder: epath.Path,
+) -> list[epath.Path]:
   """Finds the objects of `config.image`; names of the files written.
 
   Args:

@@ -24,6 +24,8 @@ from pqf_jax.pipeline import summary, tasks, weights, workspace
 
 PyTree = Any
 Record = checkpoint.Record
+# The stages that train; a config has settings of each.
+TRAININGS = ("train", "finetune")
 # What `config.permute.search` may name.
 SEARCHES = {
   "assignment": permutation_search.search_permutation,
@@ -102,6 +104,7 @@ def prepare(
     if config.backbone
     else {}
   )
+  check_batches(config, [s for s in TRAININGS if config[s].epochs])
   task = tasks.load(config, module)
   _check_training(config, task.num_train)
   files.claim()
@@ -125,15 +128,13 @@ def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
     raise errors.InputError(
       f"config.distillation is {config.distillation:g}; it is a share, 0 to 1"
     )
-  for stage in ("train", "finetune"):
+  for stage in TRAININGS:
     settings = config[stage]
     if settings.epochs and not 0 < settings.batch_size <= num_images:
       raise errors.InputError(
         f"config.{stage}.batch_size is {settings.batch_size}, but there are "
         f"{num_images} training images; choose 1 to {num_images}"
       )
-    if settings.epochs:
-      cluster.check_divides(f"config.{stage}.batch_size", settings.batch_size)
     if settings.evaluation_epochs < 1:
       raise errors.InputError(
         f"config.{stage}.evaluation_epochs is {settings.evaluation_epochs}; "
@@ -145,6 +146,40 @@ def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
         f"config.{stage} has learning rates {rates[0]:g} to {rates[1]:g}; the "
         "first must be positive and the last not above it"
       )
+
+
+def check_batches(
+  config: ml_collections.ConfigDict,
+  stages: Iterable[str],
+  *,
+  num_devices: int | None = None,
+) -> None:
+  """Refuses a training or evaluation that the devices cannot share.
+
+  Args:
+    config: the recipe.
+    stages: those of 'train' and 'finetune' that will run.
+    num_devices: None: all of all processes.
+
+  Raises:
+    InputError: names the setting, and of batches the nearest that fit.
+  """
+  check_choice("norm_statistics", config.norm_statistics, tasks.NORM_AXES)
+  check_choice("dtype", config.dtype, tasks.DTYPES)
+  count = jax.device_count() if num_devices is None else num_devices
+  cluster.check_divides("config.eval_batch_size", config.eval_batch_size, count)
+  for stage in stages:
+    settings = config[stage]
+    if settings.microbatches < 1 or settings.base_batch_size < 0:
+      raise errors.InputError(
+        f"config.{stage} has microbatches={settings.microbatches} and "
+        f"base_batch_size={settings.base_batch_size}; the first must be at "
+        "least 1, the second at least 0"
+      )
+    name = f"config.{stage}.batch_size"
+    cluster.check_divides(
+      name, settings.batch_size, count, settings.microbatches
+    )
 
 
 def build_model(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:

@@ -1,11 +1,10 @@
 """What `config.mode` may ask for: the whole job, or a part of it."""
 
-import pathlib
 from typing import Any
 
 import ml_collections
 
-from pqf_jax import cluster, errors, progress
+from pqf_jax import cluster, errors, files, progress
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import preflight, stages, tasks, workspace
 
@@ -71,6 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Counts the accuracy of `config.weights`; writes results.json."""
   module, variables = read_weights(config)
+  jobs.check_batches(config, stages=())
   task = tasks.load(config, module)
   files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
   files.claim()
@@ -102,7 +102,7 @@ def predict(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   from pqf_jax.pipeline import detection_task  # see tasks
 
   module, variables = read_weights(config)
-  folder = pathlib.Path(workdir or f"runs/{config.name}_predict")
+  folder = files.absolute(workdir or f"runs/{config.name}_predict")
   written = detection_task.predict(config, module, variables, folder)
   progress.say(f"written: {', '.join(map(str, written))}")
 

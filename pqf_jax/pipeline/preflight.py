@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from pqf_jax import cluster, errors, finetune, progress
 from pqf_jax.core import plan as plans
@@ -39,12 +38,14 @@ class Lowered(NamedTuple):
     stages: `jax.stages.Lowered` programs. The cost is that of the first; of
       three, the memory of the first, and the rest of the second less the third.
     detail: what it runs on, where that is no batch.
+    dtype: of the inputs of its products.
   """
 
   name: str
   batch_size: int
   stages: tuple[Any, ...]
   detail: str = ""
+  dtype: str = "float32"
 
 
 def run(config: ml_collections.ConfigDict) -> None:
@@ -58,27 +59,16 @@ def run(config: ml_collections.ConfigDict) -> None:
       share, or one that does not fit into their memory.
   """
   target = chips.parse(config.topology)
-  batch_sizes = {
-    "config.finetune.batch_size": config.finetune.batch_size,
-    "config.eval_batch_size": config.eval_batch_size,
-  }
-  for name, size in batch_sizes.items():
-    cluster.check_divides(name, size, num_devices=target.num_chips)
   jobs.check_choice("task", config.task, rehearsals.REHEARSALS)
+  jobs.check_batches(config, ("finetune",), num_devices=target.num_chips)
   devices = chips.open_devices(target)
-  rehearsal = _Rehearsal(config, target, cluster.mesh(devices))
-  trial = rehearsal.compile(
-    [
-      rehearsal.step(config.finetune.batch_size),
-      rehearsal.evaluation(config.eval_batch_size),
-      rehearsal.kmeans(),
-    ]
-  )
-  table = preflight_table.render(
-    target, trial, rehearsal.trained_bytes, dtype=rehearsal.dtype
-  )
-  progress.show(table)
-  for note in preflight_table.notes(target):
+  rehearsal = _Rehearsal(config, target, cluster.mesh(devices.sizing))
+  trial = rehearsal.try_all()
+  if devices.counting is not devices.sizing:
+    counter = _Rehearsal(config, target, cluster.mesh(devices.counting))
+    trial = list(map(_counted_by, trial, counter.try_all()))
+  progress.show(preflight_table.render(target, trial, rehearsal.trained_bytes))
+  for note in preflight_table.notes(target, devices):
     progress.say(note)
   for setting, entry, lower in (
     ("finetune.batch_size", trial[0], rehearsal.step),
@@ -114,18 +104,34 @@ class _Rehearsal:
       ),
       self._variables,
     )
-    self.dtype = str(np.dtype(getattr(module, "dtype", np.float32)))
     trained = jax.tree.leaves(self._state.trainable)
     self.trained_bytes = sum(x.size * x.dtype.itemsize for x in trained)
 
+  def try_all(self) -> list[preflight_table.Entry]:
+    """The three programs, at the batches of the recipe."""
+    return self.compile(
+      [
+        self.step(self._config.finetune.batch_size),
+        self.evaluation(self._config.eval_batch_size),
+        self.kmeans(),
+      ]
+    )
+
   def step(self, batch_size: int) -> Lowered:
     """The fine-tuning step."""
-    step = finetune.make_finetune_step(self._parts.loss_fn, self._optimizer)
+    step = finetune.make_finetune_step(
+      self._parts.loss_fn,
+      self._optimizer,
+      mesh=self._mesh,
+      microbatches=self._config.finetune.microbatches,
+    )
     lowered = step.lower(
       _placed(self._state, cluster.replicated(self._mesh)),
       _placed(self._parts.train_batch(batch_size), cluster.sharded(self._mesh)),
     )
-    return Lowered("fine-tuning step", batch_size, (lowered,))
+    return Lowered(
+      "fine-tuning step", batch_size, (lowered,), dtype=self._config.dtype
+    )
 
   def evaluation(self, batch_size: int) -> Lowered:
     """A batch of the evaluation."""
@@ -175,7 +181,7 @@ class _Rehearsal:
       f"{self._config.topology}: {', '.join(p.name for p in programs)}"
     )
     # libtpu 0.0.42 crashed twice for v6e:4x4, in three threads at a time.
-    num_threads = 1 if self._target.is_exact else len(programs)
+    num_threads = 1 if self._target.is_tpu else len(programs)
     with futures.ThreadPoolExecutor(num_threads) as pool:
       entries = list(pool.map(_compile, programs))
     progress.say(f"compiled in {time.perf_counter() - start:.0f} s")
@@ -189,6 +195,7 @@ class _Rehearsal:
   ) -> errors.InputError:
     """What to tell the user of a batch that does not fit."""
     limit = self._target.chip.hbm_bytes
+    parts = self._config.finetune.microbatches
 
     def needed_bytes(batch_size: int) -> float:
       (found,) = self.compile([lower(batch_size)])
@@ -201,7 +208,7 @@ class _Rehearsal:
       entry.hbm_bytes,
       limit=limit,
       least=self.trained_bytes,
-      unit=self._target.num_chips,
+      unit=self._target.num_chips * parts,
     )
     needed = (
       f"{preflight_table.size(entry.hbm_bytes)} of memory a chip"
@@ -209,7 +216,7 @@ class _Rehearsal:
       else "more memory than a chip has"
     )
     advice = f"the largest that fits is {fits}"
-    if fails - fits > self._target.num_chips:
+    if fails - fits > self._target.num_chips * parts:
       advice = f"{fits} fits, {fails} does not, between them was not tried"
     if not fits:
       advice = "not even one image a chip fits; take smaller images"
@@ -267,7 +274,7 @@ def search_largest(
 
 
 def _compile(program: Lowered) -> preflight_table.Entry:
-  named = program.name, program.batch_size, program.detail
+  named = program.name, program.batch_size, program.detail, program.dtype
   try:
     found = [costs.measure(lowered.compile()) for lowered in program.stages]
   except jax.errors.JaxRuntimeError as error:
@@ -283,6 +290,18 @@ def _compile(program: Lowered) -> preflight_table.Entry:
       moved_bytes=looped.moved_bytes - without.moved_bytes,
     )
   return preflight_table.Entry(*named, cost.hbm_bytes, cost)
+
+
+def _counted_by(
+  entry: preflight_table.Entry, other: preflight_table.Entry
+) -> preflight_table.Entry:
+  """The entry with FLOPs and traffic of another compiler."""
+  if entry.cost is None or other.cost is None:
+    return entry
+  cost = entry.cost._replace(
+    flops=other.cost.flops, moved_bytes=other.cost.moved_bytes
+  )
+  return entry._replace(cost=cost)
 
 
 def _placed(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:

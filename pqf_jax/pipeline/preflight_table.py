@@ -7,7 +7,7 @@ from typing import NamedTuple
 import rich.box
 import rich.table
 
-from pqf_jax.pipeline import chips, costs
+from pqf_jax.pipeline import chips, costs, gpu_compiler
 
 
 class Entry(NamedTuple):
@@ -17,6 +17,7 @@ class Entry(NamedTuple):
     name: what it does.
     batch_size: images over all chips, or 0.
     detail: what it runs on, where that is no batch.
+    dtype: of the inputs of its products.
     hbm_bytes: that each chip needs; 0 where the compiler does not say.
     cost: None where the compiler refused it for its memory.
   """
@@ -24,6 +25,7 @@ class Entry(NamedTuple):
   name: str
   batch_size: int
   detail: str
+  dtype: str
   hbm_bytes: float
   cost: costs.Cost | None
 
@@ -32,8 +34,6 @@ def render(
   target: chips.Target,
   entries: Sequence[Entry],
   trained_bytes: int,
-  *,
-  dtype: str,
 ) -> rich.table.Table:
   """Draws it.
 
@@ -41,7 +41,6 @@ def render(
     target: what was compiled for.
     entries: one a column.
     trained_bytes: of the weights that learn.
-    dtype: of the products of the network; k-means is float32.
   """
   table = rich.table.Table(
     title=f"Preflight: {target.topology}, {target.num_chips} chips",
@@ -54,22 +53,26 @@ def render(
   table.add_column("")
   for entry in entries:
     table.add_column(entry.name, justify="right")
-  columns = [
-    _column(target, entry, dtype if entry.batch_size else None)
-    for entry in entries
-  ]
+  columns = [_column(target, entry) for entry in entries]
   for label in columns[0]:
     table.add_row(label, *(column[label] for column in columns))
   return table
 
 
-def notes(target: chips.Target) -> Iterator[str]:
+def notes(target: chips.Target, devices: chips.Devices) -> Iterator[str]:
   """What the figures are not."""
-  if not target.is_exact:
+  if devices.is_estimate:
     yield (
       f"{target.topology}: compiled by XLA's CPU compiler for as many host "
-      "devices, because the GPU's needs a GPU. Memory is an estimate, and so "
-      "are traffic and collectives: a GPU fuses both further."
+      "devices. Memory is an estimate, and so are traffic and collectives: a "
+      "GPU fuses both further. The GPU's own compiler, which needs no GPU: "
+      f"{gpu_compiler.installation()}"
+    )
+  elif devices.counting is not devices.sizing:
+    yield (
+      f"{target.topology}: FLOPs and traffic are an estimate by XLA's CPU "
+      "compiler, and a GPU fuses further; memory and collectives are by the "
+      "GPU's own. K-means is compiled without its kernels for GPUs."
     )
   yield (
     "time: the largest of the three, at peak rates; no real step is as fast. "
@@ -88,9 +91,7 @@ def size(num_bytes: float) -> str:
   return f"{value:.3g} {unit}"
 
 
-def _column(
-  target: chips.Target, entry: Entry, dtype: str | None
-) -> dict[str, str]:
+def _column(target: chips.Target, entry: Entry) -> dict[str, str]:
   limit, cost = target.chip.hbm_bytes, entry.cost
   share = f"{100 * entry.hbm_bytes / limit:.1f} %" if entry.hbm_bytes else "?"
   batch = f"{entry.batch_size} ({entry.batch_size // target.num_chips} a chip)"
@@ -102,7 +103,7 @@ def _column(
   if cost is None:
     told = ("FLOPs", "HBM traffic", *_COLLECTIVE_ROWS, *_TIME_ROWS)
     return rows | dict.fromkeys(told, "does not fit")
-  line = costs.roofline(cost, target, dtype=dtype or "float32")
+  line = costs.roofline(cost, target, dtype=entry.dtype)
   return (
     rows
     | {"FLOPs": f"{cost.flops:.3g}", "HBM traffic": size(cost.moved_bytes)}

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from pqf_jax import data, finetune
+from pqf_jax import cluster, data, finetune
+from pqf_jax.pipeline import tasks
 from pqf_jax.tasks import classification
 
 PyTree = Any
@@ -60,7 +61,9 @@ def _classification(
 
   return Rehearsal(
     classification.make_loss(
-      module.apply, preprocess, distillation=config.distillation
+      tasks.trained_classifier(config, module).apply,
+      preprocess,
+      distillation=config.distillation,
     ),
     train_batch,
     classification.make_count(module.apply, preprocess),
@@ -90,9 +93,11 @@ def _detection(config: ml_collections.ConfigDict, module: Any) -> Rehearsal:
       "masks": jax.ShapeDtypeStruct((*rows, side, -(-side // 8)), jnp.uint8),
     }
 
-  forward = functools.partial(module.apply, method="training_outputs")
+  forward = functools.partial(
+    tasks.trained(config, module).apply, method="training_outputs"
+  )
   return Rehearsal(
-    detection.make_loss(forward),
+    detection.make_loss(forward, axis=cluster.AXIS),
     train_batch,
     lambda variables, batch: module.apply(
       variables, batch["image"], batch["size"]

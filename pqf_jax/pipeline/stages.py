@@ -89,6 +89,8 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         job.plan,
         search=jobs.SEARCHES[settings.search],
         kmeans_steps=settings.kmeans_steps,
+        share=lambda costs: cluster.divide(costs)[jax.process_index()],
+        gather=cluster.merge,
         on_group=lambda group: bar.advance(),
       )
     record = {
@@ -118,6 +120,7 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
         permuted,
         mine,
         annealed=job.config.quantize.annealed,
+        mesh=cluster.mesh(tuple(jax.local_devices())),
         on_layer=lambda layer: bar.advance(distortion=layer.distortion),
       )
     nodes = cluster.exchange(

@@ -1,8 +1,6 @@
 """The figures of a run as plain data, for results.json and the report."""
 
 import datetime
-import os
-import pathlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -10,6 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from pqf_jax import checkpoint, report
 from pqf_jax.core import plan as plans
@@ -52,7 +51,7 @@ def results(
   config: ml_collections.ConfigDict,
   size: plans.SizeReport,
   payload_bytes: int,
-  packed_file: pathlib.Path,
+  packed_file: epath.Path,
   records: Mapping[str, checkpoint.Record],
 ) -> dict[str, Any]:
   """results.json; see `report.schema.Results`.
@@ -69,7 +68,7 @@ def results(
     for stage, record in records.items()
     for metric, value in report.metrics_of(record).items()
   }
-  file_bytes = os.path.getsize(packed_file)
+  file_bytes = packed_file.stat().length
   return {
     "name": config.name,
     "command": shlex.join(["python", *sys.argv]),

@@ -51,7 +51,6 @@ def load(config: ml_collections.ConfigDict, module: Any) -> Task:
     InputError: the data are not there, or are none for this network; or the
       devices cannot share a batch of the evaluation.
   """
-  cluster.check_divides("config.eval_batch_size", config.eval_batch_size)
   return TASKS[config.task](config, module)
 
 
@@ -77,7 +76,7 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
     len(dataset.train),
     train_batches,
     lambda share: classification.make_loss(
-      module.apply, preprocess, distillation=share
+      trained_classifier(config, module).apply, preprocess, distillation=share
     ),
     lambda variables: classification.make_teacher(
       module.apply, preprocess, cluster.replicate(variables)
@@ -86,6 +85,30 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
     "top1",
     lambda networks: [],
   )
+
+
+def trained(
+  config: ml_collections.ConfigDict, module: Any, **fields: Any
+) -> Any:
+  """The network as a training step applies it, computing in `config.dtype`.
+
+  Args:
+    config: the recipe.
+    module: with a field `dtype`.
+    fields: others of it that only a training step sets.
+  """
+  return module.clone(dtype=jnp.dtype(config.dtype), **fields)
+
+
+def trained_classifier(config: ml_collections.ConfigDict, module: Any) -> Any:
+  """`trained`, its norms averaging over what the config says.
+
+  Args:
+    config: the recipe.
+    module: with fields `dtype` and `norm_axis`; see `models.layers`.
+  """
+  axis = NORM_AXES[config.norm_statistics]
+  return trained(config, module, norm_axis=axis)
 
 
 def load_images(config: ml_collections.ConfigDict) -> data.ImageDataset:
@@ -126,6 +149,10 @@ def _noise_image() -> tuple[jax.Array, ...]:
 
 
 TASKS = {"classification": _classification, "detection": _detection}
+# What `config.dtype` may be; float16 would need its losses scaled.
+DTYPES = ("float32", "bfloat16")
+# What `config.norm_statistics` may be.
+NORM_AXES = {"batch": cluster.AXIS, "device": None}
 # Convolutional networks take any size; this one suits every stem and is cheap.
 SAMPLES = {
   "classification": lambda: (jnp.zeros((1, 64, 64, 3)),),

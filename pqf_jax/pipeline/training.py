@@ -35,7 +35,9 @@ class Schedule(NamedTuple):
     steps_per_epoch: training steps in one.
     learning_rate: of Adam, at the first step.
     final_learning_rate: at the last.
-    batch_size: images a step.
+    batch_size: images a step, over all devices.
+    base_batch_size: the one that the learning rates are for; 0: any.
+    microbatches: parts in which a device takes its images of a step.
     evaluation_epochs: passes between evaluations; the last is evaluated too.
     checkpoint_steps: steps between saves; an evaluated epoch is saved too.
   """
@@ -45,6 +47,8 @@ class Schedule(NamedTuple):
   learning_rate: float
   final_learning_rate: float
   batch_size: int
+  base_batch_size: int
+  microbatches: int
   evaluation_epochs: int
   checkpoint_steps: int
 
@@ -52,6 +56,11 @@ class Schedule(NamedTuple):
   def num_steps(self) -> int:
     """Training steps in all."""
     return self.epochs * self.steps_per_epoch
+
+  @property
+  def scale(self) -> float:
+    """Of the learning rates: linear in the batch (arXiv 1706.02677)."""
+    return self.batch_size / (self.base_batch_size or self.batch_size)
 
   def evaluation_is_due(self, step: int) -> bool:
     """Whether an epoch ends with it that is evaluated."""
@@ -96,7 +105,7 @@ def fit(
     stage: 'train' or 'finetune'; names the progress checkpoints.
     variables: where the training starts.
     schedule: see `Schedule`.
-    loss_fn: see `finetune.LossFn`.
+    loss_fn: see `finetune.LossFn`; it sees the images of one device.
     batches: first step -> global batches from that step on.
     evaluate: variables -> metrics, at the end of epochs.
     metric: the one by which an epoch is the best.
@@ -109,11 +118,16 @@ def fit(
     Preempted: the process was asked to stop; all is saved.
   """
   optimizer = finetune.cosine_adam(
-    learning_rate=schedule.learning_rate,
-    final_learning_rate=schedule.final_learning_rate,
+    learning_rate=schedule.scale * schedule.learning_rate,
+    final_learning_rate=schedule.scale * schedule.final_learning_rate,
     num_steps=schedule.num_steps,
   )
-  step_fn = finetune.make_finetune_step(loss_fn, optimizer)
+  step_fn = finetune.make_finetune_step(
+    loss_fn,
+    optimizer,
+    mesh=cluster.mesh(),
+    microbatches=schedule.microbatches,
+  )
   state = finetune.init_state(variables, optimizer, frozen)
   tree, record = checkpoints.restore_progress(
     stage, trees.shapes((state, variables))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pqf_jax import errors, models, pack
+from pqf_jax import errors, files, models, pack
 from pqf_jax.core import trees, vq_array
 from pqf_jax.models import official, torch_weights
 from pqf_jax.pipeline import hub, torch_files
@@ -26,7 +26,8 @@ def read(
   """The variables in a file, checked against the model.
 
   Args:
-    source: a file, or `hf://OWNER/REPO[/FILE]` of the Hugging Face hub:
+    source: a file, here or in a bucket (gs://...), or of the Hugging Face hub,
+      `hf://OWNER/REPO[/FILE]`:
       `.safetensors`, packed by this library (compressed or dense) or with
       torch's names; or `.pth`, `.pt` of torch. Torch's names may also be those
       of the authors' compressed networks, see `models.official`.
@@ -93,19 +94,8 @@ def read_backbone(
 def _locate(source: str) -> tuple[str, str]:
   """A file of a known kind: its path and the last part of its name."""
   known = ", ".join(READERS)
-  path = (
-    hub.fetch(source)
-    if source.startswith(hub.SCHEME)
-    else os.path.expanduser(source)
-  )
-  if os.path.isdir(path):
-    raise errors.InputError(
-      f"{source} is a folder; give the weights in it, a file named {known}"
-    )
-  if not os.path.isfile(path):
-    raise errors.InputError(
-      f"no weights file {source} (looked in {os.getcwd()}); check the path"
-    )
+  fetch = hub.fetch if source.startswith(hub.SCHEME) else files.fetch
+  path = fetch(source)
   suffix = os.path.splitext(path)[1]
   if suffix not in READERS:
     raise errors.InputError(

@@ -6,8 +6,9 @@ import pathlib
 from typing import Any
 
 import ml_collections
+from etils import epath
 
-from pqf_jax import checkpoint, cluster, errors, report
+from pqf_jax import checkpoint, cluster, errors, files, report
 
 Results = dict[str, Any]
 
@@ -25,7 +26,7 @@ class Workspace:
     Raises:
       InputError: the workdir belongs to another config; says what differs.
     """
-    path = pathlib.Path(workdir).expanduser().resolve()
+    path = files.absolute(workdir)
     self.checkpoints = checkpoint.Checkpoints(path)
     self.packed_file = path / "model.safetensors"
     self.report_file = path / "report.html"
@@ -98,7 +99,7 @@ def code_digest() -> str:
   return digest.hexdigest()[:16]
 
 
-def _check_same(path: pathlib.Path, stored: Any, wanted: Any) -> None:
+def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
   before, now = _leaves(stored), _leaves(wanted)
   differences = [
     f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"

@@ -6,9 +6,10 @@ survives a crash in the middle of a line. Call these on process 0 only.
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from pqf_jax import errors, files
 from pqf_jax.report import schema
@@ -42,7 +43,13 @@ def append_metric(path: Path, record: Mapping[str, Any]) -> None:
     record: a `schema.MetricRecord`; device scalars are read.
   """
   line = json.dumps(_plain(record)) + "\n"
-  with pathlib.Path(path).open("ab+") as file:
+  if files.is_remote(path):
+    # Objects of a bucket cannot grow; this one is small.
+    log = epath.Path(path)
+    before = log.read_bytes() if log.exists() else b""
+    files.write(log, before + line.encode())
+    return
+  with open(path, "ab+") as file:
     if file.tell():
       file.seek(-1, os.SEEK_END)
       if file.read(1) != b"\n":
@@ -63,7 +70,7 @@ def read_metrics(path: Path) -> list[schema.MetricRecord]:
   Raises:
     InputError: a whole line is no record, so that the file is damaged.
   """
-  log = pathlib.Path(path)
+  log = epath.Path(path)
   if not log.exists():
     return []
   *lines, _ = log.read_bytes().split(b"\n")
@@ -87,7 +94,7 @@ def resume_metrics(path: Path, stage: str, step: int) -> None:
     stage: whose records at `step` and later are dropped.
     step: first step that will be done again; 0 drops the whole stage.
   """
-  if not pathlib.Path(path).exists():
+  if not epath.Path(path).exists():
     return
   kept = (
     json.dumps(record) + "\n"

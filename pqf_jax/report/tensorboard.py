@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from pqf_jax import errors
+from pqf_jax import errors, files
 from pqf_jax.report import schema
 
 NOT_CURVES = ("stage", "step", "epoch")
@@ -22,7 +22,7 @@ class TensorBoardWriter:
     directory: where the runs are kept.
 
   Raises:
-    InputError: tensorboardX is not installed.
+    InputError: tensorboardX is not installed, or the folder is in a bucket.
   """
 
   def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -34,6 +34,11 @@ class TensorBoardWriter:
         "not installed; run `pip install tensorboardX`, or leave it False "
         "and read metrics.jsonl"
       ) from error
+    if files.is_remote(directory):
+      raise errors.InputError(
+        f"config.tensorboard=True writes to local disks only, not to "
+        f"{directory}; leave it False and read metrics.jsonl"
+      )
     self._directory = pathlib.Path(directory)
     self._runs: dict[str, Any] = {}
 

@@ -4,6 +4,7 @@ They are normalized over the whole batch, so that its images weigh by what was
 sampled of them (arXiv 1506.01497, equation 1, and 1703.06870, section 3).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -60,7 +61,9 @@ ForwardFn = Callable[[PyTree, Batch, jax.Array], Outputs]
 """(variables, batch, key) -> outputs; the key draws the samples."""
 
 
-def make_loss(forward_fn: ForwardFn) -> Callable[..., Any]:
+def make_loss(
+  forward_fn: ForwardFn, *, axis: str | None = None
+) -> Callable[..., Any]:
   """The sum of the five losses, norms in evaluation mode.
 
   A `finetune.LossFn` gets no random key, so the samples are drawn by a key made
@@ -70,6 +73,8 @@ def make_loss(forward_fn: ForwardFn) -> Callable[..., Any]:
   Args:
     forward_fn: such as `functools.partial(model.apply,
       method="training_outputs")` of `models.mask_rcnn`.
+    axis: along which devices share the batch, under a `shard_map`: the mean of
+      their losses is that of the whole batch. None: they do not.
 
   Returns:
     A `finetune.LossFn` over batches as the model's method takes them. It also
@@ -81,14 +86,17 @@ def make_loss(forward_fn: ForwardFn) -> Callable[..., Any]:
   ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
     bits = _checksum((variables, batch["image"]))
     key = jax.random.fold_in(jax.random.key(0), bits)
-    losses = compute_losses(forward_fn(variables, batch, key))
+    losses = compute_losses(forward_fn(variables, batch, key), axis=axis)
     return sum(losses.values()), ({}, losses)
 
   return loss_fn
 
 
-def compute_losses(outputs: Outputs) -> dict[str, jax.Array]:
+def compute_losses(
+  outputs: Outputs, *, axis: str | None = None
+) -> dict[str, jax.Array]:
   """{name, as torchvision's: loss}; 0 where nothing was sampled."""
+  mean = functools.partial(_mean, axis=axis)
   anchors, boxes = outputs.anchors, outputs.boxes
   objectness = optax.sigmoid_binary_cross_entropy(
     anchors.logits, anchors.positive.astype(anchors.logits.dtype)
@@ -100,19 +108,19 @@ def compute_losses(outputs: Outputs) -> dict[str, jax.Array]:
     outputs.mask_logits, outputs.mask_targets
   )
   return {
-    "loss_objectness": _mean(objectness, anchors.valid, anchors.valid),
-    "loss_rpn_box_reg": _mean(
+    "loss_objectness": mean(objectness, anchors.valid, anchors.valid),
+    "loss_rpn_box_reg": mean(
       _smooth_l1(anchors.offsets - anchors.targets),
       anchors.positive,
       anchors.valid,
     ),
-    "loss_classifier": _mean(classes, boxes.valid, boxes.valid),
-    "loss_box_reg": _mean(
+    "loss_classifier": mean(classes, boxes.valid, boxes.valid),
+    "loss_box_reg": mean(
       _smooth_l1(outputs.box_offsets - boxes.targets),
       boxes.positive,
       boxes.valid,
     ),
-    "loss_mask": _mean(
+    "loss_mask": mean(
       masks.mean((2, 3)), outputs.mask_valid, outputs.mask_valid
     ),
   }
@@ -126,10 +134,19 @@ def _smooth_l1(errors: jax.Array) -> jax.Array:
   return jnp.where(size < SMOOTH_BELOW, square, linear).sum(-1)
 
 
-def _mean(values: jax.Array, mask: jax.Array, counted: jax.Array) -> jax.Array:
-  """Sum of the values where `mask` over the number of `counted`."""
+def _mean(
+  values: jax.Array, mask: jax.Array, counted: jax.Array, *, axis: str | None
+) -> jax.Array:
+  """Sum of the values where `mask` over the number of `counted`.
+
+  With an axis the number is that of a device on average, so that the mean over
+  devices is the sum of all over the number of all.
+  """
   total = jnp.where(mask, values, 0).sum()
-  return total / jnp.maximum(counted.sum(), 1).astype(total.dtype)
+  count = counted.sum().astype(total.dtype)
+  if axis is not None:
+    count = lax.pmean(count, axis)
+  return total / jnp.where(count > 0, count, 1)
 
 
 def _checksum(tree: PyTree) -> jax.Array:

@@ -5,10 +5,17 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from pqf_jax import errors
-from pqf_jax.pipeline import chips, costs, preflight
+from pqf_jax.pipeline import (
+  chips,
+  costs,
+  gpu_compiler,
+  preflight,
+  preflight_table,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -173,7 +180,11 @@ def _preflight(*settings, before=""):
 
 
 def test_a_recipe_on_gpus_that_are_not_there():
-  code, told = _preflight("topology=h100:8")
+  code, told = _preflight(
+    "topology=h100:8",
+    before="from pqf_jax.pipeline import gpu_compiler\n"
+    "gpu_compiler.is_installed = lambda: False",
+  )
   assert code == 0, told
   assert "everything fits" in told
   assert "Memory is an estimate" in told
@@ -181,6 +192,25 @@ def test_a_recipe_on_gpus_that_are_not_there():
   assert re.search(r"collectives +\d+ all-reduce +1 all-reduce +none", told), (
     told
   )
+
+
+def test_the_compiler_of_gpus_needs_none():
+  pytest.importorskip(gpu_compiler.PLUGIN)
+  code, told = _preflight("topology=h100:8")
+  assert code == 0, told
+  assert "memory and collectives are by the GPU's own" in told
+  row = re.search(r"collectives +(\d+) all-reduce +1 all-reduce", told)
+  assert row, told
+  flops = re.search(r"FLOPs +(\S+)", told)
+  assert float(flops[1]) > 0, told
+
+
+def test_where_the_compiler_of_gpus_is_missing_the_note_says_how_to_get_it():
+  host = jax.devices("cpu")[:1]
+  (estimate, _) = preflight_table.notes(
+    chips.parse("h100:1"), chips.Devices(host, host)
+  )
+  assert f"jax-cuda13-pjrt=={jax.__version__}" in estimate
 
 
 def test_a_batch_that_the_devices_cannot_share():

@@ -1,13 +1,21 @@
+import functools
 import json
 import os
 import pkgutil
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
 import pytest
 import safetensors.numpy
 
-from pqf_jax import errors, pack, permute, pipeline, report
+from pqf_jax import errors, files, finetune, pack, permute, pipeline, report
 from pqf_jax.models import torch_weights
+from pqf_jax.pipeline import tasks
+from tests import bucket
+from tests.pipeline import tiny
 
 
 class Killed(BaseException):
@@ -102,6 +110,89 @@ def test_killed_anywhere_it_goes_on_to_the_same_file(
     for record in map(json.loads, history)
   ]
   assert len(places) == len(set(places)), "a resumed step was logged twice"
+
+
+def test_a_bucket_holds_a_run_as_a_disk_does(
+  config, undisturbed, monkeypatch, tmp_path
+):
+  with bucket.serve() as address, monkeypatch.context() as patch:
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
+    with monkeypatch.context() as killing:
+      killing.setattr("pqf_jax.pipeline.stages.finetune_stage", _killed)
+      with pytest.raises(Killed):
+        pipeline.run(config, "gs://bucket/run")
+    assert files.absolute("gs://bucket/run/checkpoints/quantize.json").exists()
+    pipeline.run(config, "gs://bucket/run")
+    packed = files.absolute("gs://bucket/run/model.safetensors").read_bytes()
+    assert packed == undisturbed[1]
+    lines = files.absolute("gs://bucket/run/metrics.jsonl").read_text()
+    assert len(lines.splitlines()) > 20
+    config.mode, config.weights = (
+      "evaluate",
+      "gs://bucket/run/model.safetensors",
+    )
+    pipeline.run(config, str(tmp_path))
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert results["top1"] == undisturbed[0]["top1_packed"]
+
+
+def _killed(*arguments):
+  raise Killed
+
+
+def test_settings_of_the_batch_reach_the_step(config, tmp_path, monkeypatch):
+  config.train.epochs = config.finetune.epochs = 1
+  config.finetune.microbatches, config.finetune.base_batch_size = 4, 32
+  rates, steps = [], []
+  make_optimizer, make_step = finetune.cosine_adam, finetune.make_finetune_step
+
+  def optimizer(**settings):
+    rates.append((settings["learning_rate"], settings["final_learning_rate"]))
+    return make_optimizer(**settings)
+
+  def step(*arguments, **settings):
+    steps.append(settings["microbatches"])
+    return make_step(*arguments, **settings)
+
+  monkeypatch.setattr("pqf_jax.finetune.cosine_adam", optimizer)
+  monkeypatch.setattr("pqf_jax.finetune.make_finetune_step", step)
+  results, _ = _run(config, tmp_path)
+  # The fine-tuning batch is 128, four times what its rates are for.
+  assert rates == [(1e-2, 1e-6), (4e-3, 4e-6)]
+  assert steps == [1, 4]
+  assert results["top1_finetuned"] > results["top1_quantized"] - 0.05
+
+
+@pytest.mark.parametrize(
+  ("statistics", "axis"), [("batch", "data"), ("device", None)]
+)
+def test_norms_average_over_what_the_config_says(config, statistics, axis):
+  config.norm_statistics = statistics
+  assert tasks.trained_classifier(config, tiny.Tiny(10)).norm_axis == axis
+
+
+def test_bfloat16_trains_float32_codebooks(config, tmp_path, monkeypatch):
+  config.train.epochs = config.finetune.epochs = 1
+  config.dtype = "bfloat16"
+  seen = set()
+  original = tiny.Tiny.__call__
+
+  @functools.wraps(original)
+  def spy(self, images, train=False):
+    seen.add((train, str(jnp.dtype(self.dtype))))
+    return original(self, images, train)
+
+  monkeypatch.setattr(tiny.Tiny, "__call__", spy)
+  pipeline.run(config, str(tmp_path))
+  assert seen == {(True, "bfloat16"), (False, "float32")}
+  types = {leaf.dtype for leaf in _leaves(tmp_path / "checkpoints/finetune")}
+  assert types == {np.dtype(name) for name in ("float32", "uint8")}
+
+
+def _leaves(checkpoint):
+  with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    return jax.tree.leaves(checkpointer.restore(checkpoint))
 
 
 def test_a_workdir_of_another_config_is_refused(config, undisturbed, finished):
@@ -215,6 +306,10 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
     ("finetune.batch_size", 5000, "5000, but there are 1437"),
     ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
     ("finetune.evaluation_epochs", 0, "evaluation_epochs is 0; give 1"),
+    ("finetune.microbatches", 0, "microbatches=0"),
+    ("finetune.microbatches", 3, "128, .* in 3 microbatches; choose 126 or"),
+    ("dtype", "float16", "'float16'; it must be .*'float32', 'bfloat16'"),
+    ("norm_statistics", "images", "'images'; it must be .*'batch', 'device'"),
     ("pack", "latest", "'latest'; it must be one of .*'best'"),
     ("permute.search", "papers", "'papers'; it must be .*'paper', 'none'"),
   ],
@@ -263,9 +358,9 @@ def weights_files(config, tmp_path):
 def test_evaluate_reads_dense_files_and_those_with_torchs_names(
   config, tmp_path, weights_files
 ):
-  files, top1 = weights_files
+  paths, top1 = weights_files
   config.mode = "evaluate"
-  for index, file in enumerate(files):
+  for index, file in enumerate(paths):
     config.weights = str(file)
     pipeline.run(config, str(tmp_path / f"evaluate{index}"))
     text = (tmp_path / f"evaluate{index}" / "results.json").read_text()
@@ -275,13 +370,13 @@ def test_evaluate_reads_dense_files_and_those_with_torchs_names(
 def test_compression_starts_from_weights_without_training(
   config, tmp_path, weights_files
 ):
-  files, top1 = weights_files
+  paths, top1 = weights_files
   config.train.epochs = 0
   config.rules = (
     ("params/conv0/kernel", None),
     ("params/.*", 16, 2, 10),
   )
-  for index, file in enumerate(files):
+  for index, file in enumerate(paths):
     config.weights = str(file)
     results, _ = _run(config, tmp_path / f"run{index}")
     assert results["top1_dense"] == top1

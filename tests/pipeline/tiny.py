@@ -10,6 +10,7 @@ import types
 
 import flax.linen as nn
 import ml_collections
+from jax.typing import DTypeLike
 
 from configs import common
 from pqf_jax import errors
@@ -19,18 +20,27 @@ from pqf_jax.models import torch_weights
 class Tiny(nn.Module):
   num_classes: int
   norm_epsilon: float = 1e-3
+  norm_axis: str | None = None
+  dtype: DTypeLike = "float32"
 
   @nn.compact
   def __call__(self, images, train=False):
     x = images
     for i, features in enumerate((16, 32)):
-      x = nn.Conv(features, (3, 3), strides=2, use_bias=False, name=f"conv{i}")(
-        x
-      )
+      x = nn.Conv(
+        features,
+        (3, 3),
+        strides=2,
+        use_bias=False,
+        dtype=self.dtype,
+        name=f"conv{i}",
+      )(x)
       x = nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
         epsilon=self.norm_epsilon,
+        axis_name=self.norm_axis,
+        dtype=self.dtype,
         name=f"bn{i}",
       )(x)
       x = nn.relu(x)

@@ -96,6 +96,32 @@ def test_losses_are_sums_over_the_samples_of_the_whole_batch():
     np.testing.assert_allclose(found[name], loss, rtol=1e-5)
 
 
+def test_the_mean_over_devices_is_the_loss_of_the_whole_batch():
+  whole = draw_outputs()
+  # The second device has sampled nothing in its image.
+  none = jnp.arange(B)[:, None] == 0
+  whole.anchors.valid &= none
+  whole.anchors.positive &= none
+  expected = detection.compute_losses(whole)
+
+  def of_device(anchors, rest):
+    outputs = types.SimpleNamespace(
+      anchors=types.SimpleNamespace(**anchors),
+      boxes=types.SimpleNamespace(**rest.pop("boxes")),
+      **rest,
+    )
+    return detection.compute_losses(outputs, axis="data")
+
+  rest = vars(whole) | {"boxes": vars(whole.boxes)}
+  del rest["anchors"]
+  # Each device has one image.
+  shares = jax.tree.map(lambda rows: rows[:, None], (vars(whole.anchors), rest))
+  found = jax.vmap(of_device, axis_name="data")(*shares)
+  for name, loss in expected.items():
+    np.testing.assert_allclose(found[name].mean(), loss, rtol=1e-5)
+    assert len(set(np.asarray(found[name]).tolist())) == 2
+
+
 def test_nothing_sampled_gives_zeros_and_finite_gradients():
   def total(logits, offsets):
     outputs = draw_outputs(positive=False)

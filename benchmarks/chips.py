@@ -1,0 +1,187 @@
+"""The same work on one chip of this machine and on all of them.
+
+    python benchmarks/chips.py [--depth 50] [--side 224] [--per_chip 64]
+
+Fine-tuning step of a ResNet (random weights, the recipe's kernels as codebook +
+codes): each chip gets the same number of images, so a perfect machine takes the
+same time for any number of chips. `dense` is the step of `mesh=None`, in which
+XLA exchanges the gradients of whole kernels. Memory: what the compiler states,
+and the most that one chip ever held. K-means: one layer, on one chip and spread
+over all; the codes have to be equal bit for bit. Medians of --repeats.
+"""
+
+import argparse
+import statistics
+import time
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from configs import resnet18, resnet50
+from pqf_jax import cluster, data, finetune, models
+from pqf_jax.core import plan as plans
+from pqf_jax.ops import kmeans
+from pqf_jax.pipeline import costs
+from pqf_jax.tasks import classification
+
+RECIPES = {18: resnet18, 50: resnet50}
+LAYERS = ((262_144, 9, 256), (4_194_304, 9, 256))
+
+
+def main() -> None:
+  """Prints a row for each program."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--depth", type=int, default=50)
+  parser.add_argument("--side", type=int, default=224, help="pixels")
+  parser.add_argument("--per_chip", type=int, default=64, help="images")
+  parser.add_argument("--repeats", type=int, default=20)
+  parser.add_argument("--kmeans_steps", type=int, default=100)
+  options = parser.parse_args()
+  chips = jax.devices()
+  print(f"jax {jax.__version__}, {len(chips)} x {chips[0].device_kind}")
+  config = RECIPES[options.depth].get_config("imagenet2012")
+  _time_steps(config, options)
+  for layer in LAYERS:
+    _time_kmeans(layer, options)
+
+
+def _time_steps(
+  config: ml_collections.ConfigDict, options: argparse.Namespace
+) -> None:
+  chips = jax.devices()
+  programs = {"1": (chips[:1], False)}
+  if len(chips) > 1:
+    programs[str(len(chips))] = chips, False
+    programs[f"{len(chips)} dense"] = chips, True
+  with futures.ThreadPoolExecutor() as pool:
+    built = {
+      name: pool.submit(_build, config, options, *program)
+      for name, program in programs.items()
+    }
+  print("| chips | ms a step | images/s | to 1 | all-reduces | largest | all |")
+  first = 0.0
+  for name, (used, _) in programs.items():
+    compiled, state, batch, cost = built[name].result()
+    seconds = []
+    for _ in range(options.repeats + 2):
+      start = time.perf_counter()
+      state, metrics = jax.block_until_ready(compiled(state, batch))
+      seconds.append(time.perf_counter() - start)
+    typical = statistics.median(seconds[2:])
+    first = first or typical
+    sizes = [collective.num_bytes for collective in cost.collectives]
+    print(
+      f"| {name} | {1e3 * typical:.2f} | "
+      f"{len(used) * options.per_chip / typical:.0f} | {typical / first:.3f} | "
+      f"{len(sizes)} | {max(sizes, default=0):,} | {sum(sizes):,} | "
+      f"loss {float(metrics['loss']):.6f}",
+      flush=True,
+    )
+    peak = (used[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    print(
+      f"  memory of a chip: {cost.hbm_bytes:,.0f} B by the compiler, at most "
+      f"{peak:,} B held so far",
+      flush=True,
+    )
+
+
+def _build(
+  config: ml_collections.ConfigDict,
+  options: argparse.Namespace,
+  chips: list[jax.Device],
+  dense: bool,
+) -> tuple[Any, Any, Any, costs.Cost]:
+  """(compiled step, state, batch, cost)."""
+  mesh = cluster.mesh(tuple(chips))
+  arguments = dict(config.model)
+  model = models.get_model(arguments.pop("name")).make(**arguments)
+  template = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3))
+  )
+  plan = plans.make_plan([plans.Rule(*rule) for rule in config.rules], template)
+  optimizer = finetune.cosine_adam(
+    learning_rate=1e-3, final_learning_rate=1e-6, num_steps=1000
+  )
+  axis = None if dense else cluster.AXIS
+  step = finetune.make_finetune_step(
+    classification.make_loss(
+      model.clone(norm_axis=axis).apply,
+      lambda images: data.normalize(images, mean=(0.5,) * 3, std=(0.25,) * 3),
+    ),
+    optimizer,
+    mesh=None if dense else mesh,
+  )
+  draw = np.random.default_rng(0)
+
+  def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jnp.integer):  # codes
+      return draw.integers(0, 128, leaf.shape, leaf.dtype)
+    return draw.uniform(0.01, 0.03, leaf.shape).astype(leaf.dtype)
+
+  state = finetune.init_state(
+    jax.tree.map(fill, plans.compressed_shapes(plan, template)), optimizer
+  )
+  size = len(chips) * options.per_chip
+  images = draw.integers(
+    0, 256, (size, options.side, options.side, 3), np.uint8
+  )
+  batch = {"image": images, "label": np.arange(size, dtype=np.int32)}
+  state = jax.device_put(
+    jax.tree.map(np.asarray, state), cluster.replicated(mesh)
+  )
+  batch = jax.device_put(batch, cluster.sharded(mesh))
+  start = time.perf_counter()
+  compiled = step.lower(state, batch).compile()
+  print(f"  compiled in {time.perf_counter() - start:.1f} s", flush=True)
+  return compiled, state, batch, costs.measure(compiled)
+
+
+def _time_kmeans(
+  layer: tuple[int, int, int], options: argparse.Namespace
+) -> None:
+  count, length, num_codes = layer
+  vectors = np.random.default_rng(1).normal(size=(count, length))
+  vectors = vectors.astype(np.float32)
+  chips = jax.devices()
+  schedule = kmeans.annealing_schedule(
+    options.kmeans_steps, kmeans.amplitude(length)
+  )
+  found, seconds = [], []
+  for used in ((), chips[:1], chips):
+    mesh = cluster.mesh(tuple(used)) if used else None
+    place = cluster.sharded(mesh) if used else chips[0]
+    placed = jax.device_put(vectors, place)
+    for _ in range(4):
+      start = time.perf_counter()
+      (result,) = jax.block_until_ready(
+        kmeans.kmeans_of_layers(
+          jax.random.split(jax.random.key(0), 1),
+          [placed],
+          schedule,
+          num_codes=num_codes,
+          mesh=mesh,
+        )
+      )
+      seconds.append(time.perf_counter() - start)
+    found.append(jax.device_get((result.codes, result.codebook)))
+  each = [statistics.median(seconds[i + 1 : i + 4]) for i in (0, 4, 8)]
+  equal = [
+    all((a == b).all() for a, b in zip(found[0], other, strict=True))
+    for other in found[1:]
+  ]
+  print(
+    f"k-means N={count} D={length} K={num_codes}, us an iteration: alone "
+    f"{1e6 * each[0] / options.kmeans_steps:.0f}, mesh of 1 "
+    f"{1e6 * each[1] / options.kmeans_steps:.0f}, mesh of {len(chips)} "
+    f"{1e6 * each[2] / options.kmeans_steps:.0f}; codes and codebook equal to "
+    f"the first: {equal}",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  main()
