@@ -84,14 +84,14 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
   config.model.norm_epsilon = 1e-5
   config.model.anchor_sizes = ((12,), (24,), (48,), (96,), (192,))
   # 105 steps an epoch, and an evaluation takes about as long as one.
-  config.train.epochs = 16
+  config.train.epochs = 20
   config.train.batch_size = 4
   config.train.learning_rate = 1e-4
-  config.train.evaluation_epochs = 8
+  config.train.evaluation_epochs = 10
   # The paper's 5e-5 is for 235,000 steps.
-  config.finetune.epochs = 6
+  config.finetune.epochs = 10
   config.finetune.batch_size = 4
   config.finetune.learning_rate = 3e-4
-  config.finetune.evaluation_epochs = 3
+  config.finetune.evaluation_epochs = 5
   config.eval_batch_size = 8
   return config
