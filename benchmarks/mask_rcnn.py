@@ -2,12 +2,17 @@
 
     python benchmarks/mask_rcnn.py
 
-Both run in one process, on the same random weights and images. Inference is
-from uint8 (ours) or float (torchvision) images on the device to masks of 28 x
-28 in their boxes, 100 an image; neither pastes them. Training is the five
-losses and the gradients of all parameters but the norms. Float32 with TF32
-products on both sides, unless --dtype=bfloat16 (torchvision then under
-autocast).
+Both run in one process, on the same random weights and images:
+
+infer   from uint8 (ours) or float (torchvision) images on the device to masks
+        of 28 x 28 in their boxes, 100 an image
+paste   the same, and the masks as large as the images, on the device; so does
+        torchvision as it is shipped
+train   the five losses and the gradients of all parameters but the norms
+
+torchvision is eager, once as it is shipped and once with cuDNN's fastest
+algorithms. Products are TF32 on both sides, or float32 by --products=float32;
+--dtype=bfloat16 computes in that (torchvision then under autocast).
 
 Images are 384 x 640, scaled to 799 x 1333 and padded to 800 x 1344. torchvision
 needs no compilation; its first call is not timed either. Memory is what the
@@ -30,11 +35,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax.models import mask_rcnn
+from pqf_jax.ops import masks as mask_ops
 from pqf_jax.tasks import detection
 
 _NUM_CLASSES = 91
 _NUM_OBJECTS = 20
 _PADDED = 100
+
+
+# Whether cuDNN looks for its fastest algorithm.
+PEERS = {"torchvision": False, "torchvision tuned": True}
 
 
 class Timing(NamedTuple):
@@ -52,6 +62,8 @@ class Timing(NamedTuple):
 
 
 Run = Callable[[], Any]
+# What --products names: the words of JAX and of torch for it.
+PRODUCTS = {"tf32": ("default", "high"), "float32": ("highest",) * 2}
 
 
 def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
@@ -117,6 +129,18 @@ class Ours:
     batch = jax.device_put({name: batch[name] for name in ("image", "size")})
     return self._time(self.model.apply, self.variables, *batch.values())
 
+  def paste(self, batch: dict[str, np.ndarray]) -> Timing:
+    """Detections with masks of the size of the images' buffer."""
+    batch = jax.device_put({name: batch[name] for name in ("image", "size")})
+    canvas = batch["image"].shape[1:3]
+
+    def run(variables: Any, images: jax.Array, sizes: jax.Array) -> Any:
+      found = self.model.apply(variables, images, sizes)
+      put = functools.partial(mask_ops.paste_on_device, canvas=canvas)
+      return found._replace(masks=jax.vmap(put)(found.masks, found.boxes))
+
+    return self._time(run, self.variables, *batch.values())
+
   def train(self, batch: dict[str, np.ndarray]) -> Timing:
     """Losses and gradients."""
     loss_fn = detection.make_loss(
@@ -165,9 +189,9 @@ def _is_norm(path: tuple[Any, ...]) -> bool:
 
 
 class Torchvision:
-  """The strongest peer: eager, cuDNN's fastest algorithms, no pasting."""
+  """The peer."""
 
-  def __init__(self, options: argparse.Namespace):
+  def __init__(self, options: argparse.Namespace, *, tuned: bool):
     """Random weights whose scores are high enough for 100 detections."""
     import torch  # optional peer
     from torchvision.models import detection as peers
@@ -175,16 +199,15 @@ class Torchvision:
     from torchvision.ops import misc
 
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision(PRODUCTS[options.products][1])
+    torch.backends.cudnn.allow_tf32 = options.products == "tf32"
     backbone = backbone_utils.resnet_fpn_backbone(
       backbone_name="resnet50",
       weights=None,
       norm_layer=functools.partial(misc.FrozenBatchNorm2d, eps=0.0),
       trainable_layers=5,
     )
-    self.torch, self.repeats = torch, options.repeats
+    self.torch, self.repeats, self.tuned = torch, options.repeats, tuned
     self.is_cuda = torch.cuda.is_available()
     self.device = "cuda" if self.is_cuda else "cpu"
     self.autocast = options.dtype == "bfloat16"
@@ -197,7 +220,6 @@ class Torchvision:
     with torch.no_grad():
       self.model.roi_heads.box_predictor.cls_score.weight.mul_(100)
     self.model.to(self.device)
-    self.model.transform.postprocess = lambda found, *sizes: found
 
   def state(self) -> dict[str, np.ndarray]:
     """The weights, for ours."""
@@ -206,6 +228,15 @@ class Torchvision:
 
   def infer(self, batch: dict[str, np.ndarray]) -> Timing:
     """Detections."""
+    transform = self.model.transform
+    transform.postprocess = lambda found, *sizes: found
+    try:
+      return self.paste(batch)
+    finally:
+      del transform.postprocess  # The class has the real one.
+
+  def paste(self, batch: dict[str, np.ndarray]) -> Timing:
+    """Detections with masks of the size of the images."""
     images, _ = self._load(batch)
     self.model.eval()
 
@@ -246,6 +277,7 @@ class Torchvision:
 
   def _time(self, run: Run) -> Timing:
     torch = self.torch
+    torch.backends.cudnn.benchmark = self.tuned
 
     def cast() -> Any:
       with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
@@ -270,29 +302,38 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--jobs", nargs="+", help="infer:B or train:B ...")
+  parser.add_argument(
+    "--jobs",
+    nargs="+",
+    default=["infer:1", "infer:8", "paste:1", "paste:8", "train:2", "train:8"],
+    help="infer:B, paste:B or train:B, B images each",
+  )
   parser.add_argument("--image", nargs=2, type=int, default=[384, 640])
   parser.add_argument("--canvas", nargs=2, type=int, default=[800, 1344])
   parser.add_argument("--min-size", type=int, default=800)
   parser.add_argument("--max-size", type=int, default=1333)
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--repeats", type=int, default=20)
-  parser.add_argument("--no-peers", action="store_true")
+  parser.add_argument("--products", choices=list(PRODUCTS), default="tf32")
+  parser.add_argument("--peers", nargs="*", default=list(PEERS))
   options = parser.parse_args()
-  jobs = options.jobs or ["infer:1", "infer:8", "train:2", "train:8"]
 
-  has_peer = importlib.util.find_spec("torchvision") and not options.no_peers
-  peer = Torchvision(options) if has_peer else None
-  libraries = {"pqf_jax": Ours(options, peer.state() if peer else None)}
-  if peer:
-    libraries["torchvision"] = peer
+  peers = {}
+  if importlib.util.find_spec("torchvision"):
+    for name in options.peers:
+      peers[name] = Torchvision(options, tuned=PEERS[name])
+  state = next(iter(peers.values())).state() if peers else None
+  libraries = {"pqf_jax": Ours(options, state), **peers}
+  jax.config.update(
+    "jax_default_matmul_precision", PRODUCTS[options.products][0]
+  )
   print(
-    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
-    f"{options.dtype}, median of {options.repeats} calls\n"
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.dtype}, "
+    f"products {options.products}, median of {options.repeats} calls\n"
   )
   print("| job | library | ms | images/s | first call, s | GiB |")
   print("|---|---|---|---|---|---|")
-  for job in jobs:
+  for job in options.jobs:
     kind, count = job.split(":")
     batch = make_batch(int(count), *options.image)
     for name, library in libraries.items():

@@ -185,12 +185,12 @@ def page(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
   """Its tables."""
   dense = [row for row in rows if row["kind"] == "dense"]
   compressed = [row for row in rows if row["kind"] == "compressed"]
-  yield from ("## Dense", "", "| learning rate | box AP | mask AP | s |")
-  yield "|---|---|---|---|"
+  yield from ("## Dense", "", "| learning rate | box AP | mask AP |")
+  yield "|---|---|---|"
   for row in dense:
     yield (
       f"| {row['learning_rate']:g} | {100 * row['box_ap']:.2f} | "
-      f"{100 * row['mask_ap']:.2f} | {row['seconds']:.0f} |"
+      f"{100 * row['mask_ap']:.2f} |"
     )
   if not compressed:
     return

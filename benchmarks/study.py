@@ -81,7 +81,9 @@ def run_main(
       stderr=subprocess.STDOUT,
     )
   if done.returncode:
-    raise RuntimeError(f"{workdir} failed:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(
+      f"{workdir} ended with {done.returncode}:\n{log.read_text()[-3000:]}"
+    )
   return json.loads(results.read_text())
 
 

@@ -1,13 +1,17 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from configs import mask_rcnn
-from pqf_jax import models
+from pqf_jax import finetune, models
 from pqf_jax.core import plan as plans
+from pqf_jax.core import trees
 
 
-def planned(variant: str) -> tuple[plans.CompressionPlan, plans.SizeReport]:
+def planned(variant: str) -> tuple[Any, plans.SizeReport, Any]:
   config = mask_rcnn.get_config(variant)
   settings = config.model.to_dict()
   module = models.get_model(settings.pop("name")).make(**settings)
@@ -19,12 +23,12 @@ def planned(variant: str) -> tuple[plans.CompressionPlan, plans.SizeReport]:
   )
   rules = [plans.Rule(*rule) for rule in config.rules]
   plan = plans.make_plan(rules, template)
-  return plan, plans.predict_size(plan, template)
+  return plan, plans.predict_size(plan, template), template
 
 
 def test_the_published_size():
   """6.65 MiB and 25.5x, see the table of uber-research's README."""
-  plan, size = planned("coco")
+  plan, size, _ = planned("coco")
   assert len(plan) == 70
   assert size.payload_bytes == 6_967_876
   assert round(size.payload_bytes / 2**20, 3) == 6.645
@@ -32,7 +36,7 @@ def test_the_published_size():
 
 
 def test_every_kernel_has_the_published_codebook():
-  plan, size = planned("coco")
+  plan, size, _ = planned("coco")
   first = "params/backbone/body/layer1/0/conv1/kernel"
   fewer = {path for path, layer in plan.items() if layer.num_codes != 256}
   assert fewer == {first}
@@ -61,7 +65,34 @@ def test_both_variants_are_recipes_of_detection():
   assert len(planned("nuclei")[0]) == 70
 
 
-@pytest.mark.parametrize("variant", ["large", "coco,nuclei", "voc"])
+@pytest.mark.parametrize(
+  ("words", "num_trained"),
+  [
+    ("coco", 0),
+    ("nuclei,frozen_norms", 0),
+    ("coco,official_norms", 37),  # as their code does it, if not on purpose
+    ("trained_norms", 53),
+  ],
+)
+def test_which_norms_of_the_body_are_trained(words, num_trained):
+  config = mask_rcnn.get_config(words)
+  state = finetune.init_state(
+    planned(words)[2],
+    optax.identity(),
+    config.frozen,
+  )
+  norms = [
+    path
+    for path in trees.flatten(state.trainable)
+    if "/body/" in path and path.endswith("scale")
+  ]
+  assert len(norms) == num_trained
+  assert "params/backbone/body/conv1/kernel" in trees.flatten(state.trainable)
+
+
+@pytest.mark.parametrize(
+  "variant", ["large", "coco,nuclei", "voc", "frozen_norms,trained_norms"]
+)
 def test_other_variants_are_refused(variant):
-  with pytest.raises(ValueError, match=r"voc|large|one data set"):
+  with pytest.raises(ValueError, match=r"voc|large|name one of"):
     mask_rcnn.get_config(variant)

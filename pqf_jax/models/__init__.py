@@ -28,7 +28,8 @@ def get_model(name: str) -> types.ModuleType:
 
   Returns:
     The module, whose `make` builds the network and whose `load_torch` maps
-    weights with torch's names to its variables.
+    weights with torch's names to its variables. Where torch's layout differs
+    in more than names, `arrange` brings a state dict into the common one.
 
   Raises:
     InputError: there is no such model; the message lists those that exist.

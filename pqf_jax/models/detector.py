@@ -103,6 +103,7 @@ class MaskRCNN(nn.Module):
   canvas: tuple[int, int]
   depth: int
   norm_epsilon: float
+  first_dense: str
   anchor_sizes: tuple[tuple[int, ...], ...]
   anchor_ratios: tuple[float, ...]
   num_proposals: int
@@ -119,7 +120,7 @@ class MaskRCNN(nn.Module):
     )
     self.rpn = rpn.RegionProposal(num_anchors, self.dtype)
     self.roi_heads = roi_heads.RoIHeads(
-      self.num_classes, BOX_FEATURES, FEATURES, self.dtype
+      self.num_classes, self.first_dense, BOX_FEATURES, FEATURES, self.dtype
     )
 
   def __call__(self, images: jax.Array, sizes: jax.Array) -> Detections:

@@ -14,7 +14,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pqf_jax import errors
-from pqf_jax.models import detector, fpn, layers, resnet, torch_weights
+from pqf_jax.core import trees
+from pqf_jax.models import (
+  detector,
+  fpn,
+  layers,
+  official,
+  resnet,
+  roi_heads,
+  torch_weights,
+)
 
 PyTree = Any
 Detections = detector.Detections
@@ -27,7 +36,10 @@ RENAMED = (
   (r"rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
 )
 MASK_LAYER = re.compile(r"roi_heads\.mask_head\.(\d+)\.0\.")
-DECONVOLUTION = "roi_heads.mask_predictor.conv5_mask.weight"
+DECONVOLUTION = "roi_heads.mask_predictor.conv5_mask"
+DECONVOLUTION_TAPS = 4
+BOX_HEAD = "roi_heads.box_head"
+FC6_LAYOUTS = {"chw": "fc6", "hwc": "fc6_hwc"}
 
 
 def make(
@@ -38,6 +50,7 @@ def make(
   canvas: tuple[int, int] | None = None,
   depth: int = 50,
   norm_epsilon: float = 0.0,
+  fc6_layout: str = "chw",
   anchor_sizes: Sequence[Sequence[int]] = ANCHOR_SIZES,
   anchor_ratios: Sequence[float] = ANCHOR_RATIOS,
   num_proposals: int = 1000,
@@ -59,6 +72,8 @@ def make(
     depth: of the ResNet; see `resnet.make`.
     norm_epsilon: of the ResNet's norms: 0 in torchvision's COCO_V1 weights,
       1e-5 in others.
+    fc6_layout: order of the rows of the first dense layer: torch's 'chw', or
+      'hwc', in which 16 channels of one position are a sub-vector.
     anchor_sizes: for each of the five maps.
     anchor_ratios: heights over widths.
     num_proposals: boxes to look at.
@@ -84,6 +99,9 @@ def make(
       f"of one length, such as {ANCHOR_SIZES}"
     )
   layers.check_choice("Mask R-CNN", "depth", depth, tuple(resnet.DEPTHS))
+  layers.check_choice(
+    "Mask R-CNN", "fc6_layout", fc6_layout, tuple(FC6_LAYOUTS)
+  )
   layers.check_settings("Mask R-CNN", num_classes, dtype)
   return detector.MaskRCNN(
     num_classes,
@@ -92,6 +110,7 @@ def make(
     canvas,
     depth,
     norm_epsilon,
+    FC6_LAYOUTS[fc6_layout],
     sizes,
     tuple(anchor_ratios),
     num_proposals,
@@ -118,12 +137,66 @@ def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
 
   See `torch_weights.torch_to_flax`.
   """
-  renamed = {_first_name(name): array for name, array in state_dict.items()}
-  if DECONVOLUTION in renamed:
-    # Transposed convolutions are [in, out, h, w] in torch.
-    kernel = np.asarray(renamed[DECONVOLUTION])
-    renamed[DECONVOLUTION] = kernel.swapaxes(0, 1)
-  return torch_weights.torch_to_flax(renamed, template)
+  arranged = arrange(state_dict)
+  name, source = (f"{BOX_HEAD}.{layer}" for layer in ("fc6_hwc", "fc6"))
+  path = f"params/{name.replace('.', '/')}/kernel"
+  if path in trees.flatten(template) and f"{source}.weight" in arranged:
+    weight = np.asarray(arranged.pop(f"{source}.weight"))
+    positions = roi_heads.BOX_BINS**2
+    by_channel = weight.reshape(len(weight), -1, positions)
+    by_position = by_channel.swapaxes(1, 2).reshape(weight.shape)
+    arranged[f"{name}.weight"] = by_position
+    arranged[f"{name}.bias"] = arranged.pop(f"{source}.bias")
+  return torch_weights.torch_to_flax(arranged, template)
+
+
+def arrange(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """Torchvision's first names, and the transposed convolution as others.
+
+  Torch has its kernel as [in, out, h, w], and the authors of the paper its
+  codes as [in, out]; here both begin with the output. Arranging names that are
+  the first ones already twice changes nothing.
+  """
+  arranged = {_first_name(name): array for name, array in state_dict.items()}
+  for entry in (f"{DECONVOLUTION}.weight", DECONVOLUTION + official.CODES):
+    if entry in arranged:
+      swapped = np.asarray(arranged[entry]).swapaxes(0, 1)
+      # Safetensors writes the bytes of other arrays in disorder.
+      arranged[entry] = np.ascontiguousarray(swapped)
+  return arranged
+
+
+def to_official(
+  variables: PyTree, *, norm_epsilon: float = 0.0
+) -> torch_weights.StateDict:
+  """The state dict of the authors' layout; see `official.to_official`.
+
+  `arrange` and `official.from_official` read it back. Their released file
+  could not be had: names, shapes and sizes are those of their configuration,
+  and what their code makes of them is not tested.
+
+  Args:
+    variables: with `VQArray`s; the transposed convolution may have sub-vectors
+      of one channel only, since theirs run over the outputs.
+    norm_epsilon: of the model's norms.
+
+  Raises:
+    InputError: a kernel that the layout cannot hold.
+  """
+  arranged = official.to_official(variables, norm_epsilon=norm_epsilon)
+  codes = arranged.get(DECONVOLUTION + official.CODES)
+  codebook = arranged.get(DECONVOLUTION + official.CODEBOOK)
+  if codes is not None and codebook.shape[1] != DECONVOLUTION_TAPS:
+    raise errors.InputError(
+      f"{DECONVOLUTION} has sub-vectors of {codebook.shape[1]} weights, but "
+      f"the authors' run over outputs; give it {DECONVOLUTION_TAPS}, that is "
+      "one channel"
+    )
+  if f"{BOX_HEAD}.fc6_hwc.bias" in arranged:
+    raise errors.InputError(
+      "fc6_layout='hwc' has no place in the authors' layout; use 'chw'"
+    )
+  return arrange(arranged)
 
 
 def _first_name(name: str) -> str:

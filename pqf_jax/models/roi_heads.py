@@ -23,6 +23,12 @@ MIN_SIDE = 1e-2
 NUM_SAMPLES = 512
 MAX_POSITIVE = 128
 MATCHED_FROM = 0.5
+# How [R, 7, 7, C] becomes [R, 49 C], by the name of the layer that reads it:
+# weights in one order must not be taken for those in the other.
+FLATTEN = {
+  "fc6": lambda x: jnp.moveaxis(x, -1, 1).reshape(len(x), -1),
+  "fc6_hwc": lambda x: x.reshape(len(x), -1),
+}
 
 
 class Picked(NamedTuple):
@@ -64,18 +70,21 @@ class Samples(NamedTuple):
 class BoxHead(nn.Module):
   """Two dense layers.
 
-  The rows of fc6 run over (channel, row, column), as torch's do: 16 consecutive
-  ones are a sub-vector of the paper, and `BlockSpec(16)` of the kernel.
+  The rows of the first run over (channel, row, column), as torch's do, where
+  it is named fc6: 16 consecutive ones are a sub-vector of the paper, and
+  `BlockSpec(16)` of the kernel. As fc6_hwc they run over (row, column,
+  channel): a sub-vector then holds 16 channels of one position.
   """
 
+  first: str
   features: int
   dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[R, 7, 7, C] -> [R, features]."""
-    x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
-    for name in ("fc6", "fc7"):
+    x = FLATTEN[self.first](x)
+    for name in (self.first, "fc7"):
       x = nn.relu(dense(self.features, dtype=self.dtype, name=name)(x))
     return x
 
@@ -152,16 +161,17 @@ class MaskPredictor(nn.Module):
 
 
 class RoIHeads(nn.Module):
-  """Both heads."""
+  """Both heads; `first_dense` is a name in `FLATTEN`."""
 
   num_classes: int
+  first_dense: str
   box_features: int
   mask_features: int
   dtype: DTypeLike
 
   def setup(self) -> None:
     """Makes the layers, under torchvision's names."""
-    self.box_head = BoxHead(self.box_features, self.dtype)
+    self.box_head = BoxHead(self.first_dense, self.box_features, self.dtype)
     self.box_predictor = BoxPredictor(self.num_classes, self.dtype)
     self.mask_head = MaskHead(self.mask_features, self.dtype)
     self.mask_predictor = MaskPredictor(self.num_classes, self.dtype)

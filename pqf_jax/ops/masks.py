@@ -4,6 +4,8 @@ A network's mask is a small square that covers a box. Masks of images are
 packed, eight pixels a byte, first pixel in the highest bit (`np.packbits`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from pqf_jax.ops import resize, roi_align
 # Boxes whose masks are unpacked at a time: 16 of 640 x 640 are 26 MB.
 NUM_UNPACKED = 16
 THRESHOLD = 0.5
+Array = Any
+"""A NumPy or JAX array."""
 
 
 def crop_masks(
@@ -115,22 +119,94 @@ def paste_masks(
   """
   masks, boxes = np.asarray(masks), np.asarray(boxes)
   pasted = np.zeros((len(masks), height, width), bool)
-  # A rim of zeros, and boxes larger by as much, let the edges fade out.
+  padded, corners = _with_rim(masks, boxes)
+  for mask, corner, image in zip(padded, corners, pasted, strict=True):
+    left, top, right, bottom = map(int, corner)
+    inside = _inside(top, bottom, height), _inside(left, right, width)
+    rows = _stretch(inside[0], top, bottom, mask)
+    columns = _stretch(inside[1], left, right, mask)
+    image[inside] = rows @ mask @ columns.T > threshold
+  return pasted
+
+
+def paste_on_device(
+  masks: jax.Array,
+  boxes: jax.Array,
+  *,
+  canvas: tuple[int, int],
+  threshold: float = THRESHOLD,
+) -> jax.Array:
+  """`paste_masks` under jit: every image in a canvas of one size.
+
+  The canvas takes part in full, the host's form in what boxes cover of it.
+
+  Args:
+    masks: [N, P, P] probabilities.
+    boxes: [N, 4] in pixels of the image, which is the top left of the canvas.
+    canvas: height and width of the result; what lies outside of the image is
+      to be cut off.
+    threshold: as there.
+
+  Returns:
+    bool [N, *canvas].
+  """
+  padded, corners = _with_rim(masks, boxes)
+  bins = jnp.arange(padded.shape[1], dtype=jnp.int32).reshape(1, 1, -1)
+
+  def stretch(first: jax.Array, last: jax.Array, length: int) -> jax.Array:
+    pixels = jnp.arange(length, dtype=jnp.int32)[None] - first[:, None]
+    size = (last - first + 1)[:, None]
+    low, high, above = _sources(pixels, size, padded)
+    weights = jnp.where(bins == low[..., None], 1 - above[..., None], 0)
+    weights += jnp.where(bins == high[..., None], above[..., None], 0)
+    return jnp.where(((pixels >= 0) & (pixels < size))[..., None], weights, 0)
+
+  return (
+    jnp.einsum(
+      "nhp,npq,nwq->nhw",
+      stretch(corners[:, 1], corners[:, 3], canvas[0]),
+      padded,
+      stretch(corners[:, 0], corners[:, 2], canvas[1]),
+      precision=lax.Precision.HIGHEST,
+    )
+    > threshold
+  )
+
+
+def _with_rim(masks: Array, boxes: Array) -> tuple[Array, Array]:
+  """Masks with a rim of zeros, in boxes larger by as much: edges fade out.
+
+  Returns:
+    (masks [N, P + 2, P + 2], first and last pixels int [N, 4] as x1, y1, x2,
+    y2), of the arrays' own library.
+  """
+  numpy = masks.__array_namespace__()
   bins = masks.shape[1]
-  padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
   half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((bins + 2) / bins)
   center = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-  corners = np.concatenate([center - half, center + half], axis=1)
+  corners = numpy.concatenate([center - half, center + half], axis=1)
   # Toward zero, as torch rounds to integers.
-  for mask, corner, image in zip(
-    padded, np.trunc(corners).astype(np.int64), pasted, strict=True
-  ):
-    left, top, right, bottom = map(int, corner)
-    rows = _stretch(mask.shape[0], top, bottom, height, mask.dtype)
-    columns = _stretch(mask.shape[1], left, right, width, mask.dtype)
-    region = image[_inside(top, bottom, height), _inside(left, right, width)]
-    region[:] = rows @ mask @ columns.T > threshold
-  return pasted
+  corners = numpy.trunc(corners).astype(np.int32)
+  return numpy.pad(masks, ((0, 0), (1, 1), (1, 1))), corners
+
+
+def _sources(
+  pixels: Array, size: Array | int, mask: Array
+) -> tuple[Array, Array, Array]:
+  """What bilinear interpolation reads of a mask stretched to `size` pixels.
+
+  Returns:
+    (row before int, row behind int, weight of the latter) of every pixel.
+  """
+  numpy = mask.__array_namespace__()
+  count = mask.shape[-1]
+  ratio = numpy.asarray(count, mask.dtype) / numpy.maximum(size, 1).astype(
+    mask.dtype
+  )
+  source = numpy.maximum((pixels.astype(mask.dtype) + 0.5) * ratio - 0.5, 0)
+  low = numpy.minimum(source.astype(np.int32), count - 1)
+  above = source - low.astype(mask.dtype)
+  return low, numpy.minimum(low + 1, count - 1), above
 
 
 def _inside(first: int, last: int, length: int) -> slice:
@@ -140,17 +216,12 @@ def _inside(first: int, last: int, length: int) -> slice:
 
 
 def _stretch(
-  count: int, first: int, last: int, length: int, dtype: np.dtype
+  inside: slice, first: int, last: int, mask: np.ndarray
 ) -> np.ndarray:
-  """[pixels inside, count]: bilinear weights of the mask's rows."""
-  inside = _inside(first, last, length)
+  """[pixels inside, P + 2]: bilinear weights of the mask's rows."""
   pixels = np.arange(inside.start, inside.stop) - first
-  ratio = dtype.type(count) / dtype.type(max(last - first + 1, 1))
-  source = np.maximum((pixels.astype(dtype) + 0.5) * ratio - 0.5, 0)
-  low = np.minimum(source.astype(np.int64), count - 1)
-  high = np.minimum(low + 1, count - 1)
-  above = (source - low).astype(dtype)
-  matrix = np.zeros((len(pixels), count), dtype)
+  low, high, above = _sources(pixels, np.asarray(last - first + 1), mask)
+  matrix = np.zeros((len(pixels), len(mask)), mask.dtype)
   row = np.arange(len(pixels))
   matrix[row, low] += 1 - above
   matrix[row, high] += above

@@ -46,11 +46,12 @@ def read(
     if packed:
       _check_packed(content, template)
       return content
-    if official.is_official(content):
-      return official.from_official(
-        content, template, norm_epsilon=norm_epsilon
-      )
-    return models.get_model(model_name).load_torch(content, template)
+    model = models.get_model(model_name)
+    if not official.is_official(content):
+      return model.load_torch(content, template)
+    if hasattr(model, "arrange"):
+      content = model.arrange(content)
+    return official.from_official(content, template, norm_epsilon=norm_epsilon)
   except errors.InputError as error:
     raise errors.InputError(f"{source}: {error}") from error
 

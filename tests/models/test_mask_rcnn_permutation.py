@@ -197,7 +197,7 @@ def compressed(leaf, channels):
 
 
 def test_heads_read_compressed_kernels_as_they_are():
-  heads = roi_heads.RoIHeads(3, 32, 16, jnp.float32)
+  heads = roi_heads.RoIHeads(3, "fc6", 32, 16, jnp.float32)
   rng = np.random.default_rng(0)
   boxes = jnp.asarray(rng.normal(size=(4, 7, 7, 16)), jnp.float32)
   masks = jnp.asarray(rng.normal(size=(4, 14, 14, 16)), jnp.float32)
@@ -249,3 +249,33 @@ def test_the_whole_network_takes_a_compressed_tree():
   assert found.boxes.shape == (1, case.num_detections, 4)
   nodes = trees.flatten(tree, vq_array.is_vq).values()
   assert sum(map(vq_array.is_vq, nodes)) == 70
+
+
+def test_fc6_by_position_is_the_same_function():
+  weights = cases.weights(18, 5)
+  rng = np.random.default_rng(0)
+  pooled = jnp.asarray(rng.normal(size=(3, 7, 7, 256)), jnp.float32)
+  outputs, kernels = [], []
+  for layout, name in (("chw", "fc6"), ("hwc", "fc6_hwc")):
+    model = cases.make(mask_rcnn_weights.SMALL, jnp.float32, fc6_layout=layout)
+    variables = mask_rcnn.load_torch(weights, cases.shapes(model, jnp.float32))
+    params = variables["params"]["roi_heads"]["box_head"]
+    head = roi_heads.BoxHead(name, 1024, jnp.float32)
+    outputs.append(head.apply({"params": params}, pooled))
+    kernels.append(params[name]["kernel"])
+
+    def mixed(variables, pooled, head=head):
+      mix, params = variables["mix"], variables["params"]
+      return head.apply({"params": params}, pooled @ mix)
+
+    both = {"params": params, "mix": jnp.eye(256)}
+    axes = discover.infer_channels(mixed, both, pooled)
+    rows = axes[f"params/{name}/kernel"][0]
+    assert (rows.outer, rows.inner) == ((49, 1) if layout == "hwc" else (1, 49))
+    assert rows.group == axes["mix"][1].group
+  np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+  assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+  # Channels 16 to 31 of the first position, of the first output.
+  block = blocks.BlockSpec(16).to_blocks(kernels[1])[0, 1]
+  torchs = weights["roi_heads.box_head.fc6.weight"].reshape(1024, 256, 49)
+  np.testing.assert_allclose(block, torchs[0, 16:32, 0], rtol=1e-6)

@@ -97,6 +97,24 @@ def test_boxes_outside_the_image_paste_nothing():
   assert found[2].sum() <= 4
 
 
+@pytest.mark.parametrize("canvas", [(40, 56), (64, 64)])
+def test_the_device_pastes_what_the_host_does(canvas):
+  rng = np.random.default_rng(3)
+  corners = rng.uniform(-6, 50, (60, 2))
+  boxes = np.concatenate([corners, corners + rng.uniform(0, 40, (60, 2))], 1)
+  masks = rng.random((60, 28, 28))
+  height, width = 40, 50
+  expected = mask_ops.paste_masks(masks, boxes, height, width)
+  assert 0.1 < expected.any((1, 2)).mean() < 1
+  with jax.enable_x64(True):
+    pasted = jax.jit(
+      lambda *arguments: mask_ops.paste_on_device(*arguments, canvas=canvas)
+    )(jnp.array(masks), jnp.array(boxes))
+  pasted = np.asarray(pasted)
+  assert pasted.shape == (60, *canvas)
+  np.testing.assert_array_equal(pasted[:, :height, :width], expected)
+
+
 def test_pasting_equals_torchvisions():
   try:
     import torch

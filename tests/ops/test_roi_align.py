@@ -161,3 +161,19 @@ def test_pooling_equals_torchvisions(pool):
   np.testing.assert_allclose(
     np.moveaxis(found, 3, 1), expected.numpy(), atol=1e-10
   )
+
+
+@pytest.mark.parametrize(
+  ("platform", "is_read"), [("cpu", True), ("cuda", True), ("tpu", False)]
+)
+def test_the_form_is_that_of_the_platform_compiled_for(platform, is_read):
+  maps = [jnp.ones((size, size, 8)) for size in (16, 8)]
+  boxes, size = jnp.array([[1.0, 2, 30, 40]]), jnp.array([64, 64])
+
+  def loss(maps):
+    return roi_align.roi_align(maps, boxes, size, num_bins=7).sum()
+
+  traced = jax.jit(jax.grad(loss)).trace(maps)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert ("stablehlo.scatter" in text) == is_read
+  assert ("stablehlo.dot_general" in text) == (not is_read)
