@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pqf_jax.ops import nearest, packing, pieces, segments
-from pqf_jax.ops.kernels import nearest_gpu, sums_gpu
+from pqf_jax.ops.kernels import clusters_tpu, nearest_gpu, sums_gpu
 
 Tree = Any
 
@@ -65,29 +65,38 @@ class Form(NamedTuple):
   Attributes:
     prepare: (points) -> what the others need of the points, made once.
     codes: (prepared, codebooks [L, K, D]) -> [B, 1024] int32.
-    sums: (prepared, codebooks, most rows of a layer) -> integers, which may be
-      added up over devices.
-    totals: (prepared, integers) -> Totals.
+    sums: (prepared, codebooks, most rows of a layer on this device) -> whole
+      numbers, to be added up over devices.
+    totals: (prepared, those numbers) -> Totals.
+    unroll: steps of a turn of the loop, which itself costs time on a GPU.
   """
 
   prepare: Callable[[Points], Tree]
   codes: Callable[[Tree, jax.Array], jax.Array]
   sums: Callable[[Tree, jax.Array, int], Tree]
   totals: Callable[[Tree, Tree], Totals]
+  unroll: int = 1
 
 
 def by_platform(
-  run: Callable[..., Tree], length: int, num_codes: int, *arguments: Tree
+  run: Callable[..., Tree],
+  *arguments: Tree,
+  length: int,
+  num_codes: int,
+  most_rows: int,
 ) -> Tree:
   """Returns `run(form, *arguments)` with the form of the platform.
 
   Args:
     run: traced once a platform that the program may be compiled for.
+    *arguments: trees of arrays.
     length: D.
     num_codes: K.
-    *arguments: trees of arrays.
+    most_rows: of the layer that has most, padding included, on a device.
   """
   forms = {"cpu": _SCATTERED, "default": _SCATTERED}
+  if most_rows <= clusters_tpu.MOST_ROWS:
+    forms["tpu"] = _PRODUCTS
   if (
     nearest_gpu.is_available()
     and nearest_gpu.fits(length, num_codes)
@@ -144,7 +153,12 @@ def _scattered_totals(
 ) -> Totals:
   points = prepared.points
   sums = segments.merged(*integers)
-  sums = sums.reshape(points.scale.shape[0], -1, sums.shape[1])
+  num_layers, num_words = points.scale.shape[0], sums.shape[1]
+  return _word_totals(points, sums.reshape(num_layers, -1, num_words))
+
+
+def _word_totals(points: Points, sums: jax.Array) -> Totals:
+  """From the sums of the words, [L, K, 2 D + 2] float32."""
   return Totals(
     vectors=segments.from_words(sums[:, :, :-2]) * points.scale[:, None],
     norms=sums[:, :, -2] * (points.norm_scale * segments.LOW_UNIT),
@@ -201,7 +215,8 @@ def _kernel_sums(
   @jax.custom_batching.sequential_vmap
   def sums(*columns: jax.Array) -> jax.Array:
     *columns, codes, layers, units = columns
-    return sums_gpu.sums(columns, codes, layers, units, codebooks.shape[1])
+    num_codes = codebooks.shape[1]
+    return sums_gpu.sums(columns, codes, layers, units, num_codes, num_coarse=2)
 
   codes = _kernel_codes(prepared, codebooks)
   return sums(*prepared.columns, codes, prepared.layers, prepared.units)
@@ -216,4 +231,69 @@ def _kernel_totals(prepared: _Operands, integers: jax.Array) -> Totals:
   return Totals(jnp.moveaxis(sums[:, :-2], 1, 2), sums[:, -2], sums[:, -1])
 
 
-_KERNELS = Form(_operands, _kernel_codes, _kernel_sums, _kernel_totals)
+_KERNELS = Form(
+  _operands, _kernel_codes, _kernel_sums, _kernel_totals, unroll=4
+)
+
+
+class _Digits(NamedTuple):
+  """What the kernel for a TPU reads.
+
+  Attributes:
+    points: for their scales.
+    vectors: [B, depth, 1024] bfloat16, from `pieces`.
+    digits: [B, 4 D + 4, 1024] bfloat16: the lower 8 bits of every word, then
+      the upper ones.
+  """
+
+  points: Points
+  vectors: jax.Array
+  digits: jax.Array
+
+
+def _digits(points: Points) -> _Digits:
+  words = _words(points).words.reshape(*points.norms.shape, -1)
+  digits = jnp.concatenate([words & 0xFF, words >> 8], axis=2)
+  return _Digits(
+    points,
+    pieces.of_vectors(points.columns),
+    jnp.moveaxis(digits, 2, 1).astype(jnp.bfloat16),
+  )
+
+
+@jax.custom_batching.sequential_vmap
+def _assign_and_add(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return clusters_tpu.assign_and_add(*arguments)
+
+
+def _assigned_and_added(
+  prepared: _Digits, codebooks: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  return _assign_and_add(
+    prepared.vectors,
+    prepared.digits,
+    nearest.tables(codebooks),
+    prepared.points.places.layers,
+  )
+
+
+def _product_codes(prepared: _Digits, codebooks: jax.Array) -> jax.Array:
+  return _assigned_and_added(prepared, codebooks)[0]
+
+
+def _product_sums(
+  prepared: _Digits, codebooks: jax.Array, most_rows: int
+) -> jax.Array:
+  del most_rows  # `by_platform` has seen to it.
+  return _assigned_and_added(prepared, codebooks)[1]
+
+
+def _product_totals(prepared: _Digits, integers: jax.Array) -> Totals:
+  # As `segments.merged` wants them: low + high * 2^15.
+  low, high = jnp.split(jnp.moveaxis(integers, 1, 2), 2, axis=2)
+  high = high + (low >> 8)
+  low = (low & 0xFF) + ((high & 0x7F) << 8)
+  return _word_totals(prepared.points, segments.merged(low, high >> 7))
+
+
+_PRODUCTS = Form(_digits, _product_codes, _product_sums, _product_totals)

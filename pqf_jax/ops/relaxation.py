@@ -24,8 +24,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pqf_jax.ops import clusters, nearest, packing, reseeding
 
-_UNROLL = 1
-
 Rule = Callable[[reseeding.Clusters], reseeding.Proposal]
 
 
@@ -161,8 +159,16 @@ def _loop(
 ) -> Fitted:
   _, num_codes, length = starts.shape
   run = functools.partial(_iterate, options=options)
-  arguments = prepared, starts, schedule, normals
-  return clusters.by_platform(run, length, num_codes, *arguments)
+  return clusters.by_platform(
+    run,
+    prepared,
+    starts,
+    schedule,
+    normals,
+    length=length,
+    num_codes=num_codes,
+    most_rows=options.most_rows,
+  )
 
 
 def _iterate(
@@ -197,7 +203,9 @@ def _iterate(
     return moved, gains
 
   start = starts - prepared.offset[:, None]
-  codebooks, trace = lax.scan(step, start, (schedule, normals), unroll=_UNROLL)
+  codebooks, trace = lax.scan(
+    step, start, (schedule, normals), unroll=form.unroll
+  )
   codes = form.codes(operands, codebooks)
   residual = jnp.stack(points.columns, 2)
   residual = residual - codebooks[points.places.layers[:, None], codes]

@@ -24,18 +24,19 @@ from pqf_jax.ops import pieces
 FIRST_JAX = (0, 11)
 """The backend's functions had other arguments before."""
 
-# Sub-vectors and centroids of one matrix product, and the columns of it whose
-# minima a thread carries side by side.
+# Sub-vectors of one matrix product, and the columns of it whose minima a thread
+# carries side by side.
 _ROWS = 64
-_COLUMNS = 64
 _FOLD = 8
+
+# Centroids of one matrix product.
+_COLUMNS = 64
 
 # Tiles of sub-vectors that a warpgroup has in shared memory: while it works on
 # one, the other arrives.
 _SLOTS = 2
 
-# Of an H100 or H200.
-_NUM_PROCESSORS = 132
+# Of an H100 or H200, less what the backend takes.
 _SHARED_BYTES = 232448 - 4096
 
 # The score of rows that only fill up a table.
@@ -56,7 +57,7 @@ def is_available() -> bool:
 
 def fits(length: int, num_codes: int) -> bool:
   """Whether a codebook [K, D] fits into shared memory."""
-  return _shared_bytes(length, num_codes, num_warpgroups=1) <= _SHARED_BYTES
+  return _fits(pieces.depth(length), num_codes, num_warpgroups=1)
 
 
 def nearest(
@@ -75,7 +76,7 @@ def nearest(
     vectors: [B, depth, 1024] bfloat16, from `pieces.of_vectors`.
     tables: [L, K, D + 1] float32; row (r, f) scores x by r + <x, f>.
     layers: [B] int32, which table a block is scored with.
-    num_warpgroups: that share a block, 1, 2 or 4; None: what was fastest.
+    num_warpgroups: that share a block, 1, 2 or 4; None: 4 if they fit.
     interpret: the interpreter of Pallas to run it with, for tests on a CPU.
 
   Returns:
@@ -85,7 +86,7 @@ def nearest(
   num_blocks, depth, block = vectors.shape
   num_codes = tables.shape[1]
   if num_warpgroups is None:
-    num_warpgroups = 2
+    num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
   transforms = _transforms(depth)
   kernel = gpu.kernel(
     _body,
@@ -122,9 +123,10 @@ def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
   return gpu.TilingTransform((8, swizzle // 2)), gpu.SwizzleTransform(swizzle)
 
 
-def _shared_bytes(length: int, num_codes: int, num_warpgroups: int) -> int:
-  rows = num_codes + -num_codes % _COLUMNS + num_warpgroups * _SLOTS * _ROWS
-  return 2 * pieces.depth(length) * rows
+def _fits(depth: int, num_codes: int, num_warpgroups: int) -> bool:
+  held = num_codes + -num_codes % _COLUMNS
+  rows = held + num_warpgroups * _SLOTS * _ROWS
+  return 2 * depth * rows <= _SHARED_BYTES
 
 
 def _body(

@@ -11,12 +11,11 @@ below it what Pallas has no name for: addition at addresses that are data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mosaic
@@ -34,9 +33,6 @@ _MOST_COPIED = 256
 
 _WORD_BITS = 15
 
-Add = Callable[[jax.Ref, jax.Array, Sequence[jax.Array], Any], None]
-"""(sums [C, K], codes [R], C words [R], layout): sums[:, codes[i]] += w[i]."""
-
 
 def fits(num_columns: int, num_segments: int) -> bool:
   """Whether a block's sums fit into shared memory."""
@@ -50,8 +46,7 @@ def sums(
   units: jax.Array,
   num_segments: int,
   *,
-  add: Add | None = None,
-  interpret: Any = False,
+  num_coarse: int = 0,
 ) -> jax.Array:
   """Adds up, in integers, the rows of each segment of each layer.
 
@@ -64,9 +59,7 @@ def sums(
     layers: [B] int32, the layer of a block.
     units: [L, C] float32, powers of two; |x| u is at most 2^14.
     num_segments: K of a layer.
-    add: how rows are added; None: by atomic additions, which the interpreter
-      does not have.
-    interpret: the interpreter of Pallas to run it with, for tests on a CPU.
+    num_coarse: of the last columns, of which no low words are added up.
 
   Returns:
     [L, 2 C, K] int32: a column's low words, its high words, ... Low words have
@@ -78,7 +71,7 @@ def sums(
 
   def body(*refs: jax.Ref) -> None:
     pl.run_scoped(
-      functools.partial(_body, *refs, add=add or _add_atomically),
+      functools.partial(_body, *refs, num_coarse=num_coarse),
       gpu.SMEM(shape, jnp.int32),
       gpu.Barrier(num_arrivals=_NUM_WARPGROUPS),
       collective_axes="warpgroup",
@@ -90,7 +83,7 @@ def sums(
     num_threads=_NUM_WARPGROUPS,
     thread_name="warpgroup",
   )
-  kernel = pl.kernel(body, mesh=mesh, interpret=interpret)
+  kernel = pl.kernel(body, mesh=mesh)
   kernel(*columns, codes, layers, units, totals)
   merged = jnp.moveaxis(totals[...], 1, 2).reshape(-1, shape[1], held)
   return merged[:, :, :num_segments]
@@ -125,7 +118,7 @@ class _Vector:
     return gpu.layout_cast(jnp.full((self.size,), value, dtype), self.layout)
 
 
-def _body(*refs: jax.Ref, add: Add) -> None:
+def _body(*refs: jax.Ref, num_coarse: int) -> None:
   """One block; its warpgroups share the sums."""
   *columns, codes, layers, units, totals, sums, together = refs
   block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -170,14 +163,15 @@ def _body(*refs: jax.Ref, add: Add) -> None:
     gpu.copy_smem_to_gmem(sums.at[index], target, reduction_op="add")
 
   each(num_chunks * num_words, clear)
-  words = []
+  segments = rows.load(codes.at[here])
   for index, column in enumerate(columns):
     unit = rows.full(units[layer, index], jnp.float32)
     scaled = rows.load(column.at[here]) * unit
     high = _rounded(scaled)
     low = _rounded((scaled - high) * rows.full(2.0**_WORD_BITS, jnp.float32))
-    words += [low.astype(jnp.int32), high.astype(jnp.int32)]
-  add(sums, rows.load(codes.at[here]), words, rows.layout)
+    _add(sums, 2 * index + 1, segments, high.astype(jnp.int32), rows.layout)
+    if index < len(columns) - num_coarse:
+      _add(sums, 2 * index, segments, low.astype(jnp.int32), rows.layout)
   meet()
   each(num_chunks * len(columns), carry_over)
   each(num_chunks, flush)
@@ -188,39 +182,40 @@ def _rounded(values: jax.Array) -> jax.Array:
   return lax.round(values, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
-def _add_atomically(
-  sums: jax.Ref, codes: jax.Array, words: Sequence[jax.Array], layout: Any
+def _add(
+  sums: jax.Ref, row: int, codes: jax.Array, words: jax.Array, layout: Any
 ) -> None:
-  """A thread adds the words of its rows, one after another."""
-  _, num_words, chunk = sums.shape
+  """Adds each word to the sum of its code; a thread, its own words."""
+  _, num_rows, chunk = sums.shape
 
-  @gpu.inline_mgpu(arg_types=(gpu.RefType(), layout, *(layout for _ in words)))
-  def add(_: Any, sums: ir.Value, codes: Any, *words: Any) -> tuple[()]:
+  @gpu.inline_mgpu(arg_types=(gpu.RefType(), layout, layout))
+  def add(_: Any, sums: ir.Value, codes: Any, words: Any) -> tuple[()]:
     i32 = ir.IntegerType.get_signless(32)
     start = llvm.ptrtoint(i32, mosaic.utils.memref_ptr(sums))
 
     def constant(value: int) -> ir.Value:
       return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-    def element(array: Any, index: tuple[int, ...], lane: int) -> ir.Value:
-      return vector.extract(array.registers[index], [], [lane])
-
-    for index, register in np.ndenumerate(codes.registers):
-      for lane in range(ir.VectorType(register.type).shape[0]):
-        code = element(codes, index, lane)
-        first = arith.muli(
-          arith.divui(code, constant(chunk)), constant(chunk * (num_words - 1))
-        )
-        offset = arith.muli(arith.addi(first, code), constant(4))
-        address = arith.addi(start, offset)
-        for row, word in enumerate(words):
-          llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [address, element(word, index, lane)],
-            f"red.shared::cta.add.u32 [$0 + {4 * row * chunk}], $1;",
-            "r,r",
-            has_side_effects=True,
-          )
+    for code, word in zip(_elements(codes), _elements(words), strict=True):
+      # All rows of a chunk lie before those of the next.
+      skipped = arith.muli(
+        arith.divui(code, constant(chunk)), constant(chunk * (num_rows - 1))
+      )
+      offset = arith.muli(arith.addi(skipped, code), constant(4))
+      llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [arith.addi(start, offset), word],
+        f"red.shared::cta.add.u32 [$0 + {4 * row * chunk}], $1;",
+        "r,r",
+        has_side_effects=True,
+      )
     return ()
 
-  add(sums, codes, *words)
+  add(sums, codes, words)
+
+
+def _elements(array: Any) -> Iterator[ir.Value]:
+  """The numbers of an array that this thread holds."""
+  for register in array.registers.flat:
+    for lane in range(ir.VectorType(register.type).shape[0]):
+      yield vector.extract(register, [], [lane])
