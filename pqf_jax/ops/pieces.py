@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Which piece of a sub-vector meets which piece of a centroid.
-_PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
+PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
+"""Which piece of a sub-vector meets which piece of a centroid."""
 
 # The depth of a product is a multiple of it: what one instruction of a GPU and
 # a tile of a TPU have room for. Beyond twice that, of four times.
@@ -30,7 +30,7 @@ _DEPTH = 32
 
 def depth(length: int) -> int:
   """The contraction of a product for sub-vectors of length D, padded."""
-  needed = len(_PAIRS) * length + 3
+  needed = len(PAIRS) * length + 3
   unit = _DEPTH if needed <= _DEPTH else 2 * _DEPTH
   return -(-needed // unit) * unit
 
@@ -38,7 +38,7 @@ def depth(length: int) -> int:
 def of_vectors(columns: Sequence[jax.Array]) -> jax.Array:
   """D columns [B, 1024] float32 -> [B, depth, 1024] bfloat16."""
   split = [_split(column) for column in columns]
-  rows = [pieces[i] for i, _ in _PAIRS for pieces in split]
+  rows = [pieces[i] for i, _ in PAIRS for pieces in split]
   rows += [jnp.ones_like(columns[0])] * 3
   stacked = jnp.stack(rows, axis=1)
   padding = depth(len(columns)) - stacked.shape[1]
@@ -52,7 +52,7 @@ def of_tables(tables: jax.Array) -> jax.Array:
   """
   norms = _split(tables[:, :, :1])
   factors = _split(tables[:, :, 1:])
-  rows = jnp.concatenate([*(factors[j] for _, j in _PAIRS), *norms], axis=2)
+  rows = jnp.concatenate([*(factors[j] for _, j in PAIRS), *norms], axis=2)
   padding = depth(tables.shape[2] - 1) - rows.shape[2]
   rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding)))
   return jnp.moveaxis(rows, 2, 1).astype(jnp.bfloat16)
