@@ -34,6 +34,7 @@ class Method(NamedTuple):
     fit: (vectors [N, D], rows of the first centroids [K], steps, seed) -> Fit.
     assign: (vectors, codebook [K, D]) -> codes [N], if it can be called.
     num_steps: iterations of a timed call.
+    error_steps: iterations before the error is measured.
   """
 
   label: str
@@ -43,6 +44,7 @@ class Method(NamedTuple):
   fit: Callable[[np.ndarray, np.ndarray, int, int], Fit]
   assign: Callable[[np.ndarray, np.ndarray], Any] | None = None
   num_steps: int = 20
+  error_steps: int = 100
 
 
 def available() -> list[Method]:
@@ -311,7 +313,7 @@ def fast_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def exact_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-  """Argmin in float64, for judging the others."""
+  """Argmin in float64, to judge others by."""
   wide = np.asarray(codebook, np.float64)
   norms = np.square(wide).sum(axis=1)
   return np.concatenate(
@@ -323,10 +325,25 @@ def exact_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 OURS = Method(
-  "pqf_jax", "pqf_jax", "any", "float32", ours, nearest.assign, num_steps=200
+  "pqf_jax", "pqf_jax", "any", "float32", ours, nearest.assign, 1000, 1000
 )
-METHODS = (
+STANDARD = (
   OURS,
+  Method("scikit-learn", "sklearn", "cpu", "float32", sklearn_lloyd),
+  Method("FAISS", "faiss", "cpu", "float32", faiss_lloyd),
+  Method("torch", "torch", "any", "float32", torch_lloyd, torch_assign),
+  Method(
+    "torch, as the paper", "torch", "any", "float32", torch_paper,
+    torch_assign, num_steps=5,
+  ),
+  Method("flash-kmeans", "flash_kmeans", "gpu", "TF32", flash, flash_assign),
+  Method(
+    "fastkmeans", "fastkmeans", "gpu", "float16", fast, fast_assign,
+    num_steps=10,
+  ),
+)  # fmt: skip
+METHODS = (
+  *STANDARD,
   OURS._replace(
     label="pqf_jax, 3 of 6 products",
     device="gpu",
@@ -341,12 +358,4 @@ METHODS = (
     fit=fewer_products(1),
     assign=fewer_products_assign(1),
   ),
-  Method("scikit-learn", "sklearn", "cpu", "float32", sklearn_lloyd),
-  Method("FAISS", "faiss", "cpu", "float32", faiss_lloyd),
-  Method("torch", "torch", "any", "float32", torch_lloyd, torch_assign),
-  Method(
-    "torch, as the paper", "torch", "any", "float32", torch_paper, torch_assign
-  ),
-  Method("flash-kmeans", "flash_kmeans", "gpu", "TF32", flash, flash_assign),
-  Method("fastkmeans", "fastkmeans", "gpu", "float16", fast, fast_assign),
 )
