@@ -1,275 +1,283 @@
-"""Time of one k-means iteration, ours and others', by shape.
+"""Time, memory and quality of k-means, ours and others', by shape.
 
     python benchmarks/kmeans.py
-    python benchmarks/kmeans.py --shapes 262144,9,256 --steps 200 --repeats 5
+    python benchmarks/kmeans.py --shapes 262144,9,256 --docs /tmp/try
 
-Runs on JAX's default device. Ours is a whole `kmeans_of_layers` call (random
-start, noise, empty clusters, error of every step) divided by --steps. Times are
-the best of --repeats calls; compile time is what the first call took beyond
-that. `floor` is time over that of D + 3 instructions for each pair on an H100
-at 1.755 GHz, the least that exact float32 can take there. Peers run when they
-can be imported, from the first K sub-vectors, without subsampling or early
-stop; in float32 unless said:
+Measures every method that can run here (benchmarks/kmeans_methods.py) on normal
+draws, adds what came out to `docs/kmeans.json`, and writes `docs/kmeans.md` and
+`docs/kmeans.svg` (if there is matplotlib) from all that it holds. `--shapes`
+alone measures nothing. With a GPU, methods of the CPU are left out.
 
-- scikit-learn: KMeans(algorithm='lloyd'), on the CPU, all cores.
-- faiss: Kmeans, on the CPU, all cores.
-- torch: addmm, argmin, index_add_, on the GPU if torch has one. Plain k-means.
-- torch, paper: the formulas of section 3.3 one by one: |x|^2 + |c|^2 - 2 x c in
-  16 chunks, noise on the data, a mean over the sub-vectors of each centroid.
-- flash_kmeans (TF32) and fastkmeans (float16), with a GPU.
-
-The published code of PQF (PyTorch, 2 CPU cores) took 1965, 1101 and about
-10000 ms per iteration at 262144,9,256, at 131072,18,256 and at 128000,4,2048.
-Error is the mean squared error after --steps. Annealing pays from about 100
-steps on (benchmarks/kmeans_quality.py).
+- us: a call of several iterations, divided by their number (1,000 for ours, as
+  a job has, 5 to 20 for others): median of --repeats calls and their range.
+  Ours is a whole `kmeans_of_layers` call: random start, noise, empty clusters,
+  error of every step. Compile: what the first call took beyond the median.
+- floor: time over that of D + 3 instructions for each pair on an H100 at 1.755
+  GHz, the least that exact float32 can take there without matrix units.
+- bytes: the most that was held on the GPU; ours as compiled.
+- codes: share of sub-vectors with another code than the argmin in float64, of a
+  codebook of random sub-vectors.
+- error: mean squared error over the mean of ours, mean and range of five seeds,
+  with exact codes of the final codebook for all. After 1,000 iterations of ours
+  and 100 of others, which takes ours less time on a GPU. Only ours and `torch,
+  as the paper` have noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
+import importlib.metadata
 import importlib.util
+import json
+import pathlib
+import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
+import kmeans_methods
 import numpy as np
 
-from pqf_jax.ops import kmeans, nearest
+from pqf_jax.ops import nearest
+
+ROOT = pathlib.Path(__file__).parents[1]
+Record = dict[str, Any]
 
 # A second, of one lane, on an H100: 132 processors, 128 lanes, 1.755 GHz.
 _INSTRUCTIONS = 132 * 128 * 1.755e9
 
-_SHAPES = ("262144,9,256", "131072,18,256", "128000,4,2048", "16384,9,256")
-
-Run = Callable[[], tuple[float, int]]
-"""() -> (error, iterations done), which may be fewer than asked for."""
-
-
-class Timing(NamedTuple):
-  """Seconds per iteration, seconds of the first call beyond that, error."""
-
-  iteration: float
-  compilation: float
-  error: float
-
-
-def timed(run: Run, num_repeats: int) -> Timing:
-  """Times `run`."""
-  seconds, error, done = [], 0.0, 0
-  for _ in range(num_repeats + 1):
-    start = time.perf_counter()
-    error, done = run()
-    seconds.append(time.perf_counter() - start)
-  best = min(seconds[1:])
-  return Timing(best / done, max(seconds[0] - best, 0), error)
-
-
-def ours(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """All of SR-C but the check for NaN, which copies the data to the host."""
-  vectors, keys = (
-    jax.device_put(vectors),
-    jax.random.split(jax.random.key(0), 1),
-  )
-  size = kmeans.amplitude(vectors.shape[1])
-  schedule = kmeans.annealing_schedule(num_steps, size)
-
-  def run() -> tuple[float, int]:
-    results = kmeans.kmeans_of_layers(
-      keys, [vectors], schedule, num_codes=num_codes
-    )
-    return float(results[0].distortion[-1]), num_steps
-
-  return run
-
-
-def our_assignment(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """Only `assign`, `num_steps` calls."""
-  vectors, codebook = jax.device_put((vectors, vectors[:num_codes]))
-
-  def run() -> tuple[float, int]:
-    for _ in range(num_steps):
-      codes = nearest.assign(vectors, codebook)
-    codes.block_until_ready()
-    return float("nan"), num_steps
-
-  return run
-
-
-def sklearn_lloyd(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """KMeans of scikit-learn, on the CPU."""
-  from sklearn import cluster  # optional peer
-
-  def run() -> tuple[float, int]:
-    model = cluster.KMeans(
-      num_codes,
-      init=vectors[:num_codes],
-      n_init=1,
-      max_iter=num_steps,
-      tol=0,
-      algorithm="lloyd",
-    ).fit(vectors)
-    return model.inertia_ / len(vectors), model.n_iter_
-
-  return run
-
-
-def faiss_lloyd(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """Kmeans of FAISS on the CPU."""
-  import faiss  # optional peer
-
-  def run() -> tuple[float, int]:
-    model = faiss.Kmeans(
-      vectors.shape[1],
-      num_codes,
-      niter=num_steps,
-      max_points_per_centroid=len(vectors),
-      min_points_per_centroid=1,
-    )
-    model.train(vectors, init_centroids=vectors[:num_codes])
-    return float(model.obj[-1]) / len(vectors), num_steps
-
-  return run
-
-
-def torch_lloyd(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """The strongest plain PyTorch form: no launch or pass that could be saved."""
-  import torch  # optional peer
-
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  data = torch.from_numpy(vectors).to(device)
-  ones = torch.ones(len(data), device=device)
-
-  def assigned(codebook: torch.Tensor) -> torch.Tensor:
-    norms = codebook.square().sum(1)
-    return torch.addmm(norms, data, codebook.T, alpha=-2).argmin(1)
-
-  def run() -> tuple[float, int]:
-    codebook = data[:num_codes]
-    for _ in range(num_steps):
-      codes = assigned(codebook)
-      sums = torch.zeros_like(codebook).index_add_(0, codes, data)
-      counts = torch.zeros_like(codebook[:, 0]).index_add_(0, codes, ones)
-      codebook = sums / counts.clamp(min=1)[:, None]
-    error = (data - codebook[assigned(codebook)]).square().sum(1).mean()
-    return error.item(), num_steps
-
-  return run
-
-
-def torch_paper(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """SR-C as the paper writes it."""
-  import torch  # optional peer
-
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  data = torch.from_numpy(vectors).to(device)
-
-  def assigned(codebook: torch.Tensor) -> torch.Tensor:
-    codes = []
-    for chunk in data.chunk(16):
-      norms = chunk.square().sum(1, keepdim=True) + codebook.square().sum(1)
-      codes.append((norms - 2 * chunk @ codebook.T).argmin(1))
-    return torch.cat(codes)
-
-  def run() -> tuple[float, int]:
-    codebook, deviation = data[:num_codes], data.std(0)
-    for step in range(1, num_steps + 1):
-      codes = assigned(codebook)
-      amount = (1 - step / num_steps) ** 0.5
-      noisy = data + amount * deviation * torch.randn_like(data)
-      index = codes[:, None].expand_as(noisy)
-      codebook = torch.zeros_like(codebook).scatter_reduce(
-        0, index, noisy, "mean", include_self=False
-      )
-    error = (data - codebook[assigned(codebook)]).square().sum(1).mean()
-    return error.item(), num_steps
-
-  return run
-
-
-def flash(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """flash-kmeans, on an NVIDIA GPU."""
-  import flash_kmeans  # optional peer
-  import torch
-
-  data = torch.from_numpy(vectors).cuda()
-
-  def run() -> tuple[float, int]:
-    codes, centroids, *_ = flash_kmeans.batch_kmeans_Euclid(
-      data[None],
-      num_codes,
-      max_iters=num_steps,
-      tol=-1.0,
-      init_centroids=data[None, :num_codes].clone(),
-    )
-    error = (data - centroids[0][codes[0].long()]).square().sum(1).mean()
-    return error.item(), num_steps
-
-  return run
-
-
-def fast(vectors: np.ndarray, num_codes: int, num_steps: int) -> Run:
-  """Fastkmeans, on an NVIDIA GPU."""
-  import fastkmeans  # optional peer
-
-  def run() -> tuple[float, int]:
-    model = fastkmeans.FastKMeans(
-      vectors.shape[1], num_codes, niter=num_steps, tol=-1.0
-    )
-    model.train(vectors)
-    return float("nan"), num_steps
-
-  return run
+_SHAPES = (
+  "262144,9,256",
+  "131072,18,256",
+  "128000,4,2048",
+  "512000,4,1024",
+  "16384,9,256",
+)
+_NUM_SEEDS = 5
 
 
 def main() -> None:
-  """Prints one table row for every shape and method."""
+  """Measures, stores, and writes the page."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--shapes", nargs="+", default=_SHAPES, help="N,D,K ...")
-  parser.add_argument("--steps", type=int, default=20)
-  parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--no-peers", action="store_true")
+  parser.add_argument("--shapes", nargs="*", default=_SHAPES, help="N,D,K ...")
+  parser.add_argument(
+    "--methods", nargs="+", help="labels; all that can run, but `pqf_jax, ...`"
+  )
+  parser.add_argument("--repeats", type=int, default=21)
+  parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
   options = parser.parse_args()
 
-  methods = {"pqf_jax": ours, "pqf_jax, assignment only": our_assignment}
-  peers = {
-    "sklearn": ("sklearn", sklearn_lloyd),
-    "faiss": ("faiss", faiss_lloyd),
-    "torch": ("torch", torch_lloyd),
-    "torch, paper": ("torch", torch_paper),
-  }
-  if jax.default_backend() == "gpu":
-    peers["flash_kmeans"] = "flash_kmeans", flash
-    peers["fastkmeans"] = "fastkmeans", fast
-  for name, (package, method) in peers.items():
-    if importlib.util.find_spec(package) and not options.no_peers:
-      methods[name] = method
-  print(
-    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, "
-    f"T = {options.steps}, best of {options.repeats} calls\n"
-  )
-  print(
-    "| N, D, K | method | ms/iteration | Gpairs/s | floor | compile, s "
-    "| error |"
-  )
-  print("|---|---|---|---|---|---|---|")
+  store = options.docs / "kmeans.json"
+  records = json.loads(store.read_text()) if store.exists() else []
   for shape in options.shapes:
+    for method in kmeans_methods.available():
+      chosen = options.methods or [m.label for m in kmeans_methods.STANDARD]
+      if method.label not in chosen:
+        continue
+      try:
+        new = measure(method, shape, options.repeats)
+      except Exception as error:  # a peer's; the others go on
+        print(f"{method.label}, {shape}: {error!r}", flush=True)
+        continue
+      print(json.dumps(new), flush=True)
+      records = [old for old in records if _key(old) != _key(new)] + [new]
+      store.write_text(json.dumps(records, indent=1) + "\n")
+  (options.docs / "kmeans.md").write_text("\n".join(page(records)) + "\n")
+  if importlib.util.find_spec("matplotlib"):
+    draw(records, options.docs / "kmeans.svg")
+
+
+def measure(
+  method: kmeans_methods.Method, shape: str, num_repeats: int
+) -> Record:
+  """Everything about one method and shape."""
+  vectors, rows, exact_codes = _problem(shape)
+  num_codes = len(rows[0])
+  held = _Held(method, vectors, num_codes)
+  fit = method.fit(vectors, rows[0], method.num_steps, 0)
+  seconds = [_timed(fit) for _ in range(num_repeats + 1)]
+  bytes_held = held.most()
+  first, *rest = seconds
+  wrong = None
+  if method.assign:
+    codes = np.asarray(method.assign(vectors, vectors[rows[0]]))
+    wrong = (codes != exact_codes).mean()
+  return {
+    "device": jax.devices()[0].device_kind,
+    "date": datetime.date.today().isoformat(),
+    "versions": _versions("jax", method.package),
+    "shape": shape,
+    "method": method.label,
+    "precision": method.precision,
+    "us": [
+      round(second / method.num_steps * 1e6, 2)
+      for second in (statistics.median(rest), min(rest), max(rest))
+    ],
+    "compile_s": round(max(first - statistics.median(rest), 0), 2),
+    "bytes": bytes_held,
+    "wrong_codes": None if wrong is None else float(wrong),
+    "errors": [
+      _error(method.fit(vectors, rows[seed], method.error_steps, seed), vectors)
+      for seed in range(_NUM_SEEDS)
+    ],
+  }
+
+
+@functools.cache
+def _problem(shape: str) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+  """Sub-vectors, first rows of every seed, exact codes of the first of them."""
+  count, length, num_codes = (int(text) for text in shape.split(","))
+  draws = np.random.default_rng(0).standard_normal((count, length))
+  vectors = draws.astype(np.float32)
+  rows = [
+    np.random.default_rng(seed).choice(count, num_codes, replace=False)
+    for seed in range(_NUM_SEEDS)
+  ]
+  return vectors, rows, kmeans_methods.exact_assign(vectors, vectors[rows[0]])
+
+
+class _Held:
+  """The most memory of the GPU that a method held since this was made."""
+
+  def __init__(
+    self, method: kmeans_methods.Method, vectors: np.ndarray, num_codes: int
+  ) -> None:
+    self._ours = method.package == "pqf_jax"
+    self._arguments = vectors, num_codes, method.num_steps
+    self._torch = jax.default_backend() == "gpu" and not self._ours
+    if self._torch:
+      import torch
+
+      torch.cuda.reset_peak_memory_stats()
+
+  def most(self) -> int | None:
+    if self._ours:
+      return kmeans_methods.peak_bytes(*self._arguments)
+    if self._torch:
+      import torch
+
+      return torch.cuda.max_memory_allocated()
+    return None
+
+
+def _timed(fit: kmeans_methods.Fit) -> float:
+  start = time.perf_counter()
+  fit()
+  return time.perf_counter() - start
+
+
+def _error(fit: kmeans_methods.Fit, vectors: np.ndarray) -> float:
+  """Mean squared error of the fitted codebook, exactly assigned."""
+  codebook = np.asarray(fit())
+  codes = np.asarray(nearest.assign(vectors, codebook))
+  residual = vectors.astype(np.float64) - codebook[codes]
+  return float(np.square(residual).sum(axis=1).mean())
+
+
+def _versions(*packages: str) -> str:
+  owners = importlib.metadata.packages_distributions()
+  names = {owners[p][0] for p in packages if p in owners}
+  return ", ".join(
+    f"{n} {importlib.metadata.version(n)}" for n in sorted(names)
+  )
+
+
+def _key(record: Record) -> tuple[str, str, str]:
+  return record["device"], record["shape"], record["method"]
+
+
+def page(records: Sequence[Record]) -> Iterable[str]:
+  """The lines of `docs/kmeans.md`: a table for every device and shape."""
+  yield "# K-means: time, memory and quality, by shape"
+  yield ""
+  yield "Written by `benchmarks/kmeans.py`, whose head says what is measured,"
+  yield "from `docs/kmeans.json`."
+  for (device, shape), ours in _tables(records).items():
+    by_method = {record["method"]: record for record in ours}
+    base = by_method[kmeans_methods.OURS.label]
     count, length, num_codes = (int(text) for text in shape.split(","))
-    draws = np.random.default_rng(0).standard_normal((count, length))
-    vectors = draws.astype(np.float32)
-    for name, method in methods.items():
-      run = method(vectors, num_codes, options.steps)
-      timing = timed(run, options.repeats)
-      rate = count * num_codes / timing.iteration / 1e9
-      floor = count * num_codes * (length + 3) / _INSTRUCTIONS
-      print(
-        f"| {shape} | {name} | {timing.iteration * 1e3:.3f} | {rate:.2f} |"
-        f" {timing.iteration / floor:.1f} | {timing.compilation:.2f} |"
-        f" {timing.error:.5g} |",
-        flush=True,
-      )
+    floor = count * num_codes * (length + 3) / _INSTRUCTIONS * 1e6
+    yield ""
+    yield f"## {device}: N = {count:,}, D = {length}, K = {num_codes:,}"
+    yield ""
+    yield (
+      "| method | distances | us an iteration | over ours | over the floor |"
+      " MB | other codes | error | compile, s | date, versions |"
+    )
+    yield "|---" * 10 + "|"
+    for record in ours:
+      us, low, high = record["us"]
+      cells = [
+        record["method"],
+        record["precision"],
+        f"{us:,.0f} ({low:,.0f} to {high:,.0f})",
+        f"{us / base['us'][0]:.1f}",
+        f"{us / floor:.1f}" if "NVIDIA" in device else "",
+        f"{record['bytes'] / 1e6:,.0f}" if record["bytes"] else "",
+        "" if record["wrong_codes"] is None else f"{record['wrong_codes']:.1e}",
+        _errors(record["errors"], base["errors"]),
+        f"{record['compile_s']:.1f}",
+        f"{record['date']}, {record['versions']}",
+      ]
+      yield "| " + " | ".join(cells) + " |"
+  yield ""
+  yield "![Microseconds an iteration](kmeans.svg)"
+
+
+def draw(records: Sequence[Record], path: pathlib.Path) -> None:
+  """Microseconds an iteration, a panel a device and a group of bars a shape."""
+  from matplotlib import pyplot  # only here, and not on every machine
+
+  devices = sorted({record["device"] for record in records})
+  figure, axes = pyplot.subplots(
+    1, len(devices), figsize=(6.4 * len(devices), 4), squeeze=False
+  )
+  for panel, device in zip(axes[0], devices, strict=True):
+    tables = {s: t for (d, s), t in _tables(records).items() if d == device}
+    methods = list(
+      dict.fromkeys(r["method"] for t in tables.values() for r in t)
+    )
+    width = 0.8 / len(methods)
+    for place, method in enumerate(methods):
+      found = [
+        (x + place * width, record["us"][0])
+        for x, table in enumerate(tables.values())
+        for record in table
+        if record["method"] == method
+      ]
+      panel.bar(*zip(*found, strict=True), width, label=method)
+    panel.set_yscale("log")
+    panel.set_xticks(np.arange(len(tables)) + 0.4 - width / 2, list(tables))
+    panel.tick_params(labelsize=7)
+    panel.set_title(f"{device}: us an iteration, by N,D,K", fontsize=8)
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(fontsize=6)
+  figure.tight_layout()
+  # No date inside, so that the same figures give the same file.
+  figure.savefig(path, metadata={"Date": None})
+
+
+def _tables(
+  records: Sequence[Record],
+) -> dict[tuple[str, str], list[Record]]:
+  """By (device, shape), in the order of the methods."""
+  order = [method.label for method in kmeans_methods.METHODS]
+  tables: dict[tuple[str, str], list[Record]] = {}
+  for record in sorted(records, key=lambda r: order.index(r["method"])):
+    tables.setdefault((record["device"], record["shape"]), []).append(record)
+  return tables
+
+
+def _errors(errors: Sequence[float], base: Sequence[float]) -> str:
+  ratios = [error / statistics.mean(base) for error in errors]
+  return (
+    f"{statistics.mean(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})"
+  )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 from jax import lax
 
-from pqf_jax.ops import kmeans, relaxation, reseeding
+from pqf_jax.ops import kmeans, packing, relaxation, reseeding
 
 # Small and large layers of ResNet-18, 'torch name:length of a sub-vector'.
 _CASES = (
@@ -96,7 +96,7 @@ def measure(
 ) -> np.ndarray:
   """Returns the final squared error of `num_seeds` runs."""
   # All seeds in one call.
-  packed = relaxation.pack([vectors] * num_seeds)
+  packed = packing.pack([vectors] * num_seeds)
   keys = jax.random.split(jax.random.key(0), (2, num_seeds))
   starts = [start(key, vectors, num_codes=num_codes) for key in keys[0]]
   shape = len(schedule), num_codes, vectors.shape[1]

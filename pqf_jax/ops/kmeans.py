@@ -33,7 +33,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pqf_jax import errors
-from pqf_jax.ops import nearest, relaxation, reseeding
+from pqf_jax.ops import nearest, packing, relaxation, reseeding
 
 LARGEST = 1e15
 """Squared distances of larger sub-vectors could overflow float32."""
@@ -230,9 +230,9 @@ def _packed(
   layers: tuple[jax.Array, ...],
   num_codes: int,
   num_shards: int,
-) -> tuple[relaxation.Packed, jax.Array]:
+) -> tuple[packing.Packed, jax.Array]:
   """The layers in blocks, and their first centroids, [L, K, D]."""
-  packed = relaxation.pack(layers, num_shards=num_shards)
+  packed = packing.pack(layers, num_shards=num_shards)
   counts = tuple(vectors.shape[0] for vectors in layers)
   rows = [
     first + random_rows(jax.random.fold_in(keys[i], 0), counts[i], num_codes)

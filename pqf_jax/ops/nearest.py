@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from pqf_jax import errors
+from pqf_jax.ops import pieces
 from pqf_jax.ops.kernels import nearest_gpu
 
 BLOCK = 1024
@@ -100,33 +101,31 @@ def nearest_centroid(
   Returns:
     codes, [B, 1024] int32.
   """
+  arguments = tuple(columns), tables(codebooks), layers
+  forms = {"cpu": _running_minimum, "default": _reduced_minimum}
+  if nearest_gpu.is_available() and nearest_gpu.fits(*codebooks.shape[:0:-1]):
+    forms["cuda"] = _kernel_of_columns
+  return lax.platform_dependent(*arguments, **forms)
+
+
+def tables(codebooks: jax.Array) -> jax.Array:
+  """[L, K, D] -> [L, K, D + 1]: |c|^2, and the factors of a sub-vector."""
   norms = jnp.square(codebooks).sum(axis=2, keepdims=True)
-  tables = jnp.concatenate([norms, -2 * codebooks], axis=2)
-  arguments = tuple(columns), tables, layers
-  if nearest_gpu.is_available():
-    return lax.platform_dependent(
-      *arguments, cpu=_running_minimum, cuda=_kernel, default=_reduced_minimum
-    )
-  return lax.platform_dependent(
-    *arguments, cpu=_running_minimum, default=_reduced_minimum
-  )
+  return jnp.concatenate([norms, -2 * codebooks], axis=2)
 
 
-@jax.custom_batching.custom_vmap
-def _kernel(
+@jax.custom_batching.sequential_vmap
+def kernel(
+  vectors: jax.Array, tables: jax.Array, layers: jax.Array
+) -> jax.Array:
+  """`nearest_gpu.nearest`, which under `vmap` runs once after the other."""
+  return nearest_gpu.nearest(vectors, tables, layers)
+
+
+def _kernel_of_columns(
   columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
 ) -> jax.Array:
-  return nearest_gpu.nearest(columns, tables, layers)
-
-
-@_kernel.def_vmap
-def _kernel_vmap(
-  size: int, batched: list[bool], *arguments: jax.Array
-) -> tuple[jax.Array, bool]:
-  """A kernel cannot be mapped; the fused reduction can."""
-  del size
-  axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-  return jax.vmap(_reduced_minimum, tuple(axes))(*arguments), True
+  return kernel(pieces.of_vectors(columns), tables, layers)
 
 
 def _score(columns: Sequence[jax.Array], row: Sequence[jax.Array]) -> jax.Array:

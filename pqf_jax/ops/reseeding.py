@@ -12,6 +12,8 @@ from jax import lax
 # cluster's root mean squared distance per dimension. 0.1 to 1 score alike.
 _SPLIT_OFFSET = 0.3
 
+_MOST_CODES = 4096
+
 
 class Clusters(NamedTuple):
   """The statistics of one assignment; the data mean is at 0.
@@ -104,11 +106,14 @@ def _counted_donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
   the assignment of a small layer.
   """
   own = jnp.arange(priority.size, dtype=jnp.int32)
-  higher = priority[:, None] > priority[None, :]
-  equal = priority[:, None] == priority[None, :]
-  ahead = higher | (equal & (own[:, None] < own[None, :]))
-  rank = ahead.sum(axis=0, dtype=jnp.int32)
-  places = jnp.where(empty, own, priority.size)
-  turn = (places[:, None] < own[None, :]).sum(axis=0, dtype=jnp.int32)
-  chosen = rank[:, None] == turn[None, :]
-  return jnp.where(chosen, own[:, None], 0).sum(axis=0, dtype=jnp.int32)
+  before = own[None, :] < own[:, None]
+  higher = priority[None, :] > priority[:, None]
+  equal = priority[None, :] == priority[:, None]
+  # Two counts in one sum, a pass less.
+  ahead = (higher | (equal & before)).astype(jnp.float32)
+  empties = (empty[None, :] & before).astype(jnp.float32)
+  both = (ahead + _MOST_CODES * empties).sum(axis=1)
+  turn = jnp.floor(both / _MOST_CODES)
+  rank = both - turn * _MOST_CODES
+  chosen = rank[None, :] == turn[:, None]
+  return jnp.where(chosen, own[None, :], 0).sum(axis=1, dtype=jnp.int32)

@@ -121,20 +121,36 @@ def word_sums(
   Returns:
     [K, 2 C] float32; the same on all devices.
   """
+  sums = integer_sums(words, segments, num_segments, most_added=most_added)
+  if axis_name is not None:
+    sums = lax.psum(sums, axis_name)
+  return merged(*sums)
+
+
+def integer_sums(
+  words: jax.Array,
+  segments: jax.Array,
+  num_segments: int,
+  *,
+  most_added: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`word_sums` of one device, as two int32 [K, 2 C]: low + high * 2^15."""
   most_added = words.shape[0] if most_added is None else most_added
   num_needed = 1
   while num_needed * _MOST_ADDED < most_added:
     num_needed *= 2
   num_copies = max(num_needed, _NUM_COPIES)
-  low, high = lax.platform_dependent(
+  return lax.platform_dependent(
     words,
     segments,
     cpu=functools.partial(_sums, _add, num_segments, num_needed),
     cuda=functools.partial(_sums, _add_pairs, num_segments, num_copies),
     default=functools.partial(_sums, _add, num_segments, num_copies),
   )
-  if axis_name is not None:
-    low, high = lax.psum((low, high), axis_name)
+
+
+def merged(low: jax.Array, high: jax.Array) -> jax.Array:
+  """The float32 nearest to `low + high * 2^15`, but for one more rounding."""
   # One form of every integer, however its parts were added up.
   high = high + (low >> 15)
   low = low & 0x7FFF

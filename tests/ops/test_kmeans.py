@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pqf_jax import errors
-from pqf_jax.ops import kmeans, relaxation
+from pqf_jax.ops import kmeans, packing, relaxation
 
 
 def _normal(*shape, seed=0, scale=0.02, shift=0.0):
@@ -36,7 +36,7 @@ def _assert_nearest(vectors, codebook, codes):
 
 def _fit(vectors, start, schedule, normals):
   """The loop for one layer, from a given start and given normal numbers."""
-  packed = relaxation.pack([jnp.asarray(vectors)])
+  packed = packing.pack([jnp.asarray(vectors)])
   fitted = relaxation.fit(
     packed,
     jnp.asarray(start)[None],

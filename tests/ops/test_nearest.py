@@ -5,7 +5,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 
 from pqf_jax import errors
-from pqf_jax.ops import nearest, relaxation
+from pqf_jax.ops import nearest, packing, relaxation
 from pqf_jax.ops.kernels import nearest_gpu
 
 FORMS = (nearest._running_minimum, nearest._reduced_minimum)
@@ -112,7 +112,7 @@ def test_no_matrix_of_all_pairs_is_stored(length, num_codes):
   count = 16384
   vectors = jax.ShapeDtypeStruct((count, length), jnp.float32)
   codebook = jax.ShapeDtypeStruct((num_codes, length), jnp.float32)
-  packed = jax.eval_shape(lambda v: relaxation.pack([v]), vectors)
+  packed = jax.eval_shape(lambda v: packing.pack([v]), vectors)
   normals = jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16)
   options = relaxation.Options(most_rows=count)
   fit = jax.jit(relaxation.fit, static_argnames="options").lower(

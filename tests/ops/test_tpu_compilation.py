@@ -13,7 +13,7 @@ import functools, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from pqf_jax.ops import relaxation
+from pqf_jax.ops import packing, relaxation
 
 topology = topologies.get_topology_desc(
   platform="tpu", topology_name=sys.argv[1])
@@ -27,7 +27,7 @@ count = 16384
 for length, num_codes in [(9, 256), (4, 2048)]:
   vectors = jax.ShapeDtypeStruct((count, length), jnp.float32)
   arguments = (
-    jax.eval_shape(lambda v: relaxation.pack([v]), vectors),
+    jax.eval_shape(lambda v: packing.pack([v]), vectors),
     jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
     jax.ShapeDtypeStruct((3,), jnp.float32),
     jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16),

@@ -1,14 +1,11 @@
 """Nearest centroid as a Pallas kernel for NVIDIA Hopper and later.
 
-A thread keeps 4 or 8 sub-vectors in registers, walks over the centroids, and
-carries the smallest score and its index: D fused multiply-adds and 3 further
-instructions a pair, plus one read of the centroid for all its sub-vectors.
-Compiled for D = 9 that is 12.5 instructions a pair, where XLA's fused reduction
-takes 37: 43 us instead of 108 at N = 262144, K = 256 on an H200, and half a
-second of compilation instead of seven or more.
+The matrix units compute the scores (`pqf_jax.ops.pieces`), 64 sub-vectors by 64
+centroids at a time, into registers. What remains for a thread is 3 instructions
+a pair: compare, and choose the smaller score and its index. Arithmetic without
+matrix units needs D + 3.
 
-It uses Pallas's default backend for NVIDIA (Mosaic GPU), whose arithmetic may
-be contracted to fused multiply-adds, unlike XLA's.
+It uses Pallas's default backend for NVIDIA (Mosaic GPU).
 """
 
 from __future__ import annotations
@@ -22,23 +19,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from pqf_jax.ops import pieces
+
 FIRST_JAX = (0, 11)
 """The backend's functions had other arguments before."""
 
-# Threads of a warpgroup: what the backend calls one thread.
-_NUM_THREADS = 128
+# Sub-vectors of one matrix product, and the columns of it whose minima a thread
+# carries side by side.
+_ROWS = 64
+_FOLD = 8
 
-# Of an H100 or H200.
+# Centroids of one matrix product: fewer leave registers for a second block on a
+# multiprocessor, more are 2 to 7 % faster if there is none.
+_COLUMNS = 64
+_MOST_COLUMNS = 128
+
+# Tiles of sub-vectors that a warpgroup has in shared memory: while it works on
+# one, the other arrives.
+_SLOTS = 2
+
+# Of an H100 or H200, shared memory less what the backend takes.
 _NUM_PROCESSORS = 132
+_SHARED_BYTES = 232448 - 4096
 
-# Centroids scored between two branches.
-_UNROLL = 4
-
-# Larger codebooks are read through the L1 cache instead of shared memory.
-_MOST_SHARED_BYTES = 65536
-
-# Rows that one asynchronous copy may move.
-_MOST_COPIED = 256
+# The score of rows that only fill up a table.
+_UNREACHABLE = 1e38
 
 
 @functools.cache
@@ -53,118 +58,178 @@ def is_available() -> bool:
   return all(float(d.compute_capability) >= 9 for d in devices)
 
 
+def fits(length: int, num_codes: int) -> bool:
+  """Whether a codebook [K, D] fits into shared memory."""
+  return _fits(pieces.depth(length), num_codes, num_warpgroups=1)
+
+
 def nearest(
-  columns: tuple[jax.Array, ...],
+  vectors: jax.Array,
   tables: jax.Array,
   layers: jax.Array,
   *,
-  part: int | None = None,
-  interpret: Any = False,
+  num_warpgroups: int | None = None,
+  interpret: Any = None,
 ) -> jax.Array:
   """Returns the row of a table with the smallest score, for every sub-vector.
 
-  The score of sub-vector x and row (r, f) is `r + <x, f>`; the lowest index
-  wins a tie.
+  The lowest index wins a tie.
 
   Args:
-    columns: D arrays [B, 1024] float32.
-    tables: [L, K, D + 1] float32.
+    vectors: [B, depth, 1024] bfloat16, from `pieces.of_vectors`.
+    tables: [L, K, D + 1] float32; row (r, f) scores x by r + <x, f>.
     layers: [B] int32, which table a block is scored with.
-    part: sub-vectors of a warpgroup, 256, 512 or 1024; None: what was fastest.
+    num_warpgroups: that share a block, 1, 2 or 4; None: 4 if they fit.
     interpret: the interpreter of Pallas to run it with, for tests on a CPU.
 
   Returns:
     codes, [B, 1024] int32.
   """
   tables = _padded(tables)
-  num_blocks, block = columns[0].shape
-  # 8 sub-vectors a thread share each read of a centroid; 4 if their D + 2
-  # numbers fill the registers, or if there is one block for a multiprocessor.
-  few = len(columns) > 12 or num_blocks <= _NUM_PROCESSORS
-  part = part or (block // 2 if few else block)
-  shared = tables[0].size * 4 <= _MOST_SHARED_BYTES
-  scratch = (
-    [
-      gpu.SMEM(tables.shape[1:], jnp.float32),
-      gpu.Barrier(num_arrivals=len(_chunks(tables.shape[1]))),
-    ]
-    if shared
-    else []
-  )
+  num_blocks, depth, block = vectors.shape
+  num_codes = tables.shape[1]
+  if num_warpgroups is None:
+    num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
+  single = num_blocks <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
+  columns = _MOST_COLUMNS if single else _COLUMNS
+  transforms = _transforms(depth)
   kernel = gpu.kernel(
-    functools.partial(_body, part=part, num_columns=len(columns)),
+    functools.partial(_body, columns=columns),
     out_type=jax.ShapeDtypeStruct((num_blocks, block), jnp.int32),
-    scratch_types=scratch,
-    grid=(num_blocks, block // part),
-    grid_names=("block", "part"),
+    scratch_types=[
+      gpu.SMEM((depth, num_codes), jnp.bfloat16, transforms=transforms),
+      gpu.SMEM(
+        (num_warpgroups, _SLOTS, depth, _ROWS),
+        jnp.bfloat16,
+        transforms=transforms,
+      ),
+      gpu.Barrier(num_arrivals=1),
+      gpu.Barrier(num_arrivals=1, num_barriers=num_warpgroups * _SLOTS),
+    ],
+    grid=(num_blocks,),
+    grid_names=("block",),
+    num_threads=num_warpgroups,
+    thread_name="warpgroup",
     interpret=interpret,
   )
-  return kernel(*columns, tables, layers)
+  return kernel(vectors, pieces.of_tables(tables), layers)
 
 
 def _padded(tables: jax.Array) -> jax.Array:
-  """Rows of a multiple of 16 bytes; as many as the unrolled loop needs."""
-  _, rows, width = tables.shape
-  tables = jnp.pad(tables, ((0, 0), (0, 0), (0, -width % 4)))
-  more = -rows % _UNROLL
-  unreachable = jnp.pad(tables[:, :0], ((0, 0), (0, more), (0, 0)))
-  unreachable = unreachable.at[:, :, 0].set(jnp.inf)
-  return jnp.concatenate([tables, unreachable], axis=1)
+  """As many rows as whole products have, the last ones out of reach."""
+  padding = ((0, 0), (0, -tables.shape[1] % _COLUMNS), (0, 0))
+  padded = jnp.pad(tables, padding)
+  return padded.at[:, tables.shape[1] :, 0].set(_UNREACHABLE)
 
 
-def _chunks(rows: int) -> list[tuple[int, int]]:
-  """(start, size) of the asynchronous copies of a table."""
-  return [
-    (start, min(_MOST_COPIED, rows - start))
-    for start in range(0, rows, _MOST_COPIED)
-  ]
+def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
+  """How shared memory is laid out for products of that depth."""
+  swizzle = min(128, 2 * depth)
+  return gpu.TilingTransform((8, swizzle // 2)), gpu.SwizzleTransform(swizzle)
 
 
-def _body(*refs: jax.Ref, part: int, num_columns: int) -> None:
-  """One warpgroup: `part` sub-vectors of one block against one table."""
-  columns, (tables, layers, codes, *scratch) = (
-    refs[:num_columns],
-    refs[num_columns:],
-  )
-  block = lax.axis_index("block")
-  table = tables.at[layers[block]]
-  here = (block, pl.ds(lax.axis_index("part") * part, part))
-  layout = gpu.Layout.WG_STRIDED((part,), vec_size=min(4, part // _NUM_THREADS))
+def _fits(depth: int, num_codes: int, num_warpgroups: int) -> bool:
+  held = num_codes + -num_codes % _COLUMNS
+  rows = held + num_warpgroups * _SLOTS * _ROWS
+  return 2 * depth * rows <= _SHARED_BYTES
 
-  def full(value: jax.typing.ArrayLike, dtype: jnp.dtype) -> jax.Array:
-    return gpu.layout_cast(jnp.full((part,), value, dtype), layout)
 
-  if scratch:
-    shared, barrier = scratch
-    for start, size in _chunks(shared.shape[0]):
-      rows = pl.ds(start, size)
-      gpu.copy_gmem_to_smem(table.at[rows], shared.at[rows], barrier)
-    gpu.barrier_wait(barrier)
-    table = shared
-  vectors = [
-    gpu.load(column.at[here], layout=layout, optimized=False)
-    for column in columns
-  ]
+def _body(
+  vectors: jax.Ref,
+  tables: jax.Ref,
+  layers: jax.Ref,
+  codes: jax.Ref,
+  table: jax.Ref,
+  tiles: jax.Ref,
+  table_arrived: jax.Ref,
+  tile_arrived: jax.Ref,
+  *,
+  columns: int,
+) -> None:
+  """One block; its warpgroups share the table."""
+  block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+  share = codes.shape[1] // tiles.shape[0]
+  num_tiles = share // _ROWS
 
-  def compare(
-    index: jax.Array, best: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, jax.Array]:
-    score = full(table[index, 0], jnp.float32)
-    for i, vector in enumerate(vectors):
-      score = score + vector * table[index, i + 1]
-    closer = score < best[0]
-    return (
-      jnp.where(closer, score, best[0]),
-      jnp.where(closer, full(index, jnp.int32), best[1]),
+  def rows(tile: jax.Array | int) -> pl.Slice:
+    return pl.ds(warpgroup * share + tile * _ROWS, _ROWS)
+
+  def fetch(tile: jax.Array | int, slot: jax.Array | int) -> None:
+    gpu.copy_gmem_to_smem(
+      vectors.at[block, :, rows(tile)],
+      tiles.at[warpgroup, slot],
+      tile_arrived.at[warpgroup * _SLOTS + slot],
     )
 
-  def step(
-    group: jax.Array, best: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, jax.Array]:
-    for i in range(_UNROLL):
-      best = compare(group * _UNROLL + i, best)
-    return best
+  @pl.when(warpgroup == 0)
+  def _() -> None:
+    gpu.copy_gmem_to_smem(tables.at[layers[block]], table, table_arrived)
 
-  start = full(jnp.inf, jnp.float32), full(0, jnp.int32)
-  _, indices = lax.fori_loop(0, tables.shape[1] // _UNROLL, step, start)
-  codes[here] = indices
+  for slot in range(_SLOTS):
+    fetch(slot, slot)
+  gpu.barrier_wait(table_arrived)
+
+  def step(tile: jax.Array, carry: None) -> None:
+    slot = lax.rem(tile, _SLOTS)
+    gpu.barrier_wait(tile_arrived.at[warpgroup * _SLOTS + slot])
+    mine = tiles.at[warpgroup, slot].transpose((1, 0))
+    best = _best(mine, table, columns)
+
+    @pl.when(tile + _SLOTS < num_tiles)
+    def _() -> None:
+      fetch(tile + _SLOTS, slot)
+
+    codes[block, rows(tile)] = _first(*best)
+    return carry
+
+  lax.fori_loop(0, num_tiles, step, None)
+
+
+def _best(
+  tile: jax.Ref, table: jax.Ref, columns: int
+) -> tuple[jax.Array, jax.Array]:
+  """Smallest score and its index over every 8th centroid, [64, 8] both.
+
+  The index counts eights; that of a tie is the lowest.
+  """
+  shape = _ROWS, _FOLD
+
+  def scores(first: jax.Array) -> jax.Array:
+    def product(accumulator: jax.Ref) -> jax.Array:
+      gpu.wgmma(accumulator, tile, table.at[:, pl.ds(first, columns)])
+      return accumulator[...]
+
+    shape = _ROWS, columns
+    return pl.run_scoped(product, gpu.ACC(shape, jnp.float32))
+
+  def step(
+    chunk: jax.Array, best: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    found = scores(chunk * columns)
+    value, index = best
+    for i in range(columns // _FOLD):
+      score = lax.slice(found, (0, i * _FOLD), (_ROWS, (i + 1) * _FOLD))
+      closer = score < value
+      eight = jnp.full(shape, chunk * (columns // _FOLD) + i, jnp.int32)
+      value = jnp.where(closer, score, value)
+      index = jnp.where(closer, eight, index)
+    return value, index
+
+  start = _full(jnp.inf, jnp.float32), _full(0, jnp.int32)
+  return lax.fori_loop(0, table.shape[1] // columns, step, start)
+
+
+def _first(value: jax.Array, index: jax.Array) -> jax.Array:
+  """The index of the smallest value of a row, the lowest in a tie, [64]."""
+  column = gpu.layout_cast(
+    lax.broadcasted_iota(jnp.int32, value.shape, 1), gpu.Layout.WGMMA
+  )
+  least = lax.broadcast_in_dim(value.min(axis=1), value.shape, (0,))
+  candidates = index * _FOLD + column
+  none = _full(jnp.iinfo(jnp.int32).max, jnp.int32)
+  return jnp.where(value == least, candidates, none).min(axis=1)
+
+
+def _full(value: float, dtype: jax.typing.DTypeLike) -> jax.Array:
+  filled = jnp.full((_ROWS, _FOLD), value, dtype)
+  return gpu.layout_cast(filled, gpu.Layout.WGMMA)
