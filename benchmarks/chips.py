@@ -4,7 +4,8 @@
 
 Fine-tuning step of a ResNet (random weights, the recipe's kernels as codebook +
 codes): each chip gets the same number of images, so a perfect machine takes the
-same time for any number of chips. `dense` is the step of `mesh=None`, in which
+same time for any number of chips. `batch` and `device`: norms take statistics
+from all chips or from their own; `dense` is the step of `mesh=None`, in which
 XLA exchanges the gradients of whole kernels. Memory: what the compiler states,
 and the most that one chip ever held. K-means: one layer, on one chip and spread
 over all; the codes have to be equal bit for bit. Medians of --repeats.
@@ -39,13 +40,13 @@ def main() -> None:
   parser.add_argument("--side", type=int, default=224, help="pixels")
   parser.add_argument("--per_chip", type=int, default=64, help="images")
   parser.add_argument("--repeats", type=int, default=20)
-  parser.add_argument("--kmeans_steps", type=int, default=100)
+  parser.add_argument("--kmeans_steps", type=int, default=100, help="0: none")
   options = parser.parse_args()
   chips = jax.devices()
   print(f"jax {jax.__version__}, {len(chips)} x {chips[0].device_kind}")
   config = RECIPES[options.depth].get_config("imagenet2012")
   _time_steps(config, options)
-  for layer in LAYERS:
+  for layer in LAYERS if options.kmeans_steps else ():
     _time_kmeans(layer, options)
 
 
@@ -53,10 +54,11 @@ def _time_steps(
   config: ml_collections.ConfigDict, options: argparse.Namespace
 ) -> None:
   chips = jax.devices()
-  programs = {"1": (chips[:1], False)}
-  if len(chips) > 1:
-    programs[str(len(chips))] = chips, False
-    programs[f"{len(chips)} dense"] = chips, True
+  programs = {}
+  for dtype in ("float32", "bfloat16"):
+    programs[f"1 {dtype}"] = chips[:1], "batch", dtype
+    for norms in ("batch", "device", "dense") if len(chips) > 1 else ():
+      programs[f"{len(chips)} {dtype} {norms}"] = chips, norms, dtype
   with futures.ThreadPoolExecutor() as pool:
     built = {
       name: pool.submit(_build, config, options, *program)
@@ -64,7 +66,7 @@ def _time_steps(
     }
   print("| chips | ms a step | images/s | to 1 | all-reduces | largest | all |")
   first = 0.0
-  for name, (used, _) in programs.items():
+  for name, (used, *_) in programs.items():
     compiled, state, batch, cost = built[name].result()
     seconds = []
     for _ in range(options.repeats + 2):
@@ -72,7 +74,7 @@ def _time_steps(
       state, metrics = jax.block_until_ready(compiled(state, batch))
       seconds.append(time.perf_counter() - start)
     typical = statistics.median(seconds[2:])
-    first = first or typical
+    first = typical if len(used) == 1 else first
     sizes = [collective.num_bytes for collective in cost.collectives]
     print(
       f"| {name} | {1e3 * typical:.2f} | "
@@ -93,7 +95,8 @@ def _build(
   config: ml_collections.ConfigDict,
   options: argparse.Namespace,
   chips: list[jax.Device],
-  dense: bool,
+  norms: str,
+  dtype: str,
 ) -> tuple[Any, Any, Any, costs.Cost]:
   """(compiled step, state, batch, cost)."""
   mesh = cluster.mesh(tuple(chips))
@@ -106,14 +109,14 @@ def _build(
   optimizer = finetune.cosine_adam(
     learning_rate=1e-3, final_learning_rate=1e-6, num_steps=1000
   )
-  axis = None if dense else cluster.AXIS
+  axis = cluster.AXIS if norms == "batch" else None
   step = finetune.make_finetune_step(
     classification.make_loss(
-      model.clone(norm_axis=axis).apply,
+      model.clone(norm_axis=axis, dtype=jnp.dtype(dtype)).apply,
       lambda images: data.normalize(images, mean=(0.5,) * 3, std=(0.25,) * 3),
     ),
     optimizer,
-    mesh=None if dense else mesh,
+    mesh=None if norms == "dense" else mesh,
   )
   draw = np.random.default_rng(0)
 
