@@ -80,29 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
   # 'device', each its own images; running statistics are then their mean.
   config.norm_statistics = "batch"  # a detector's are frozen
 
-  # Stage 0, where there are no weights to start from.
-  config.train = ml_collections.ConfigDict()
-  config.train.epochs = 0
-  # Images of a step, over all devices. Each device takes its share in so many
-  # microbatches, one after the other, of which the step follows the mean: less
-  # memory, and norms see a microbatch of all devices at a time.
-  config.train.batch_size = 128
-  config.train.microbatches = 1
-  # If not 0, both learning rates are for batches of this size and grow in
-  # proportion for larger ones (arXiv 1706.02677).
-  config.train.base_batch_size = 0
-  config.train.learning_rate = 1e-3
-  config.train.final_learning_rate = 1e-6
-  config.train.evaluation_epochs = 1  # between evaluations
-
-  config.finetune = ml_collections.ConfigDict()
-  config.finetune.epochs = 9
-  config.finetune.batch_size = 128
-  config.finetune.microbatches = 1
-  config.finetune.base_batch_size = 0
-  config.finetune.learning_rate = 1e-3
-  config.finetune.final_learning_rate = 1e-6
-  config.finetune.evaluation_epochs = 1
+  # Stage 0, where there are no weights to start from, and stage 3.
+  config.train = training(epochs=0)
+  config.finetune = training(epochs=9)
   # Share of the fine-tuning loss, 0 to 1, that compares with the outputs of the
   # dense network instead of the labels. The paper has none.
   config.distillation = 0.0
@@ -116,6 +96,24 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_steps = 500  # steps between saves; evaluated epochs too
   config.tensorboard = False
   return config
+
+
+def training(*, epochs: int) -> ml_collections.ConfigDict:
+  """The settings that both trainings have."""
+  settings = ml_collections.ConfigDict()
+  settings.epochs = epochs
+  settings.evaluation_epochs = 1  # between evaluations
+  # Images of a step, over all devices. Each device takes its share in so many
+  # microbatches, one after the other, of which the step follows the mean: less
+  # memory, and norms see a microbatch of all devices at a time.
+  settings.batch_size = 128
+  settings.microbatches = 1
+  # If not 0, both learning rates are for batches of this size and grow in
+  # proportion for larger ones (arXiv 1706.02677).
+  settings.base_batch_size = 0
+  settings.learning_rate = 1e-3
+  settings.final_learning_rate = 1e-6
+  return settings
 
 
 def variant_words(variant: str, allowed: Collection[str]) -> set[str]:

@@ -80,7 +80,6 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
   config.model.name = "mask_rcnn"
   config.model.fc6_layout = "chw"  # or hwc, see models.mask_rcnn.make
   config.data.name = "coco"  # the layout of the folder, of both variants
-  config.data.num_objects = 0  # most of an image; 0: as many as there are
   config.rules = RULES
   config.frozen = FROZEN[norms]
   config.finetune.epochs = 4

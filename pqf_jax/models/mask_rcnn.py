@@ -154,8 +154,8 @@ def arrange(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   """Torchvision's first names, and the transposed convolution as others.
 
   Torch has its kernel as [in, out, h, w], and the authors of the paper its
-  codes as [in, out]; here both begin with the output. Arranging names that are
-  the first ones already twice changes nothing.
+  codes as [in, out]; here both begin with the output. Done twice to the first
+  names, it changes nothing.
   """
   arranged = {_first_name(name): array for name, array in state_dict.items()}
   for entry in (f"{DECONVOLUTION}.weight", DECONVOLUTION + official.CODES):
