@@ -252,13 +252,19 @@ class _Digits(NamedTuple):
 
 
 def _digits(points: Points) -> _Digits:
-  words = _words(points).words.reshape(*points.norms.shape, -1)
-  digits = jnp.concatenate([words & 0xFF, words >> 8], axis=2)
-  return _Digits(
-    points,
-    pieces.of_vectors(points.columns),
-    jnp.moveaxis(digits, 2, 1).astype(jnp.bfloat16),
-  )
+  layers = points.places.layers
+  # Word by word: an array whose last axis is short would be padded to 128.
+  words = []
+  for index, column in enumerate(points.columns):
+    fractions = column / points.scale[layers, index][:, None]
+    pair = segments.to_words(fractions[:, :, None])
+    words += [pair[:, :, 0], pair[:, :, 1]]
+  norms = segments.to_word(points.norms / points.norm_scale[layers])
+  words += [norms.astype(jnp.int32), packing.inside(points.places)]
+  words = jnp.stack([word.astype(jnp.int32) for word in words], axis=1)
+  digits = jnp.concatenate([words & 0xFF, words >> 8], axis=1)
+  vectors = pieces.of_vectors(points.columns)
+  return _Digits(points, vectors, digits.astype(jnp.bfloat16))
 
 
 @jax.custom_batching.sequential_vmap

@@ -12,8 +12,6 @@ from jax import lax
 # cluster's root mean squared distance per dimension. 0.1 to 1 score alike.
 _SPLIT_OFFSET = 0.3
 
-_MOST_CODES = 4096
-
 
 class Clusters(NamedTuple):
   """The statistics of one assignment; the data mean is at 0.
@@ -109,11 +107,11 @@ def _counted_donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
   before = own[None, :] < own[:, None]
   higher = priority[None, :] > priority[:, None]
   equal = priority[None, :] == priority[:, None]
-  # Two counts in one sum, a pass less.
-  ahead = (higher | (equal & before)).astype(jnp.float32)
-  empties = (empty[None, :] & before).astype(jnp.float32)
-  both = (ahead + _MOST_CODES * empties).sum(axis=1)
-  turn = jnp.floor(both / _MOST_CODES)
-  rank = both - turn * _MOST_CODES
+  # Two counts below K in one number below K^2: a pass less.
+  ahead = (higher | (equal & before)).astype(jnp.uint32)
+  empties = (empty[None, :] & before).astype(jnp.uint32)
+  base = jnp.uint32(priority.size)
+  both = (ahead + base * empties).sum(axis=1, dtype=jnp.uint32)
+  turn, rank = jnp.divmod(both, base)
   chosen = rank[None, :] == turn[:, None]
   return jnp.where(chosen, own[None, :], 0).sum(axis=1, dtype=jnp.int32)

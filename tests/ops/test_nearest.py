@@ -5,8 +5,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 
 from pqf_jax import errors
-from pqf_jax.ops import nearest, packing, relaxation
-from pqf_jax.ops.kernels import nearest_gpu
+from pqf_jax.ops import nearest, packing, pieces, relaxation
+from pqf_jax.ops.kernels import nearest_gpu, sums_gpu
 
 FORMS = (nearest._running_minimum, nearest._reduced_minimum)
 
@@ -53,25 +53,50 @@ def test_both_forms_agree_with_brute_force(form, length, num_codes, num_layers):
 
 @needs_new_jax
 @pytest.mark.parametrize(
-  "length, num_codes, num_layers", [(4, 37, 2), (18, 8, 1), (2, 300, 1)]
+  "length, num_codes, num_layers, num_warpgroups",
+  [(4, 37, 2, 2), (18, 128, 1, 4), (2, 300, 1, 1)],
 )
-def test_the_kernel_agrees_with_brute_force(length, num_codes, num_layers):
-  arguments, codes = _case(length, num_codes, num_layers, num_blocks=2)
+def test_the_kernel_agrees_with_brute_force(
+  length, num_codes, num_layers, num_warpgroups
+):
+  (columns, tables, layers), codes = _case(
+    length, num_codes, num_layers, num_blocks=2
+  )
   found = nearest_gpu.nearest(
-    *arguments, interpret=mosaic_gpu.InterpretGPUParams()
+    pieces.of_vectors(columns),
+    tables,
+    layers,
+    num_warpgroups=num_warpgroups,
+    interpret=mosaic_gpu.InterpretGPUParams(),
   )
   np.testing.assert_array_equal(found, codes)
 
 
 @needs_new_jax
-def test_the_kernel_compiles_for_a_gpu_without_one():
-  for length, num_codes in [(1, 1), (9, 256), (18, 256), (4, 2048), (4, 8192)]:
-    arguments, _ = _case(length, 1, 1, num_blocks=2)
-    tables = jnp.zeros((1, num_codes, length + 1))
-    traced = jax.jit(nearest_gpu.nearest).trace(
-      arguments[0], tables, arguments[2]
+def test_the_kernels_compile_for_a_gpu_without_one():
+  for length, num_codes in [(1, 1), (9, 256), (18, 256), (4, 2048), (9, 1000)]:
+    assert nearest_gpu.fits(length, num_codes)
+    assert sums_gpu.fits(length + 2, num_codes)
+    (columns, _, layers), _ = _case(length, 1, 1, num_blocks=2)
+
+    def kernels(vectors, tables, layers, *columns):
+      codes = nearest_gpu.nearest(vectors, tables, layers)
+      units = jnp.ones((1, len(columns)))
+      return sums_gpu.sums(columns, codes, layers, units, tables.shape[1])
+
+    traced = jax.jit(kernels).trace(
+      pieces.of_vectors(columns),
+      jnp.zeros((1, num_codes, length + 1)),
+      layers,
+      *columns,
     )
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("mosaic_gpu_v2") == 2
+
+
+def test_a_codebook_that_exceeds_shared_memory_does_not_fit():
+  assert not nearest_gpu.fits(18, 1024)
+  assert not sums_gpu.fits(20, 2048)
 
 
 def test_equal_distances_go_to_the_lowest_index():
