@@ -1,8 +1,8 @@
 """Nearest centroid of every sub-vector, exact in float32, without N x K memory.
 
 N sub-vectors of length D, K centroids. The score of a pair is
-`|c|^2 - 2 <x, c>`, the squared distance less `|x|^2`. All forms compute it with
-element-wise float32 arithmetic: a matrix product would be TF32 on an H100 and
+`|c|^2 - 2 <x, c>`, the squared distance less `|x|^2`, to the accuracy of
+float32 in every form: an ordinary matrix product would be TF32 on an H100 and
 bfloat16 on a TPU unless told otherwise, and it would store all N x K scores.
 
 Sub-vectors travel as D columns [B, 1024] ("columns"): B blocks of 1024
@@ -11,8 +11,13 @@ threads and cores should run along. Blocks, because a block may have a codebook
 of its own, so that layers of any size share one call.
 
 Forms, chosen by platform: a kernel for NVIDIA Hopper and later
-(`pqf_jax.ops.kernels.nearest_gpu`), one fused reduction for other accelerators,
-passes with a running minimum for CPUs.
+(`pqf_jax.ops.kernels.nearest_gpu`) if a codebook fits into its shared memory,
+one fused reduction for other accelerators, passes with a running minimum for
+CPUs. TPUs have a kernel for the loop of k-means (`pqf_jax.ops.clusters`).
+
+There is no faster option of less precision: TF32 and bfloat16 scores find other
+codes (2e-4 to 1e-2 of them), and two thirds of the kernel's time is the choice
+of the smallest score, which would remain (docs/kmeans.md).
 """
 
 from __future__ import annotations

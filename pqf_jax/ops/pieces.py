@@ -23,6 +23,9 @@ from jax import lax
 PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
 """Which piece of a sub-vector meets which piece of a centroid."""
 
+# A score that no sub-vector prefers; infinity has no pieces.
+_UNREACHABLE = 1e38
+
 # The depth of a product is a multiple of it: what one instruction of a GPU and
 # a tile of a TPU have room for. Beyond twice that, of four times.
 _DEPTH = 32
@@ -45,17 +48,20 @@ def of_vectors(columns: Sequence[jax.Array]) -> jax.Array:
   return jnp.pad(stacked, ((0, 0), (0, padding), (0, 0))).astype(jnp.bfloat16)
 
 
-def of_tables(tables: jax.Array) -> jax.Array:
-  """Tables [L, K, D + 1] of `nearest` -> [L, depth, K] bfloat16.
+def of_tables(tables: jax.Array, *, unit: int) -> jax.Array:
+  """Tables [L, K, D + 1] float32 -> [L, depth, K'] bfloat16.
 
-  Row (r, f) of a table scores a sub-vector x by r + <x, f>.
+  Row (r, f) of a table scores a sub-vector x by r + <x, f>. K' is the multiple
+  of `unit` from K on; rows beyond K are out of reach.
   """
+  num_codes, width = tables.shape[1:]
+  padding = ((0, 0), (0, -num_codes % unit), (0, 0))
+  tables = jnp.pad(tables, padding).at[:, num_codes:, 0].set(_UNREACHABLE)
   norms = _split(tables[:, :, :1])
   factors = _split(tables[:, :, 1:])
   rows = jnp.concatenate([*(factors[j] for _, j in PAIRS), *norms], axis=2)
-  padding = depth(tables.shape[2] - 1) - rows.shape[2]
-  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding)))
-  return jnp.moveaxis(rows, 2, 1).astype(jnp.bfloat16)
+  padding = ((0, 0), (0, 0), (0, depth(width - 1) - rows.shape[2]))
+  return jnp.moveaxis(jnp.pad(rows, padding), 2, 1).astype(jnp.bfloat16)
 
 
 def _split(values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

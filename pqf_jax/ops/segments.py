@@ -6,7 +6,8 @@ devices gives other bits at every run. Integer addition is: a number x in
 
     x = high * 2^-14 + low * 2^-29,    |high| <= 2^14,  0 <= low < 2^15,
 
-and the words are added as int32, on NVIDIA both at once as one int64. The
+and the words are added as int32, by a scatter on NVIDIA both at once as one
+int64. (K-means adds them in kernels instead: `pqf_jax.ops.clusters`.) The
 resolution is 2^-29 of the largest entry, where a float32 sum of n terms loses
 up to n * 2^-24 of itself. A sum is then a function of the *set* of its rows:
 not of their order, of the other segments, or of the number of devices.

@@ -23,9 +23,6 @@ MOST_ROWS = 2**23
 # Centroids of one product.
 _CHUNK = 256
 
-# The score of rows that only fill up a table.
-_UNREACHABLE = 1e38
-
 
 def assign_and_add(
   vectors: jax.Array,
@@ -51,7 +48,7 @@ def assign_and_add(
   num_blocks, depth, block = vectors.shape
   num_digits = digits.shape[1]
   num_layers, num_codes, _ = tables.shape
-  tables = pieces.of_tables(_padded(tables))
+  tables = pieces.of_tables(tables, unit=_CHUNK)
   num_held = tables.shape[2]
 
   def of_block(index: jax.Array, _: jax.Ref) -> tuple[jax.Array, int, int]:
@@ -82,13 +79,6 @@ def assign_and_add(
     interpret=interpret,
   )(layers, vectors, digits, tables)
   return codes[:, 0], sums[:, :, :num_codes]
-
-
-def _padded(tables: jax.Array) -> jax.Array:
-  """As many rows as whole products have, the last ones out of reach."""
-  padding = ((0, 0), (0, -tables.shape[1] % _CHUNK), (0, 0))
-  padded = jnp.pad(tables, padding)
-  return padded.at[:, tables.shape[1] :, 0].set(_UNREACHABLE)
 
 
 def _body(

@@ -42,9 +42,6 @@ _SLOTS = 2
 _NUM_PROCESSORS = 132
 _SHARED_BYTES = 232448 - 4096
 
-# The score of rows that only fill up a table.
-_UNREACHABLE = 1e38
-
 
 @functools.cache
 def is_available() -> bool:
@@ -85,9 +82,9 @@ def nearest(
   Returns:
     codes, [B, 1024] int32.
   """
-  tables = _padded(tables)
+  tables = pieces.of_tables(tables, unit=_COLUMNS)
   num_blocks, depth, block = vectors.shape
-  num_codes = tables.shape[1]
+  num_codes = tables.shape[2]
   if num_warpgroups is None:
     num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
   single = num_blocks <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
@@ -112,14 +109,7 @@ def nearest(
     thread_name="warpgroup",
     interpret=interpret,
   )
-  return kernel(vectors, pieces.of_tables(tables), layers)
-
-
-def _padded(tables: jax.Array) -> jax.Array:
-  """As many rows as whole products have, the last ones out of reach."""
-  padding = ((0, 0), (0, -tables.shape[1] % _COLUMNS), (0, 0))
-  padded = jnp.pad(tables, padding)
-  return padded.at[:, tables.shape[1] :, 0].set(_UNREACHABLE)
+  return kernel(vectors, tables, layers)
 
 
 def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
