@@ -80,8 +80,8 @@ def annealed_kmeans(
     num_steps: T, at least 1. T = 1000 ends 1.4 % below to 0.04 % above the
       squared error of the authors' rule at T = 1000, T = 100 at 0.4 to 1.3 %
       above it, on 5 layers of a ResNet-18 (benchmarks/kmeans_quality.py).
-    mesh: devices over which the sub-vectors are spread, or None for one. The
-      result is the same on any number of devices of one kind.
+    mesh: devices over which the sub-vectors are spread; None: those that hold
+      them. The result is the same on any number of devices of one kind.
 
   Returns:
     The codebook, codes that match it, and the error of every step.
@@ -155,11 +155,12 @@ def kmeans_of_layers(
       k-means.
     num_codes: K.
     reseed: the rule that places the centroids of empty clusters.
-    mesh: devices over which each set is spread, or None for one.
+    mesh: devices over which each set is spread; None: those that hold the sets.
 
   Returns:
     One result a set.
   """
+  mesh = mesh or _mesh_of(layers)
   num_shards = 1 if mesh is None else mesh.size
   counts = tuple(vectors.shape[0] for vectors in layers)
   most_rows = int(np.diff(_bounds(counts, num_shards)).max()) // num_shards
@@ -216,6 +217,23 @@ def random_rows(key: jax.Array, count: int, num_codes: int) -> jax.Array:
   return jax.random.randint(
     key, (num_codes,), bounds[:-1], bounds[1:], jnp.int32
   )
+
+
+def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
+  """The devices over which the layers are spread, if these are several.
+
+  A kernel cannot be divided among devices by the compiler.
+  """
+  devices = {
+    device
+    for vectors in layers
+    if isinstance(vectors, jax.Array)
+    and not isinstance(vectors, jax.core.Tracer)
+    for device in vectors.sharding.device_set
+  }
+  if len(devices) < 2:
+    return None
+  return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
 
 
 def _bounds(counts: tuple[int, ...], num_shards: int) -> np.ndarray:

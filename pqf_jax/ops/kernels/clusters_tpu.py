@@ -76,9 +76,27 @@ def assign_and_add(
         pl.BlockSpec((1, num_digits, num_held), of_layer),
       ],
     ),
+    cost_estimate=_cost(vectors, digits, tables, num_layers),
     interpret=interpret,
   )(layers, vectors, digits, tables)
   return codes[:, 0], sums[:, :, :num_codes]
+
+
+def _cost(
+  vectors: jax.Array, digits: jax.Array, tables: jax.Array, num_layers: int
+) -> pl.CostEstimate:
+  """What the kernel does and moves, which the compiler cannot see."""
+  num_blocks, depth, block = vectors.shape
+  num_digits, num_held = digits.shape[1], tables.shape[2]
+  count = num_blocks * block
+  return pl.CostEstimate(
+    flops=2 * count * num_held * (depth + num_digits),
+    transcendentals=0,
+    bytes_accessed=vectors.nbytes
+    + digits.nbytes
+    + tables.nbytes
+    + 4 * (count + num_layers * num_digits * num_held),
+  )
 
 
 def _body(
