@@ -27,7 +27,7 @@ def found():
     },
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=300,
   )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
@@ -136,10 +136,11 @@ def main() -> None:
       for name, value in batch.items()
     }
     step = finetune.make_finetune_step(loss_fn, optimizer, mesh=mesh)
-    text = step.lower(state, placed).compile().as_text()
-    sent = [found.num_bytes for found in costs.find_collectives(text)]
+    compiled = step.lower(state, placed).compile()
+    collectives = costs.find_collectives(compiled.as_text())
+    sent = [collective.num_bytes for collective in collectives]
     for _ in range(NUM_STEPS):
-      state, metrics = step(state, placed)
+      state, metrics = compiled(state, placed)
     used = len(metrics["loss"].sharding.device_set)
     after = trees.flatten(finetune.state_variables(state))
     return used, after, float(metrics["loss"]), sent

@@ -21,7 +21,7 @@ class Tiny(nn.Module):
   num_classes: int
   norm_epsilon: float = 1e-3
   norm_axis: str | None = None
-  dtype: DTypeLike = "float32"
+  dtype: DTypeLike | None = None  # that of the variables
 
   @nn.compact
   def __call__(self, images, train=False):
