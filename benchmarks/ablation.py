@@ -1,6 +1,6 @@
 r"""The paper's claims, one switch at a time: order, k-means, fine-tuning.
 
-    python benchmarks/ablation.py --data DIR --weights NAME=FILE ... \
+    python -m benchmarks.ablation --data DIR --weights NAME=FILE ... \
         --devices 0 1 --jobs 6
 
 Runs the whole job for every study, channel order, k-means and seed that
@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import study as studies
+from benchmarks import study as studies
 
 DOCS = studies.ROOT / "docs"
 Record = studies.Record

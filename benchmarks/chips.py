@@ -1,6 +1,6 @@
 """The same work on one chip of this machine and on all of them.
 
-    python benchmarks/chips.py [--depth 50] [--side 224] [--per_chip 64]
+    python -m benchmarks.chips [--depth 50] [--side 224] [--per_chip 64]
 
 Fine-tuning step of a ResNet (random weights, the recipe's kernels as codebook +
 codes): each chip gets the same number of images, so a perfect machine takes the

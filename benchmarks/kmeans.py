@@ -1,7 +1,7 @@
 """Time, memory and quality of k-means, ours and others', by shape.
 
-    python benchmarks/kmeans.py
-    python benchmarks/kmeans.py --shapes 262144,9,256 --docs /tmp/try
+    python -m benchmarks.kmeans
+    python -m benchmarks.kmeans --shapes 262144,9,256 --docs /tmp/try
 
 Measures every method that can run here (benchmarks/kmeans_methods.py) on normal
 draws, adds what came out to `docs/kmeans.json`, and writes `docs/kmeans.md` and
@@ -38,9 +38,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import kmeans_methods
 import numpy as np
 
+from benchmarks import kmeans_methods
 from pqf_jax.ops import nearest
 
 ROOT = pathlib.Path(__file__).parents[1]

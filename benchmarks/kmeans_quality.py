@@ -1,6 +1,6 @@
 """Squared error of k-means on real kernels, by rule for empty clusters.
 
-    python benchmarks/kmeans_quality.py --weights FILE.safetensors
+    python -m benchmarks.kmeans_quality --weights FILE.safetensors
 
 Prints two tables. Table 1 compares four rules for empty clusters at the first
 of --steps. Table 2 compares amplitudes of the noise, the number of steps, the

@@ -1,6 +1,6 @@
 """Training images a second: our loader against torch's DataLoader.
 
-    python benchmarks/loader.py --data-dir DIR [--photos 500x375]
+    python -m benchmarks.loader --data-dir DIR [--photos 500x375]
 
 DIR is a copy of imagenet2012 in any form. Both read the same files through the
 same reader and make the same kind of batch on this machine's cores: decode,

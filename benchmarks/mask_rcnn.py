@@ -1,6 +1,6 @@
 """Mask R-CNN ResNet-50-FPN: time and memory of ours and of torchvision.
 
-    python benchmarks/mask_rcnn.py
+    python -m benchmarks.mask_rcnn
 
 Both run in one process, on the same random weights and images:
 

@@ -1,6 +1,6 @@
 """Mask R-CNN on cell nuclei: dense, compressed with and without permutation.
 
-    python benchmarks/nuclei.py --data DIR --backbone FILE --devices 0 1
+    python -m benchmarks.nuclei --data DIR --backbone FILE --devices 0 1
 
 1. Trains the dense network once for every learning rate of --rates, side by
    side; what follows starts from the one with the best mask AP.
@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import study
+from benchmarks import study
 
 ORDERS = {"assignment": "permuted", "none": "as trained"}
 # What the seeds of one order share.

@@ -1,6 +1,6 @@
 """Channel orders for a CIFAR-10 ResNet-18, beside those of the paper's code.
 
-    python benchmarks/permutation.py --weights FILE.safetensors
+    python -m benchmarks.permutation --weights FILE.safetensors
 
 FILE holds torchvision's names (conv1 3x3, 10 classes). Table 1 looks at one
 kernel at a time, as the authors do: log-determinant of the covariance of its

@@ -1,6 +1,6 @@
 """Does a better order make k-means lose less? Error by channel order.
 
-    python benchmarks/permutation_error.py --weights FILE.safetensors
+    python -m benchmarks.permutation_error --weights FILE.safetensors
 
 FILE holds a CIFAR-10 ResNet-18 with torchvision's names. All its layers are
 quantized (large blocks, K = 256) in their own order, in that of the paper's

@@ -1,6 +1,6 @@
 """Weak scaling of the fine-tuning step over host devices, collectives counted.
 
-    python benchmarks/scaling.py [--devices 1,2,4,8] [--per_device 4]
+    python -m benchmarks.scaling [--devices 1,2,4,8] [--per_device 4]
 
 Each device gets the same number of images of ResNet-18 (CIFAR stem, random
 weights, the recipe's kernels as codebook + codes), so a perfect machine takes
@@ -59,7 +59,8 @@ def _in_process(num_devices: int, batch_size: int, repeats: int) -> dict:
   told = subprocess.run(
     [
       sys.executable,
-      __file__,
+      "-m",
+      "benchmarks.scaling",
       f"--run={num_devices},{batch_size}",
       f"--repeats={repeats}",
     ],

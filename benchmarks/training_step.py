@@ -1,6 +1,6 @@
 """What fine-tuning from codebooks costs next to training the dense network.
 
-    python benchmarks/training_step.py [--depth 50] [--batch_size 128]
+    python -m benchmarks.training_step [--depth 50] [--batch_size 128]
 
 Times the jitted Adam step of a ResNet (random weights, images that are on the
 device already) once dense and once with the kernels of the recipe as codebook +
