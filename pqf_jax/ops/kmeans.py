@@ -197,6 +197,15 @@ def annealing_schedule(num_steps: int, amplitude: float = 1.0) -> np.ndarray:
       | layer2.0.conv1, 8192, 9    |       | 1.012 | 1.009 | 1.011 | 1.012 |
       | layer1.1.conv1, 2048, 18   |       | 1.051 | 1.022 | 1.012 | 1.013 |
       | layer3.0.conv1, 16384, 18  |       | 1.010 | 1.007 | 1.006 |       |
+
+      Other powers than 1/2, each with its best amplitude in brackets, 3 seeds:
+
+      | layer, D                   | 1/2         | 1           | 3/2         |
+      |----------------------------|-------------|-------------|-------------|
+      | layer2.0.down, 4           | 1.013 (0.5) | 1.012 (0.5) | 1.015 (0.7) |
+      | MobileNetV2 features.5, 4  | 1.003 (.35) | 1.004 (0.5) | 1.006 (0.5) |
+      | layer1.0.conv1, 9          | 1.012 (1)   | 1.013 (1.4) | 1.018 (2)   |
+      | layer1.1.conv1, 18         | 1.007 (1)   | 1.011 (1.4) | 1.013 (1)   |
   """
   steps = np.arange(1, num_steps + 1, dtype=np.float64)
   return (amplitude * np.sqrt(1 - steps / num_steps)).astype(np.float32)
