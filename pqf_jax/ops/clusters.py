@@ -252,16 +252,19 @@ class _Digits(NamedTuple):
 
 
 def _digits(points: Points) -> _Digits:
+  # Words along the second axis: a short last one would be padded to 128.
   layers = points.places.layers
-  # Word by word: an array whose last axis is short would be padded to 128.
-  words = []
-  for index, column in enumerate(points.columns):
-    fractions = column / points.scale[layers, index][:, None]
-    pair = segments.to_words(fractions[:, :, None])
-    words += [pair[:, :, 0], pair[:, :, 1]]
+  fractions = jnp.stack(points.columns, 1) / points.scale[layers][:, :, None]
+  pairs = jnp.stack(segments.split_words(fractions), axis=2)
   norms = segments.to_word(points.norms / points.norm_scale[layers])
-  words += [norms.astype(jnp.int32), packing.inside(points.places)]
-  words = jnp.stack([word.astype(jnp.int32) for word in words], axis=1)
+  words = jnp.concatenate(
+    [
+      pairs.reshape(norms.shape[0], -1, norms.shape[1]),
+      norms[:, None].astype(jnp.int32),
+      packing.inside(points.places)[:, None].astype(jnp.int32),
+    ],
+    axis=1,
+  )
   digits = jnp.concatenate([words & 0xFF, words >> 8], axis=1)
   vectors = pieces.of_vectors(points.columns)
   return _Digits(points, vectors, digits.astype(jnp.bfloat16))

@@ -80,11 +80,19 @@ def power_of_two(largest: jax.Array) -> jax.Array:
 
 def to_words(fractions: jax.Array) -> jax.Array:
   """Cuts [..., C] float32 in [-1, 1] into [..., 2 C] int32: low, high, ..."""
+  pairs = jnp.stack(split_words(fractions), axis=-1)
+  return pairs.reshape(*fractions.shape[:-1], 2 * fractions.shape[-1])
+
+
+def split_words(fractions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cuts float32 in [-1, 1] into low and high words, int32; 0 for NaN."""
   scaled = fractions * 2.0 ** (_WORD_BITS - 1)
   high = jnp.floor(scaled)
-  pairs = jnp.stack([to_word(scaled - high), high], axis=-1)
-  words = jnp.where(jnp.isnan(pairs), 0, pairs).astype(jnp.int32)
-  return words.reshape(*fractions.shape[:-1], 2 * fractions.shape[-1])
+  low = to_word(scaled - high)
+  return tuple(
+    jnp.where(jnp.isnan(word), 0, word).astype(jnp.int32)
+    for word in (low, high)
+  )
 
 
 def to_word(fractions: jax.Array) -> jax.Array:
