@@ -258,8 +258,9 @@ def draw(records: Sequence[Record], path: pathlib.Path) -> None:
     panel.grid(axis="y", alpha=0.3)
     panel.legend(fontsize=6)
   figure.tight_layout()
-  # No date inside, so that the same figures give the same file.
-  figure.savefig(path, metadata={"Date": None})
+  # No date and no random names inside: the same figures give the same file.
+  with pyplot.rc_context({"svg.hashsalt": "kmeans"}):
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _tables(

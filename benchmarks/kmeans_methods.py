@@ -344,18 +344,14 @@ STANDARD = (
 )  # fmt: skip
 METHODS = (
   *STANDARD,
-  OURS._replace(
-    label="pqf_jax, 3 of 6 products",
-    device="gpu",
-    precision="2 x bfloat16",
-    fit=fewer_products(3),
-    assign=fewer_products_assign(3),
-  ),
-  OURS._replace(
-    label="pqf_jax, 1 of 6 products",
-    device="gpu",
-    precision="bfloat16",
-    fit=fewer_products(1),
-    assign=fewer_products_assign(1),
+  *(
+    OURS._replace(
+      label=f"pqf_jax, {count} of {len(pieces.PAIRS)} products",
+      device="gpu",
+      precision=precision,
+      fit=fewer_products(count),
+      assign=fewer_products_assign(count),
+    )
+    for count, precision in ((3, "2 x bfloat16"), (1, "bfloat16"))
   ),
 )

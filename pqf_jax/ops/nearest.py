@@ -19,7 +19,7 @@ There is no faster option of less precision. TF32 finds other codes for 0.1 to
 0.6 % of the sub-vectors (docs/kmeans.md), and of 43 us at N = 262144, D = 9,
 K = 256 the products are 9, by count of operations: the choice of the smallest
 score and the sums would remain. What it saves was not measured:
-`benchmarks/kmeans.py --methods "pqf_jax, 1 of 6 products"`.
+`python -m benchmarks.kmeans --methods "pqf_jax, 1 of 6 products"`.
 """
 
 from __future__ import annotations
