@@ -155,12 +155,15 @@ def kmeans_of_layers(
       k-means.
     num_codes: K.
     reseed: the rule that places the centroids of empty clusters.
-    mesh: devices over which each set is spread; None: those that hold the sets.
+    mesh: devices over which each set is spread; None: those over which the sets
+      are spread already, or one that holds a copy.
 
   Returns:
     One result a set.
   """
-  mesh = mesh or _mesh_of(layers)
+  if mesh is None:
+    layers = [_one_copy(vectors) for vectors in layers]
+    mesh = _mesh_of(layers)
   num_shards = 1 if mesh is None else mesh.size
   counts = tuple(vectors.shape[0] for vectors in layers)
   most_rows = int(np.diff(_bounds(counts, num_shards)).max()) // num_shards
@@ -226,6 +229,16 @@ def random_rows(key: jax.Array, count: int, num_codes: int) -> jax.Array:
   return jax.random.randint(
     key, (num_codes,), bounds[:-1], bounds[1:], jnp.int32
   )
+
+
+def _one_copy(vectors: jax.Array) -> jax.Array:
+  """One of the copies, if every device of several has all of `vectors`."""
+  if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
+    return vectors
+  copies = len(vectors.sharding.device_set)
+  if copies > 1 and vectors.is_fully_replicated:
+    return vectors.addressable_data(0)
+  return vectors
 
 
 def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:

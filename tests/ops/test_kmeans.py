@@ -355,6 +355,10 @@ assert len(split.sharding.device_set) == 8
 whole = run(vectors[:16384])
 np.testing.assert_array_equal(run(split).codes, whole.codes)
 np.testing.assert_array_equal(run(split, mesh=mesh).codes, whole.codes)
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+copied = run(jax.device_put(vectors[:16384], everywhere))
+assert len(copied.codes.sharding.device_set) == 1
+np.testing.assert_array_equal(copied.codes, whole.codes)
 np.testing.assert_array_equal(
   nearest.assign(split, one.codebook),
   nearest.assign(vectors[:16384], one.codebook))
