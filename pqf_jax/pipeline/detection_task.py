@@ -12,7 +12,7 @@ from etils import epath
 
 from pqf_jax import cluster, errors, files, finetune, progress
 from pqf_jax.data import coco, detection_batches
-from pqf_jax.pipeline import tasks
+from pqf_jax.pipeline import training
 from pqf_jax.report import drawings
 from pqf_jax.tasks import detection, detection_metrics
 
@@ -58,7 +58,7 @@ def load(config: ml_collections.ConfigDict, module: Any) -> dict[str, Any]:
       yield cluster.shard(batch)
 
   forward = functools.partial(
-    tasks.trained(config, module).apply, method="training_outputs"
+    training.trained(config, module).apply, method="training_outputs"
   )
   return {
     "num_train": len(dataset.train or ()),

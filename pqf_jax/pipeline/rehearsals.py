@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from pqf_jax import cluster, data, finetune
-from pqf_jax.pipeline import tasks
+from pqf_jax.pipeline import tasks, training
 from pqf_jax.tasks import classification
 
 PyTree = Any
@@ -94,7 +94,7 @@ def _detection(config: ml_collections.ConfigDict, module: Any) -> Rehearsal:
     }
 
   forward = functools.partial(
-    tasks.trained(config, module).apply, method="training_outputs"
+    training.trained(config, module).apply, method="training_outputs"
   )
   return Rehearsal(
     detection.make_loss(forward, axis=cluster.AXIS),

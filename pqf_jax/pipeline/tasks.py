@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from pqf_jax import cluster, data, errors, finetune
+from pqf_jax.pipeline import training
 from pqf_jax.tasks import classification
 
 PyTree = Any
@@ -87,28 +88,15 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
   )
 
 
-def trained(
-  config: ml_collections.ConfigDict, module: Any, **fields: Any
-) -> Any:
-  """The network as a training step applies it, computing in `config.dtype`.
-
-  Args:
-    config: the recipe.
-    module: with a field `dtype`.
-    fields: others of it that only a training step sets.
-  """
-  return module.clone(dtype=jnp.dtype(config.dtype), **fields)
-
-
 def trained_classifier(config: ml_collections.ConfigDict, module: Any) -> Any:
-  """`trained`, its norms averaging over what the config says.
+  """`training.trained`, its norms averaging over what the config says.
 
   Args:
     config: the recipe.
     module: with fields `dtype` and `norm_axis`; see `models.layers`.
   """
   axis = NORM_AXES[config.norm_statistics]
-  return trained(config, module, norm_axis=axis)
+  return training.trained(config, module, norm_axis=axis)
 
 
 def load_images(config: ml_collections.ConfigDict) -> data.ImageDataset:

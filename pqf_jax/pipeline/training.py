@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from pqf_jax import (
   checkpoint,
@@ -84,6 +85,19 @@ class Fitted(NamedTuple):
 
   last: PyTree
   best: PyTree
+
+
+def trained(
+  config: ml_collections.ConfigDict, module: Any, **fields: Any
+) -> Any:
+  """The network as a training step applies it, computing in `config.dtype`.
+
+  Args:
+    config: the recipe.
+    module: with a field `dtype`.
+    fields: others of it that only a training step sets.
+  """
+  return module.clone(dtype=jnp.dtype(config.dtype), **fields)
 
 
 def fit(
