@@ -29,7 +29,7 @@ def test_two_lines_set_everything_up():
   (block,) = SETUP
   job, tests = block.strip().splitlines()
   assert job.endswith("python main.py --config=configs/resnet18.py")
-  assert tests.endswith("pytest")
+  assert tests.endswith("pytest -n auto")
 
 
 def test_a_packed_network_is_used_as_described(tmp_path, monkeypatch):
