@@ -150,9 +150,6 @@ def _time_kmeans(
   vectors = np.random.default_rng(1).normal(size=(count, length))
   vectors = vectors.astype(np.float32)
   chips = jax.devices()
-  schedule = kmeans.annealing_schedule(
-    options.kmeans_steps, kmeans.amplitude(length)
-  )
   found, seconds = [], []
   for used in ((), chips[:1], chips):
     mesh = cluster.mesh(tuple(used)) if used else None
@@ -164,8 +161,8 @@ def _time_kmeans(
         kmeans.kmeans_of_layers(
           jax.random.split(jax.random.key(0), 1),
           [placed],
-          schedule,
           num_codes=num_codes,
+          num_steps=options.kmeans_steps,
           mesh=mesh,
         )
       )

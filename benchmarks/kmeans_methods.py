@@ -64,13 +64,10 @@ def ours(
   """
   keys = jax.random.split(jax.random.key(seed), 1)
   data = jax.device_put(vectors)
-  schedule = kmeans.annealing_schedule(
-    num_steps, kmeans.amplitude(vectors.shape[1])
-  )
 
   def fit() -> jax.Array:
     results = kmeans.kmeans_of_layers(
-      keys, [data], schedule, num_codes=len(rows)
+      keys, [data], num_codes=len(rows), num_steps=num_steps
     )
     return results[0].codebook.block_until_ready()
 
@@ -79,11 +76,10 @@ def ours(
 
 def peak_bytes(vectors: np.ndarray, num_codes: int, num_steps: int) -> int:
   """Arguments, results and temporary memory of `ours`, as compiled."""
-  schedule = kmeans.annealing_schedule(num_steps)
 
   def run(key: jax.Array, data: jax.Array) -> list[kmeans.KMeansResult]:
     return kmeans.kmeans_of_layers(
-      key[None], [data], schedule, num_codes=num_codes
+      key[None], [data], num_codes=num_codes, num_steps=num_steps
     )
 
   lowered = jax.jit(run).lower(jax.random.key(0), jnp.asarray(vectors))

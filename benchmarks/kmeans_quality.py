@@ -1,17 +1,14 @@
-"""Squared error of k-means on real kernels, by rule for empty clusters.
+"""Squared error of k-means on real kernels: what each part of ours is worth.
 
-    python -m benchmarks.kmeans_quality --weights FILE.safetensors
+    python -m benchmarks.kmeans_quality --weights FILE.safetensors ...
 
-Prints three tables. Table 1 compares four rules for empty clusters at the first
-of --steps. Table 2 compares amplitudes of the noise, the number of steps, the
-first centroids (random or k-means++), and no noise at all. Table 3 compares how
-the noise falls, (1 - t / T)^p, p = 1/2 being the paper's. Every entry is the
-mean squared error of a sub-vector relative to the authors' rule (an empty
-cluster's centroid becomes 0, the data mean; amplitude 1), mean and standard
-deviation over the seeds.
+Every entry is the mean squared error of a sub-vector relative to the authors'
+rule at T = 1000 (noise of amplitude 1, an empty cluster's centroid becomes 0,
+the data mean), mean and standard deviation over the seeds. Table 1 adds ours to
+the paper's, one after the other; table 2 compares rules for empty clusters.
 
-The file holds PyTorch kernels [C_out, C_in, kh, kw] under torch names. About
-5 minutes on 2 cores with the defaults; --steps 100 takes 1.
+The files hold PyTorch kernels [C_out, C_in, kh, kw] under torch names; layers
+that no file has are left out. 2 minutes on an H100.
 """
 
 from __future__ import annotations
@@ -19,7 +16,8 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +27,48 @@ from jax import lax
 
 from pqf_jax.ops import kmeans, packing, relaxation, reseeding
 
-# Small and large layers of ResNet-18, 'torch name:length of a sub-vector'.
+# Small and large layers of ResNet-18 and MobileNetV2, 'torch name:length of a
+# sub-vector'.
 _CASES = (
   "layer1.0.conv1.weight:9",
   "layer1.1.conv1.weight:18",
   "layer2.0.downsample.0.weight:4",
   "layer2.0.conv1.weight:9",
+  "layer3.0.downsample.0.weight:4",
   "layer3.0.conv1.weight:18",
+  "layer4.0.downsample.0.weight:4",
   "layer4.0.conv1.weight:9",
+  "features.2.conv.0.0.weight:4",
+  "features.5.conv.0.0.weight:4",
+  "features.8.conv.1.0.weight:9",
+  "features.11.conv.0.0.weight:8",
+  "features.14.conv.0.0.weight:4",
+  "features.17.conv.2.weight:4",
 )
 
-_POWERS = (0.5, 1.0, 1.5)
+Start = Callable[..., jax.Array]
 
-Rule = relaxation.Rule
+
+class Method(NamedTuple):
+  """A kind of k-means.
+
+  Attributes:
+    num_steps: T, transfers included.
+    scaled: noise of `kmeans.amplitude`, not of amplitude 1.
+    noisy: False: without noise.
+    momentum: as in `kmeans.make_schedule`.
+    num_transfers: the last steps.
+    reseed: rule for empty clusters.
+    plus_plus: k-means++ instead of random sub-vectors as a start.
+  """
+
+  num_steps: int
+  scaled: bool = True
+  noisy: bool = True
+  momentum: float = 0.5
+  num_transfers: int = 0
+  reseed: relaxation.Rule = reseeding.split_worst
+  plus_plus: bool = False
 
 
 def to_zero(clusters: reseeding.Clusters) -> reseeding.Proposal:
@@ -90,27 +117,30 @@ def plus_plus_start(
 
 
 def measure(
-  vectors: jax.Array,
-  num_codes: int,
-  schedule: np.ndarray,
-  rule: Rule,
-  start: Callable[..., jax.Array],
-  num_seeds: int,
+  vectors: jax.Array, num_codes: int, method: Method, num_seeds: int
 ) -> np.ndarray:
-  """Returns the final squared error of `num_seeds` runs."""
+  """Returns the final squared error of `num_seeds` runs, [num_seeds]."""
   # All seeds in one call.
+  count, length = vectors.shape
   packed = packing.pack([vectors] * num_seeds)
   keys = jax.random.split(jax.random.key(0), (2, num_seeds))
+  start = plus_plus_start if method.plus_plus else random_start
   starts = [start(key, vectors, num_codes=num_codes) for key in keys[0]]
-  shape = len(schedule), num_codes, vectors.shape[1]
+  num_moves = method.num_steps - method.num_transfers
+  shape = num_moves, num_codes, length
   normals = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1]]
+  size = kmeans.amplitude(count, length, num_codes) if method.scaled else 1.0
   fitted = relaxation.fit(
     packed,
     jnp.stack(starts),
-    schedule,
+    kmeans.make_schedule(
+      num_moves, [size * method.noisy] * num_seeds, method.momentum
+    ),
     jnp.stack(normals, axis=1),
     options=relaxation.Options(
-      packed.blocks[:, :, 0].size // num_seeds, reseed=rule
+      packed.blocks[:, :, 0].size // num_seeds,
+      method.num_transfers,
+      method.reseed,
     ),
   )
   return np.asarray(fitted.distortion[:, -1])
@@ -123,29 +153,29 @@ def random_start(
   return vectors[kmeans.random_rows(key, len(vectors), num_codes)]
 
 
-def load_case(
-  weights: dict[str, np.ndarray], case: str
-) -> tuple[jax.Array, int]:
-  """Returns the sub-vectors of one 'name:D' and K = min(256, 2^...(N/4))."""
-  name, length = case.rsplit(":", 1)
-  vectors = weights[name].astype(np.float32).reshape(-1, int(length))
-  num_codes = min(256, 2 ** int(math.log2(len(vectors) / 4)))
-  return jnp.asarray(vectors), num_codes
-
-
-def print_table(
-  title: str,
-  columns: Sequence[str],
-  rows: dict[str, list[np.ndarray]],
-  references: dict[str, float],
-) -> None:
-  """Prints mean and standard deviation relative to each row's reference."""
-  print(f"\n{title}\n\n| layer:D | " + " | ".join(columns) + " |")
-  print("|---" * (len(columns) + 1) + "|")
-  for name, cells in rows.items():
-    cells = [cell / references[name] for cell in cells]
-    text = [f"{cell.mean():.4f} ± {cell.std():.4f}" for cell in cells]
-    print(f"| {name} | " + " | ".join(text) + " |", flush=True)
+AUTHORS = Method(1000, scaled=False, momentum=0, reseed=to_zero)
+FEW, MANY = (
+  Method(steps, num_transfers=kmeans.num_transfers(steps))
+  for steps in (100, 1000)
+)
+TABLES = {
+  "what each part is worth": {
+    "authors, 1000": AUTHORS,
+    "authors, 100": AUTHORS._replace(num_steps=100),
+    "+ split_worst": Method(100, scaled=False, momentum=0),
+    "+ amplitude": Method(100, momentum=0),
+    "+ momentum": Method(100),
+    "+ transfers": FEW,
+    "1000 steps": MANY,
+    "1000, only split_worst": Method(1000, scaled=False, momentum=0),
+    "100, k-means++": FEW._replace(plus_plus=True),
+    "100, no noise": FEW._replace(noisy=False),
+  },
+  "rules for empty clusters, 100 steps": {
+    rule.__name__: FEW._replace(reseed=rule)
+    for rule in (to_zero, keep, split_largest, reseeding.split_worst)
+  },
+}
 
 
 def main() -> None:
@@ -153,67 +183,36 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--weights", required=True, help=".safetensors file")
+  parser.add_argument(
+    "--weights", required=True, nargs="+", help=".safetensors files"
+  )
   parser.add_argument("--cases", nargs="+", default=_CASES, help="name:D ...")
-  parser.add_argument("--steps", nargs="+", type=int, default=[100, 300, 1000])
-  parser.add_argument("--seeds", type=int, default=4)
+  parser.add_argument("--seeds", type=int, default=5)
   options = parser.parse_args()
-  weights = safetensors.numpy.load_file(options.weights)
-
-  rules = [to_zero, keep, split_largest, reseeding.split_worst]
-  few, many = options.steps[0], options.steps[-1]
-  by_rule, by_steps, by_power, few_errors, many_errors = {}, {}, {}, {}, {}
-  for case in options.cases:
-    vectors, num_codes = load_case(weights, case)
-    run = functools.partial(
-      measure, vectors, num_codes, num_seeds=options.seeds
-    )
-    annealing = kmeans.annealing_schedule
-    by_rule[case] = [run(annealing(few), rule, random_start) for rule in rules]
-    few_errors[case] = by_rule[case][0].mean()
-    many_errors[case] = run(annealing(many), to_zero, random_start).mean()
-    split = reseeding.split_worst
-    size = kmeans.amplitude(vectors.shape[1])
-    by_steps[case] = [
-      *(
-        run(annealing(steps, size), split, random_start)
-        for steps in options.steps
-      ),
-      run(annealing(few), split, random_start),
-      run(annealing(few, size), split, plus_plus_start),
-      run(0 * annealing(few), split, random_start),
-      run(0 * annealing(few), split, plus_plus_start),
-    ]
-    by_power[case] = [
-      run(size * annealing(few) ** (2 * power), split, random_start)
-      for power in _POWERS
-    ]
-
-  print_table(
-    f"Table 1. Rule for empty clusters, T = {few}, relative to to_zero at"
-    f" T = {few}.",
-    [rule.__name__ for rule in rules],
-    by_rule,
-    few_errors,
-  )
-  print_table(
-    f"Table 2. split_worst, relative to to_zero at T = {many}.",
-    [
-      *(f"T = {steps}" for steps in options.steps),
-      f"T = {few}, amplitude 1",
-      f"T = {few}, k-means++",
-      f"T = {few}, no noise",
-      f"T = {few}, no noise, k-means++",
-    ],
-    by_steps,
-    many_errors,
-  )
-  print_table(
-    f"Table 3. split_worst, T = {few}, relative to to_zero at T = {many}.",
-    [f"p = {power}" for power in _POWERS],
-    by_power,
-    many_errors,
-  )
+  weights = {}
+  for path in options.weights:
+    weights |= safetensors.numpy.load_file(path)
+  for title, methods in TABLES.items():
+    print(f"\n{title}\n\n| layer, N, D, K | " + " | ".join(methods) + " |")
+    print("|---" * (len(methods) + 1) + "|")
+    means = []
+    for case in options.cases:
+      name, _, length = case.rpartition(":")
+      if name not in weights:
+        continue
+      vectors = weights[name].astype(np.float32).reshape(-1, int(length))
+      num_codes = min(256, 2 ** int(math.log2(len(vectors) / 4)))
+      errors = [
+        measure(jnp.asarray(vectors), num_codes, method, options.seeds)
+        for method in (AUTHORS, *methods.values())
+      ]
+      cells = [each / errors[0].mean() for each in errors[1:]]
+      means.append([cell.mean() for cell in cells])
+      told = [f"{cell.mean():.4f} ± {cell.std():.4f}" for cell in cells]
+      shape = f"{name.removesuffix('.weight')}, {len(vectors)}, {length}"
+      print(f"| {shape}, {num_codes} | " + " | ".join(told) + " |", flush=True)
+    told = [f"{mean:.4f}" for mean in np.mean(means, axis=0)]
+    print("| mean | " + " | ".join(told) + " |")
 
 
 if __name__ == "__main__":

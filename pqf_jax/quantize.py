@@ -139,12 +139,12 @@ def _quantize(
   layers = _to_vectors(kernels, specs)
   num_codes, length = plan[paths[0]].num_codes, layers[0].shape[1]
   hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
-  size = kmeans.amplitude(length) if annealed else 0.0
   results = kmeans.kmeans_of_layers(
     jax.vmap(jax.random.fold_in, (None, 0))(key, hashes),
     layers,
-    kmeans.annealing_schedule(plan[paths[0]].kmeans_steps, size),
     num_codes=num_codes,
+    num_steps=plan[paths[0]].kmeans_steps,
+    annealed=annealed,
     mesh=mesh,
   )
   if mesh is not None:  # the codes are still spread

@@ -7,7 +7,7 @@ platform gets them:
 
 - CPUs: passes with a running minimum, a scatter of integer words.
 - NVIDIA Hopper and later: two kernels, if a codebook fits into shared memory.
-- TPUs: one kernel; the sums are a matrix product too.
+- TPUs: two kernels; the sums are a matrix product too.
 - other accelerators: one fused reduction, a scatter.
 """
 
@@ -65,7 +65,7 @@ class Form(NamedTuple):
   Attributes:
     prepare: (points) -> what the others need of the points, made once.
     codes: (prepared, codebooks [L, K, D]) -> [B, 1024] int32.
-    sums: (prepared, codebooks, most rows of a layer on this device) -> whole
+    sums: (prepared, codes, K, most rows of a layer on this device) -> whole
       numbers, to be added up over devices.
     totals: (prepared, those numbers) -> Totals.
     unroll: steps of a turn of the loop, which itself costs time on a GPU.
@@ -73,7 +73,7 @@ class Form(NamedTuple):
 
   prepare: Callable[[Points], Tree]
   codes: Callable[[Tree, jax.Array], jax.Array]
-  sums: Callable[[Tree, jax.Array, int], Tree]
+  sums: Callable[[Tree, jax.Array, int, int], Tree]
   totals: Callable[[Tree, Tree], Totals]
   unroll: int = 1
 
@@ -135,15 +135,14 @@ def _scattered_codes(prepared: _Words, codebooks: jax.Array) -> jax.Array:
 
 
 def _scattered_sums(
-  prepared: _Words, codebooks: jax.Array, most_rows: int
+  prepared: _Words, codes: jax.Array, num_codes: int, most_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-  num_layers, num_codes, _ = codebooks.shape
-  layers = prepared.points.places.layers
-  owners = _scattered_codes(prepared, codebooks) + layers[:, None] * num_codes
+  places = prepared.points.places
+  owners = codes + places.layers[:, None] * num_codes
   return segments.integer_sums(
     prepared.words,
     owners.reshape(-1),
-    num_layers * num_codes,
+    places.sizes.size * num_codes,
     most_added=most_rows,
   )
 
@@ -208,17 +207,15 @@ def _kernel_codes(prepared: _Operands, codebooks: jax.Array) -> jax.Array:
 
 
 def _kernel_sums(
-  prepared: _Operands, codebooks: jax.Array, most_rows: int
+  prepared: _Operands, codes: jax.Array, num_codes: int, most_rows: int
 ) -> jax.Array:
   del most_rows  # The units see to it that nothing overflows.
 
   @jax.custom_batching.sequential_vmap
   def sums(*columns: jax.Array) -> jax.Array:
     *columns, codes, layers, units = columns
-    num_codes = codebooks.shape[1]
     return sums_gpu.sums(columns, codes, layers, units, num_codes, num_coarse=2)
 
-  codes = _kernel_codes(prepared, codebooks)
   return sums(*prepared.columns, codes, prepared.layers, prepared.units)
 
 
@@ -237,7 +234,7 @@ _KERNELS = Form(
 
 
 class _Digits(NamedTuple):
-  """What the kernel for a TPU reads.
+  """What the kernels for a TPU read.
 
   Attributes:
     points: for their scales.
@@ -271,30 +268,29 @@ def _digits(points: Points) -> _Digits:
 
 
 @jax.custom_batching.sequential_vmap
-def _assign_and_add(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return clusters_tpu.assign_and_add(*arguments)
+def _tpu_nearest(*arguments: jax.Array) -> jax.Array:
+  return clusters_tpu.nearest(*arguments)
 
 
-def _assigned_and_added(
-  prepared: _Digits, codebooks: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  return _assign_and_add(
+def _product_codes(prepared: _Digits, codebooks: jax.Array) -> jax.Array:
+  return _tpu_nearest(
     prepared.vectors,
-    prepared.digits,
     nearest.tables(codebooks),
     prepared.points.places.layers,
   )
 
 
-def _product_codes(prepared: _Digits, codebooks: jax.Array) -> jax.Array:
-  return _assigned_and_added(prepared, codebooks)[0]
-
-
 def _product_sums(
-  prepared: _Digits, codebooks: jax.Array, most_rows: int
+  prepared: _Digits, codes: jax.Array, num_codes: int, most_rows: int
 ) -> jax.Array:
   del most_rows  # `by_platform` has seen to it.
-  return _assigned_and_added(prepared, codebooks)[1]
+  places = prepared.points.places
+
+  @jax.custom_batching.sequential_vmap
+  def sums(*arrays: jax.Array) -> jax.Array:
+    return clusters_tpu.sums(*arrays, places.sizes.size, num_codes)
+
+  return sums(prepared.digits, codes, places.layers)
 
 
 def _product_totals(prepared: _Digits, integers: jax.Array) -> Totals:

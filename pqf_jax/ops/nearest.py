@@ -24,7 +24,7 @@ score and the sums would remain. What it saves was not measured:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,15 @@ from pqf_jax.ops.kernels import nearest_gpu
 
 BLOCK = 1024
 """Sub-vectors of a block."""
+
+
+Score = Callable[
+  [Sequence[jax.Array], Sequence[jax.Array], jax.Array], jax.Array
+]
+"""(columns, row of a table, its index) -> scores, of the columns' shape."""
+
+Minimum = Callable[..., jax.Array]
+"""`running_minimum` or `reduced_minimum`."""
 
 
 def assign(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -109,7 +118,7 @@ def nearest_centroid(
     codes, [B, 1024] int32.
   """
   arguments = tuple(columns), tables(codebooks), layers
-  forms = {"cpu": _running_minimum, "default": _reduced_minimum}
+  forms = {"cpu": running_minimum, "default": reduced_minimum}
   if nearest_gpu.is_available() and nearest_gpu.fits(*codebooks.shape[:0:-1]):
     forms["cuda"] = _kernel_of_columns
   return lax.platform_dependent(*arguments, **forms)
@@ -135,8 +144,11 @@ def _kernel_of_columns(
   return kernel(pieces.of_vectors(columns), tables, layers)
 
 
-def _score(columns: Sequence[jax.Array], row: Sequence[jax.Array]) -> jax.Array:
+def linear_score(
+  columns: Sequence[jax.Array], row: Sequence[jax.Array], index: jax.Array
+) -> jax.Array:
   """Returns `row[0] + sum_i columns[i] * row[i + 1]`."""
+  del index
   score = row[0]
   for column, factor in zip(columns, row[1:], strict=True):
     score = score + column * factor
@@ -148,8 +160,11 @@ def _of_blocks(tables: jax.Array, layers: jax.Array) -> jax.Array:
   return tables if tables.shape[0] == 1 else tables[layers]
 
 
-def _running_minimum(
-  columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
+def running_minimum(
+  columns: tuple[jax.Array, ...],
+  tables: jax.Array,
+  layers: jax.Array,
+  score: Score = linear_score,
 ) -> jax.Array:
   """Passes over all sub-vectors, 8 or 16 centroids at a time, for XLA:CPU.
 
@@ -177,9 +192,9 @@ def _running_minimum(
     value, index = best.real, best.imag
     for i in range(num_scored):
       row = [block_table[:, i, j, None] for j in range(width)]
-      score = _score(columns, row)
-      closer = score < value
-      value = jnp.where(closer, score, value)
+      new = score(columns, row, block_first + i)
+      closer = new < value
+      value = jnp.where(closer, new, value)
       index = jnp.where(closer, block_first + i, index)
     return lax.complex(value, index), None
 
@@ -190,8 +205,11 @@ def _running_minimum(
   return best.imag.astype(jnp.int32)
 
 
-def _reduced_minimum(
-  columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
+def reduced_minimum(
+  columns: tuple[jax.Array, ...],
+  tables: jax.Array,
+  layers: jax.Array,
+  score: Score = linear_score,
 ) -> jax.Array:
   """Reduces over the centroid axis of [B, K, 1024] scores, never stored.
 
@@ -200,11 +218,13 @@ def _reduced_minimum(
   and ties cost six more.
   """
   tables = _of_blocks(tables, layers)
-  scores = _score(
+  indices = jnp.arange(tables.shape[1], dtype=jnp.int32)[None, :, None]
+  scores = score(
     [column[:, None, :] for column in columns],
     [tables[:, :, i, None] for i in range(tables.shape[2])],
+    indices,
   )
-  indices = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+  indices = jnp.broadcast_to(indices, scores.shape)
 
   def smaller(
     left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]

@@ -152,8 +152,8 @@ class _Rehearsal:
 
     def lower(num_steps: int) -> Any:
       function = jax.jit(
-        lambda keys, vectors, schedule: kmeans.kmeans_of_layers(
-          keys, [vectors], schedule, num_codes=layer.num_codes
+        lambda keys, vectors: kmeans.kmeans_of_layers(
+          keys, [vectors], num_codes=layer.num_codes, num_steps=num_steps
         )
       )
       keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
@@ -162,7 +162,6 @@ class _Rehearsal:
           (
             keys,
             jax.ShapeDtypeStruct((c_out * m, length), jnp.float32),
-            jax.ShapeDtypeStruct((num_steps,), jnp.float32),
           ),
           jax.sharding.SingleDeviceSharding(device),
         )

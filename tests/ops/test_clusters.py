@@ -32,14 +32,16 @@ def codebooks():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  run = functools.partial(clusters_tpu.assign_and_add, interpret=True)
-  monkeypatch.setattr(clusters, "_assign_and_add", run)
+  for name in ("nearest", "sums"):
+    run = functools.partial(getattr(clusters_tpu, name), interpret=True)
+    monkeypatch.setattr(clusters_tpu, name, run)
 
 
 def _results(form, points, codebooks):
   prepared = form.prepare(points)
-  totals = form.totals(prepared, form.sums(prepared, codebooks, MOST_ROWS))
-  return form.codes(prepared, codebooks), totals
+  codes = form.codes(prepared, codebooks)
+  integers = form.sums(prepared, codes, codebooks.shape[1], MOST_ROWS)
+  return codes, form.totals(prepared, integers)
 
 
 def test_totals_are_those_of_numpy(points, codebooks):

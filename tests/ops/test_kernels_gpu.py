@@ -68,10 +68,7 @@ def test_sums_are_exact():
 def test_a_layer_does_not_depend_on_those_it_shares_a_call_with():
   layers = [_vectors(n, 9, seed=n) for n in (300_000, 5000, 64, 2048)]
   keys = jax.random.split(jax.random.key(0), 4)
-  schedule = kmeans.annealing_schedule(20)
-  run = functools.partial(
-    kmeans.kmeans_of_layers, schedule=schedule, num_codes=64
-  )
+  run = functools.partial(kmeans.kmeans_of_layers, num_codes=64, num_steps=20)
   together, again = run(keys, layers), run(keys, layers)
   back = run(keys[::-1], layers[::-1])[::-1]
   for i, layer in enumerate(layers):

@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -44,17 +46,26 @@ def test_the_order_of_the_rows_does_not_matter():
   np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("add", [segments._add, segments._add_pairs])
-@pytest.mark.parametrize("num_copies", [1, 2, 8, 64])
-def test_words_are_added_exactly(add, num_copies):
+def _scatter(add, num_copies):
+  return functools.partial(segments._sums, add, 4, num_copies)
+
+
+@pytest.mark.parametrize(
+  "form",
+  [
+    *(_scatter(segments._add, copies) for copies in (1, 2, 8, 64)),
+    *(_scatter(segments._add_pairs, copies) for copies in (1, 8)),
+    functools.partial(segments._products, 4),
+  ],
+)
+def test_words_are_added_exactly(form, monkeypatch):
+  monkeypatch.setattr(segments, "_MOST_MULTIPLIED", 1024)
   draws = np.random.default_rng(0)
   low = draws.integers(0, 2**15, (5000, 3))
   high = draws.integers(-(2**14), 2**14, (5000, 3), endpoint=True)
   words = np.stack([low, high], axis=2).reshape(5000, 6)
   codes = draws.integers(0, 4, 5000)
-  parts = segments._sums(
-    add, 4, num_copies, jnp.asarray(words, jnp.int32), jnp.asarray(codes)
-  )
+  parts = form(jnp.asarray(words, jnp.int32), jnp.asarray(codes))
   total = np.float64(parts[0]) + np.float64(parts[1]) * 2**15
   np.testing.assert_array_equal(total, _exact(words, codes, 4))
 

@@ -1,0 +1,56 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pqf_jax.ops import nearest, transfers
+
+
+def _transferred(vectors, codes, num_codes):
+  """One step over all sub-vectors, from the clusters of `codes`."""
+  counts = np.bincount(codes, minlength=num_codes)
+  means = np.zeros((num_codes, vectors.shape[1]))
+  np.add.at(means, codes, vectors)
+  means /= np.maximum(counts, 1)[:, None]
+  blocks = nearest.to_blocks(jnp.asarray(vectors))
+  padding = blocks.shape[0] * nearest.BLOCK - len(codes)
+  moved = transfers.transfer(
+    nearest.split_columns(blocks),
+    jnp.asarray(means[None], jnp.float32),
+    jnp.asarray(counts[None], jnp.float32),
+    jnp.zeros(blocks.shape[0], jnp.int32),
+    jnp.asarray(np.pad(codes, (0, padding)).reshape(-1, 1024), jnp.int32),
+  )
+  return np.asarray(moved).reshape(-1)[: len(codes)]
+
+
+def _error(vectors, codes):
+  """The sum of squared distances to the means of the clusters."""
+  groups = [vectors[codes == code] for code in np.unique(codes)]
+  return sum(np.square(group - group.mean(axis=0)).sum() for group in groups)
+
+
+@pytest.fixture(params=[0, 1])
+def clustering(request):
+  draws = np.random.default_rng(request.param)
+  vectors = draws.standard_normal((40, 3))
+  return vectors.astype(np.float32), draws.integers(0, 7, 40)
+
+
+def test_each_goes_where_brute_force_finds_the_least_error(clustering):
+  vectors, codes = clustering
+  moved = _transferred(vectors, codes, 9)  # the last two are empty
+  for row, code in enumerate(codes):
+    alternatives = [code] if (codes == code).sum() == 1 else range(7)
+    tried = [np.r_[codes[:row], j, codes[row + 1 :]] for j in alternatives]
+    error = [_error(vectors.astype(np.float64), each) for each in tried]
+    assert moved[row] == alternatives[int(np.argmin(error))]
+
+
+def test_they_improve_what_k_means_cannot():
+  vectors = np.array([[0, 0], [3, 0], [4.6, 0]], np.float32)
+  codes = np.array([0, 0, 1])
+  means = np.array([[1.5, 0], [4.6, 0]], np.float32)
+  np.testing.assert_array_equal(nearest.assign(vectors, means), codes)
+  moved = _transferred(vectors, codes, 2)
+  assert moved[1] == 1
+  assert _error(vectors, np.r_[0, moved[1:]]) < _error(vectors, codes)
