@@ -25,7 +25,14 @@ import numpy as np
 import safetensors.numpy
 from jax import lax
 
-from pqf_jax.ops import kmeans, packing, relaxation, reseeding
+from pqf_jax.ops import (
+  annealing,
+  iteration,
+  kmeans,
+  packing,
+  relaxation,
+  reseeding,
+)
 
 # Small and large layers of ResNet-18 and MobileNetV2, 'torch name:length of a
 # sub-vector'.
@@ -54,9 +61,9 @@ class Method(NamedTuple):
 
   Attributes:
     num_steps: T, transfers included.
-    scaled: noise of `kmeans.amplitude`, not of amplitude 1.
+    scaled: noise of `annealing.amplitude`, not of amplitude 1.
     noisy: False: without noise.
-    momentum: as in `kmeans.make_schedule`.
+    momentum: as in `annealing.make_schedule`.
     num_transfers: the last steps.
     reseed: rule for empty clusters.
     plus_plus: k-means++ instead of random sub-vectors as a start.
@@ -67,7 +74,7 @@ class Method(NamedTuple):
   noisy: bool = True
   momentum: float = 0.5
   num_transfers: int = 0
-  reseed: relaxation.Rule = reseeding.split_worst
+  reseed: iteration.Rule = reseeding.split_worst
   plus_plus: bool = False
 
 
@@ -129,15 +136,15 @@ def measure(
   num_moves = method.num_steps - method.num_transfers
   shape = num_moves, num_codes, length
   normals = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1]]
-  size = kmeans.amplitude(count, length, num_codes) if method.scaled else 1.0
+  size = annealing.amplitude(count, length, num_codes) if method.scaled else 1.0
   fitted = relaxation.fit(
     packed,
     jnp.stack(starts),
-    kmeans.make_schedule(
+    annealing.make_schedule(
       num_moves, [size * method.noisy] * num_seeds, method.momentum
     ),
     jnp.stack(normals, axis=1),
-    options=relaxation.Options(
+    options=iteration.Options(
       packed.blocks[:, :, 0].size // num_seeds,
       method.num_transfers,
       method.reseed,
@@ -155,7 +162,7 @@ def random_start(
 
 AUTHORS = Method(1000, scaled=False, momentum=0, reseed=to_zero)
 FEW, MANY = (
-  Method(steps, num_transfers=kmeans.num_transfers(steps))
+  Method(steps, num_transfers=annealing.num_transfers(steps))
   for steps in (100, 1000)
 )
 TABLES = {

@@ -13,21 +13,14 @@ paper adds noise a_t * std * z to the *data* before taking the mean; the mean of
 n_j such draws is the formula above, exactly in distribution, with K * D normal
 numbers a step instead of N * D. The last step has no noise (a_T = 0).
 
-Three things are not the paper's. Together they reach in 100 steps what the
-authors' rule (a = 1, an empty cluster's centroid becomes 0) reaches in 1000,
-0.06 % above it on average, and end 0.8 % below it after 1000:
+Three things are not the paper's. With them 100 steps reach the squared error of
+the authors' rule (a = 1, an empty cluster's centroid becomes 0) after 1000, to
+0.2 % on average of 14 layers (docs/kmeans_quality.md); 1000 end 0.7 % below it:
 
-- The amplitude a, 1 in the paper, is larger where clusters are (`amplitude`).
+- The amplitude a, 1 in the paper, is larger where clusters are (`annealing`).
 - Centroids go further than the mean, by half of the way to it and half of their
   last move: over-relaxation (Lee, Baek and Sung, 1997) and momentum.
 - The last steps are transfers (`pqf_jax.ops.transfers`).
-
-Squared error relative to the authors' rule at T = 1000, mean of 5 seeds (theirs
-of 10), K = 256 or N / 4 rounded down to a power of two:
-
-| layer, N, D                         | paper's | a     | a, further | all   | T=1000|
-|-------------------------------------|---------|-------|------------|-------|-------|
-TABLE
 
 Assignment is exact float32 without N x K memory (`pqf_jax.ops.nearest`), sums
 are exact (`pqf_jax.ops.segments`): a result is the same at every run, on any
@@ -46,7 +39,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pqf_jax import errors
-from pqf_jax.ops import nearest, packing, relaxation, reseeding
+from pqf_jax.ops import annealing, iteration, nearest, packing, relaxation
 
 LARGEST = 1e15
 """Squared distances of larger sub-vectors could overflow float32."""
@@ -180,64 +173,22 @@ def kmeans_of_layers(
   most_rows = int(np.diff(_bounds(counts, num_shards)).max()) // num_shards
   packed, starts = _packed(keys, tuple(layers), num_codes, num_shards)
   amplitudes = [
-    amplitude(count, length, num_codes) if annealed else 0.0 for count in counts
+    annealing.amplitude(count, length, num_codes) if annealed else 0.0
+    for count in counts
   ]
-  last = num_transfers(num_steps) if annealed else 0
+  last = annealing.num_transfers(num_steps) if annealed else 0
   num_moves = num_steps - last
   fitted = relaxation.fit(
     packed,
     starts,
-    make_schedule(num_moves, amplitudes, momentum=0.5 if annealed else 0.0),
+    annealing.make_schedule(
+      num_moves, amplitudes, momentum=0.5 if annealed else 0.0
+    ),
     _normals(keys, num_moves, num_codes, length),
-    options=relaxation.Options(most_rows, last),
+    options=iteration.Options(most_rows, last),
     mesh=mesh,
   )
   return _unpacked(fitted, counts, num_shards)
-
-
-def num_transfers(num_steps: int) -> int:
-  """How many of the steps are transfers: the last tenth, at most 20.
-
-  They find what they can in 10 to 20 steps, where clusters are small.
-  """
-  return min(20, num_steps // 10)
-
-
-def make_schedule(
-  num_steps: int, amplitudes: Sequence[float], momentum: float
-) -> relaxation.Schedule:
-  """Returns a_t = a * sqrt(1 - t / T) for t = 1..T, made on the host.
-
-  Inside `jit` rounding makes `1 - t / T` negative at t = T for some T (10 and
-  1000 among them), and its root NaN.
-
-  Args:
-    num_steps: T.
-    amplitudes: a of each layer.
-    momentum: of all steps but the last, a power of two or 0.
-  """
-  steps = np.arange(1, num_steps + 1, dtype=np.float64)
-  falling = np.sqrt(1 - steps / max(1, num_steps))[:, None]
-  return relaxation.Schedule(
-    (falling * np.asarray(amplitudes)[None]).astype(np.float32),
-    (momentum * (steps < num_steps)).astype(np.float32),
-  )
-
-
-def amplitude(count: int, length: int, num_codes: int) -> float:
-  """The amplitude of the noise, a, which is 1 in the paper.
-
-  Noise has to be of the size of a cell, to move sub-vectors from one to
-  another. The cells of short sub-vectors are small compared with the data, and
-  the mean of many moves less (the root of n_j). Of exponents 0, 1/4, 0.35 and
-  1/2, with factors 0.5 to 2, this was best on average.
-
-  Args:
-    count: N.
-    length: D.
-    num_codes: K.
-  """
-  return min(1.0, length / 8) * (count / num_codes / 32) ** 0.25
 
 
 def random_rows(key: jax.Array, count: int, num_codes: int) -> jax.Array:
@@ -326,7 +277,7 @@ def _normals(
 
 @functools.partial(jax.jit, static_argnames=("counts", "num_shards"))
 def _unpacked(
-  fitted: relaxation.Fitted, counts: tuple[int, ...], num_shards: int
+  fitted: iteration.Fitted, counts: tuple[int, ...], num_shards: int
 ) -> list[KMeansResult]:
   codes = fitted.codes.reshape(-1)
   firsts = _bounds(counts, num_shards)[:-1].tolist()

@@ -50,21 +50,8 @@ def split_worst(clusters: Clusters) -> Proposal:
   sum of squared distances, plus a Gaussian offset of 0.3 times that cluster's
   root mean squared distance per dimension. Others move to their mean.
 
-  Why this rule: squared error after 100 steps relative to the authors' rule
-  (an empty cluster's centroid becomes 0), ResNet-18 kernels, K = 256, mean of 4
-  seeds with a standard deviation of 0.006 or less (0.03 for keeping). Last
-  column: this rule after 1000 steps, relative to theirs after 1000
-  (benchmarks/kmeans_quality.py). Moving to the farthest sub-vectors scored
-  0.991 to 1.005.
-
-  | layer, N, D              | keep  | largest | worst | T=1000 |
-  |--------------------------|-------|---------|-------|--------|
-  | layer1.0.conv1, 4096, 9  | 1.098 | 1.000   | 0.988 | 0.997  |
-  | layer1.1.conv1, 2048, 18 | 1.190 | 0.982   | 0.982 | 0.993  |
-  | layer2.0.down, 2048, 4   | 1.388 | 1.004   | 0.999 | 1.002  |
-  | layer2.0.conv1, 8192, 9  | 1.049 | 0.999   | 0.999 | 1.000  |
-  | layer3.0.conv1, 16384, 18| 1.001 | 1.000   | 1.000 | 1.000  |
-  | layer4.0.conv1, 131072, 9| 1.000 | 1.000   | 1.000 | 1.000  |
+  Of four rules this one ends with the least squared error
+  (docs/kmeans_quality.md). Moving to the farthest sub-vectors scored alike.
   """
   return split(clusters, clusters.errors)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pqf_jax.ops import clusters, packing, relaxation
+from pqf_jax.ops import clusters, iteration, packing, relaxation
 from pqf_jax.ops.kernels import clusters_tpu
 
 MOST_ROWS = 4096
@@ -19,7 +19,7 @@ def points():
     for count in (1500, 700, 3000)
   ]
   packed = packing.pack(layers)
-  options = relaxation.Options(MOST_ROWS)
+  options = iteration.Options(MOST_ROWS)
   offset = relaxation._offsets(packed, options=options)
   return relaxation._prepared(packed, offset, options=options).points
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pqf_jax import errors
-from pqf_jax.ops import kmeans, packing, relaxation
+from pqf_jax.ops import annealing, iteration, kmeans, packing, relaxation
 
 
 def _normal(*shape, seed=0, scale=0.02, shift=0.0):
@@ -37,7 +37,7 @@ def _assert_nearest(vectors, codebook, codes):
 def _fit(vectors, start, noise, normals, *, momentum=0.0, num_transfers=0):
   """The loop for one layer, from a given start and given normal numbers."""
   packed = packing.pack([jnp.asarray(vectors)])
-  schedule = relaxation.Schedule(
+  schedule = annealing.Schedule(
     np.float32(noise)[:, None], np.full(len(noise), momentum, np.float32)
   )
   fitted = relaxation.fit(
@@ -45,7 +45,7 @@ def _fit(vectors, start, noise, normals, *, momentum=0.0, num_transfers=0):
     jnp.asarray(start)[None],
     schedule,
     jnp.asarray(normals, jnp.bfloat16)[:, None],
-    options=relaxation.Options(packed.blocks[:, :, 0].size, num_transfers),
+    options=iteration.Options(packed.blocks[:, :, 0].size, num_transfers),
   )
   return kmeans.KMeansResult(
     fitted.codebooks[0],
@@ -107,7 +107,7 @@ def test_noise_is_that_of_the_mean_of_noisy_data():
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7, 10, 41, 100, 1000])
 def test_schedule_is_finite_and_ends_with_the_mean(num_steps):
-  schedule = kmeans.make_schedule(num_steps, [1, 0.5], momentum=0.5)
+  schedule = annealing.make_schedule(num_steps, [1, 0.5], momentum=0.5)
   noise, momentum = schedule
   assert noise.shape == (num_steps, 2)
   assert noise.dtype == momentum.dtype == np.float32
@@ -310,10 +310,10 @@ def test_a_layer_does_not_depend_on_those_it_shares_a_call_with(num_steps):
 
 
 def test_amplitude_grows_with_the_size_of_cells_and_of_clusters():
-  assert kmeans.amplitude(32 * 256, 4, 256) == 0.5
-  assert kmeans.amplitude(32 * 256, 9, 256) == 1  # the paper's
-  assert kmeans.amplitude(32 * 256, 18, 256) == 1
-  assert kmeans.amplitude(16 * 32 * 64, 18, 64) == 2
+  assert annealing.amplitude(32 * 256, 4, 256) == 0.5
+  assert annealing.amplitude(32 * 256, 9, 256) == 1  # the paper's
+  assert annealing.amplitude(32 * 256, 18, 256) == 1
+  assert annealing.amplitude(16 * 32 * 64, 18, 64) == 2
 
 
 def test_variance_is_that_of_all_entries():

@@ -5,7 +5,14 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 
 from pqf_jax import errors
-from pqf_jax.ops import kmeans, nearest, packing, pieces, relaxation
+from pqf_jax.ops import (
+  annealing,
+  iteration,
+  nearest,
+  packing,
+  pieces,
+  relaxation,
+)
 from pqf_jax.ops.kernels import nearest_gpu, sums_gpu
 
 FORMS = (nearest.running_minimum, nearest.reduced_minimum)
@@ -139,11 +146,11 @@ def test_no_matrix_of_all_pairs_is_stored(length, num_codes):
   codebook = jax.ShapeDtypeStruct((num_codes, length), jnp.float32)
   packed = jax.eval_shape(lambda v: packing.pack([v]), vectors)
   normals = jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16)
-  options = relaxation.Options(most_rows=count, num_transfers=2)
+  options = iteration.Options(most_rows=count, num_transfers=2)
   fit = jax.jit(relaxation.fit, static_argnames="options").lower(
     packed,
     jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
-    kmeans.make_schedule(3, [1.0], momentum=0.5),
+    annealing.make_schedule(3, [1.0], momentum=0.5),
     normals,
     options=options,
   )

@@ -13,7 +13,7 @@ import functools, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from pqf_jax.ops import packing, relaxation
+from pqf_jax.ops import annealing, iteration, packing, relaxation
 
 topology = topologies.get_topology_desc(
   platform="tpu", topology_name=sys.argv[1])
@@ -32,13 +32,14 @@ for length, num_codes, mesh in [(9, 256, one), (4, 2048, one), (9, 256, four)]:
     jax.eval_shape(
       lambda v: packing.pack([v], num_shards=mesh.size), vectors),
     jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
-    relaxation.Schedule(
+    annealing.Schedule(
       jax.ShapeDtypeStruct((3, 1), jnp.float32),
       jax.ShapeDtypeStruct((3,), jnp.float32)),
     jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16),
   )
   fit = functools.partial(
-    relaxation.fit, options=relaxation.Options(count // mesh.size, num_transfers=2),
+    relaxation.fit,
+    options=iteration.Options(count // mesh.size, num_transfers=2),
     mesh=mesh if mesh.size > 1 else None)
   compiled = jax.jit(fit).lower(*jax.tree.map(spec, arguments)).compile()
   assert compiled.as_text().count("tpu_custom_call") > 1

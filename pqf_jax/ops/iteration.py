@@ -1,0 +1,226 @@
+"""The steps of SR-C k-means, in the form of the platform.
+
+See `pqf_jax.ops.kmeans` for what they are, and `pqf_jax.ops.relaxation` for how
+they give the same bits in every program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pqf_jax.ops import annealing, clusters, packing, reseeding, transfers
+
+Rule = Callable[[reseeding.Clusters], reseeding.Proposal]
+
+
+class Prepared(NamedTuple):
+  """What the loop needs, computed once.
+
+  Attributes:
+    points: the sub-vectors, less `offset`.
+    offset: [L, D] float32, the data means.
+    squares: [L, D] float32, sums of x^2.
+  """
+
+  points: clusters.Points
+  offset: jax.Array
+  squares: jax.Array
+
+
+class Options(NamedTuple):
+  """What is known when the programs are compiled.
+
+  Attributes:
+    most_rows: rows of the layer that has most, padding included, on a device.
+    num_transfers: steps of `transfers` behind those of the schedule.
+    reseed: the rule that places the centroids of empty clusters.
+    axis_name: of the devices over which the blocks are spread, or None.
+  """
+
+  most_rows: int
+  num_transfers: int = 0
+  reseed: Rule = reseeding.split_worst
+  axis_name: str | None = None
+
+
+class Fitted(NamedTuple):
+  """The result of `fit` for L layers.
+
+  Attributes:
+    codebooks: [L, K, D] float32.
+    codes: [B, 1024] int32.
+    distortion: [L, T + num_transfers + 1] float32, squared error of a
+      sub-vector.
+    variance: [L] float32, of the entries of all sub-vectors.
+  """
+
+  codebooks: jax.Array
+  codes: jax.Array
+  distortion: jax.Array
+  variance: jax.Array
+
+
+class _Loop(NamedTuple):
+  """What no step changes."""
+
+  form: clusters.Form
+  operands: Any
+  prepared: Prepared
+  num_codes: int
+  options: Options
+
+  def totals(self, codes: jax.Array) -> clusters.Totals:
+    """Sums over each cluster, on all devices."""
+    integers = self.form.sums(
+      self.operands, codes, self.num_codes, self.options.most_rows
+    )
+    if self.options.axis_name is not None:
+      integers = lax.psum(integers, self.options.axis_name)
+    return self.form.totals(self.operands, integers)
+
+
+class _State(NamedTuple):
+  """Codebooks and their last moves, [L, K, D]; sizes of clusters, [L, K]."""
+
+  codebooks: jax.Array
+  velocity: jax.Array
+  counts: jax.Array
+
+
+def iterate(
+  form: clusters.Form,
+  prepared: Prepared,
+  starts: jax.Array,
+  schedule: annealing.Schedule,
+  normals: jax.Array,
+  *,
+  options: Options,
+) -> Fitted:
+  """All steps of `schedule`, and then transfers; arguments as in `fit`."""
+  operands = form.prepare(prepared.points)
+  loop = _Loop(form, operands, prepared, starts.shape[1], options)
+  start = starts - prepared.offset[:, None]
+  counts = jnp.ones(start.shape[:2], jnp.float32)
+  state, trace = lax.scan(
+    functools.partial(_step, loop),
+    _State(start, jnp.zeros_like(start), counts),
+    (*schedule, normals),
+    unroll=form.unroll,
+  )
+  codes = form.codes(operands, state.codebooks)
+  if options.num_transfers:
+    turns = jnp.arange(options.num_transfers, dtype=jnp.int32)
+    (state, _), more = lax.scan(
+      functools.partial(_transfer, loop), (state, codes), turns
+    )
+    codes = form.codes(operands, state.codebooks)
+    trace = jnp.concatenate([trace, more])
+  return _fitted(loop, state.codebooks, codes, trace)
+
+
+def _step(
+  loop: _Loop,
+  state: _State,
+  inputs: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[_State, jax.Array]:
+  """One step of SR-C, and the error before it, as of `_clusters`."""
+  amounts, momentum, normal = inputs
+  sizes = loop.prepared.points.places.sizes[:, None]
+  deviation = jnp.sqrt(loop.prepared.squares / jnp.maximum(sizes - 1, 1))
+  totals = loop.totals(loop.form.codes(loop.operands, state.codebooks))
+  found, gains = _clusters(state.codebooks, totals)
+  proposal = jax.vmap(loop.options.reseed)(found)
+  ahead, velocity = _carried_on(state, found, proposal, momentum)
+  noise = (amounts[:, None] * deviation)[:, None]
+  noise = noise / jnp.sqrt(proposal.counts)[:, :, None]
+  # 16 bits times the 8 of a bfloat16: an exact product.
+  noise = lax.reduce_precision(jnp.maximum(noise, proposal.spread), 8, 15)
+  moved = ahead + noise * normal.astype(jnp.float32)
+  return _State(moved, velocity, found.counts), gains
+
+
+def _carried_on(
+  state: _State,
+  found: reseeding.Clusters,
+  proposal: reseeding.Proposal,
+  momentum: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """The proposed centroids, carried further, and their moves, [L, K, D].
+
+  New centroids rest where they were put.
+  """
+  way = proposal.centroids - state.codebooks
+  ahead = proposal.centroids + momentum * (way + state.velocity)
+  new = found.counts[:, :, None] == 0
+  ahead = jnp.where(new, proposal.centroids, ahead)
+  return ahead, jnp.where(new, 0, ahead - state.codebooks)
+
+
+def _transfer(
+  loop: _Loop, state: tuple[_State, jax.Array], turn: jax.Array
+) -> tuple[tuple[_State, jax.Array], jax.Array]:
+  """One step of transfers, and the error after it, as of `_clusters`."""
+  (means, velocity, counts), codes = state
+  points = loop.prepared.points
+  moved = transfers.transfer(
+    points.columns, means, counts, points.places.layers, codes
+  )
+  # Half of them at a time: each is judged as if it moved alone.
+  place = jnp.arange(codes.shape[1], dtype=jnp.int32)
+  codes = jnp.where((place % 2 == turn % 2)[None], moved, codes)
+  totals = loop.totals(codes)
+  found, _ = _clusters(means, totals)
+  means = jnp.where(totals.counts[:, :, None] > 0, found.means, means)
+  _, gains = _clusters(means, totals)
+  return (_State(means, velocity, totals.counts), codes), gains
+
+
+def _fitted(
+  loop: _Loop, codebooks: jax.Array, codes: jax.Array, trace: jax.Array
+) -> Fitted:
+  """The result; trace: [T, L, K] errors less the sums of |x|^2."""
+  points, squares = loop.prepared.points, loop.prepared.squares
+  sizes = points.places.sizes[:, None]
+  residual = jnp.stack(points.columns, 2)
+  residual = residual - codebooks[points.places.layers[:, None], codes]
+  inside = packing.inside(points.places)[:, :, None]
+  error = jnp.square(jnp.where(inside, residual, 0))
+  error = packing.totals(
+    points.places,
+    error.sum(axis=2, keepdims=True),
+    most_rows=loop.options.most_rows,
+    axis_name=loop.options.axis_name,
+  )
+  # Rounding may take the error of a perfect fit below 0.
+  trace = squares.sum(axis=1)[None] + trace.sum(axis=2)
+  trace = [jnp.maximum(trace.T, 0), error]
+  spread = loop.prepared.offset.var(axis=1)
+  return Fitted(
+    codebooks=codebooks + loop.prepared.offset[:, None],
+    codes=codes,
+    distortion=jnp.concatenate(trace, axis=1) / sizes,
+    variance=(squares / sizes).mean(axis=1) + spread,
+  )
+
+
+def _clusters(
+  codebooks: jax.Array, totals: clusters.Totals
+) -> tuple[reseeding.Clusters, jax.Array]:
+  """The clusters, and by cluster the sum of |x - c|^2 less that of |x|^2."""
+  counts = totals.counts
+  gains = counts * jnp.square(codebooks).sum(axis=2)
+  gains = gains - 2 * (codebooks * totals.vectors).sum(axis=2)
+  errors = jnp.maximum(totals.norms + gains, 0)
+  found = reseeding.Clusters(
+    codebook=codebooks,
+    means=totals.vectors / jnp.maximum(counts, 1)[:, :, None],
+    counts=counts,
+    errors=lax.reduce_precision(errors, 8, 9),
+  )
+  return found, gains
