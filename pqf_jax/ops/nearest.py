@@ -16,7 +16,7 @@ one fused reduction for other accelerators, passes with a running minimum for
 CPUs. TPUs have a kernel for the loop of k-means (`pqf_jax.ops.clusters`).
 
 There is no faster option of less precision. TF32 finds other codes for 0.1 to
-0.6 % of the sub-vectors (docs/kmeans.md), and of 43 us at N = 262144, D = 9,
+0.6 % of the sub-vectors (docs/kmeans.md), and of 48 us at N = 262144, D = 9,
 K = 256 the products are 9, by count of operations: the choice of the smallest
 score and the sums would remain. What it saves was not measured:
 `python -m benchmarks.kmeans --methods "pqf_jax, 1 of 6 products"`.
