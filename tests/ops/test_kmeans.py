@@ -257,7 +257,7 @@ def test_half_precision_input_is_computed_in_float32(dtype):
 def test_64_bit_mode_changes_nothing():
   vectors = np.float64(_normal(300, 9))
   run = functools.partial(
-    kmeans.annealed_kmeans, jax.random.key(0), num_codes=16, num_steps=4
+    kmeans.annealed_kmeans, jax.random.key(0), num_codes=16, num_steps=20
   )
   usual = run(vectors)
   with jax.enable_x64(True):
@@ -278,7 +278,7 @@ def test_key_decides_the_result():
 def test_jit_and_vmap_of_the_caller_change_nothing():
   vectors = jnp.asarray(_normal(3, 300, 9))
   keys = jax.random.split(jax.random.key(0), 3)
-  run = functools.partial(kmeans.annealed_kmeans, num_codes=16, num_steps=4)
+  run = functools.partial(kmeans.annealed_kmeans, num_codes=16, num_steps=20)
   single = [run(keys[i], vectors[i]) for i in range(3)]
   batched = jax.jit(jax.vmap(run))(keys, vectors)
   for i in range(3):
