@@ -18,8 +18,8 @@ CPUs. TPUs have a kernel for the loop of k-means (`pqf_jax.ops.clusters`).
 There is no faster option of less precision, because it would save little: with
 3 of the 6 products of `pieces`, 16 bits of every number, an iteration takes 42
 us instead of 47 at N = 262144, D = 9 and 37 instead of 44 at N = 131072, D = 18
-(K = 256, H100); with 1 of them, bfloat16, 43 us, for 0.4 % more error after 1000
-steps. The choice of the smallest score and the sums remain. To measure again:
+(K = 256, H100); with 1 of them, bfloat16, 43 us, for 0.4 % more error after
+1000 steps. The choice of the smallest score and the sums remain. To measure:
 `python -m benchmarks.kmeans --methods "pqf_jax, 3 of 6 products"`.
 """
 
