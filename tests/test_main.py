@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -84,3 +85,25 @@ def test_plan_gives_the_published_sizes(recipe, payload_bytes, tmp_path):
   )
   assert done.stdout.splitlines()[-1] == f"payload_bytes={payload_bytes}"
   assert not list(tmp_path.iterdir())
+
+
+def test_preflight_gets_an_unlimited_stack_and_the_same_arguments():
+  _, most = resource.getrlimit(resource.RLIMIT_STACK)
+  if most != resource.RLIM_INFINITY:
+    pytest.skip("the stack of this machine is limited")
+  script = (
+    "import resource, sys, main\n"
+    "main.grow_stack()\n"
+    "print(resource.getrlimit(resource.RLIMIT_STACK)[0], sys.argv[1:])"
+  )
+  told = subprocess.run(
+    [sys.executable, "-c", script, "--one", "two"],
+    cwd=ROOT,
+    preexec_fn=lambda: resource.setrlimit(
+      resource.RLIMIT_STACK, (2**23, most)
+    ),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert told.stdout.split("\n")[0] == "-1 ['--one', 'two']"
