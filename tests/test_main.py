@@ -99,9 +99,7 @@ def test_preflight_gets_an_unlimited_stack_and_the_same_arguments():
   told = subprocess.run(
     [sys.executable, "-c", script, "--one", "two"],
     cwd=ROOT,
-    preexec_fn=lambda: resource.setrlimit(
-      resource.RLIMIT_STACK, (2**23, most)
-    ),
+    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (2**23, most)),
     capture_output=True,
     text=True,
     check=True,
