@@ -262,9 +262,9 @@ def _digits(points: Points) -> _Digits:
     ],
     axis=1,
   )
-  digits = jnp.concatenate([words & 0xFF, words >> 8], axis=1)
+  digits = segments.to_digits(words, axis=1)
   vectors = pieces.of_vectors(points.columns)
-  return _Digits(points, vectors, digits.astype(jnp.bfloat16))
+  return _Digits(points, vectors, digits)
 
 
 @jax.custom_batching.sequential_vmap
@@ -294,11 +294,8 @@ def _product_sums(
 
 
 def _product_totals(prepared: _Digits, integers: jax.Array) -> Totals:
-  # As `segments.merged` wants them: low + high * 2^15.
-  low, high = jnp.split(jnp.moveaxis(integers, 1, 2), 2, axis=2)
-  high = high + (low >> 8)
-  low = (low & 0xFF) + ((high & 0x7F) << 8)
-  return _word_totals(prepared.points, segments.merged(low, high >> 7))
+  words = segments.from_digits(jnp.moveaxis(integers, 1, 2), axis=2)
+  return _word_totals(prepared.points, segments.merged(*words))
 
 
 _PRODUCTS = Form(_digits, _product_codes, _product_sums, _product_totals)

@@ -67,11 +67,12 @@ class Fitted(NamedTuple):
 
 
 class _Loop(NamedTuple):
-  """What no step changes."""
+  """What no step changes; `deviation` is that of each dimension, [L, D]."""
 
   form: clusters.Form
   operands: Any
   prepared: Prepared
+  deviation: jax.Array
   num_codes: int
   options: Options
 
@@ -104,7 +105,10 @@ def iterate(
 ) -> Fitted:
   """All steps of `schedule`, and then transfers; arguments as in `fit`."""
   operands = form.prepare(prepared.points)
-  loop = _Loop(form, operands, prepared, starts.shape[1], options)
+  sizes = prepared.points.places.sizes[:, None]
+  deviation = jnp.sqrt(prepared.squares / jnp.maximum(sizes - 1, 1))
+  num_codes = starts.shape[1]
+  loop = _Loop(form, operands, prepared, deviation, num_codes, options)
   start = starts - prepared.offset[:, None]
   counts = jnp.ones(start.shape[:2], jnp.float32)
   state, trace = lax.scan(
@@ -131,13 +135,11 @@ def _step(
 ) -> tuple[_State, jax.Array]:
   """One step of SR-C, and the error before it, as of `_clusters`."""
   amounts, momentum, normal = inputs
-  sizes = loop.prepared.points.places.sizes[:, None]
-  deviation = jnp.sqrt(loop.prepared.squares / jnp.maximum(sizes - 1, 1))
   totals = loop.totals(loop.form.codes(loop.operands, state.codebooks))
   found, gains = _clusters(state.codebooks, totals)
   proposal = jax.vmap(loop.options.reseed)(found)
   ahead, velocity = _carried_on(state, found, proposal, momentum)
-  noise = (amounts[:, None] * deviation)[:, None]
+  noise = (amounts[:, None] * loop.deviation)[:, None]
   noise = noise / jnp.sqrt(proposal.counts)[:, :, None]
   # 16 bits times the 8 of a bfloat16: an exact product.
   noise = lax.reduce_precision(jnp.maximum(noise, proposal.spread), 8, 15)

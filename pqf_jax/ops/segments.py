@@ -170,6 +170,22 @@ def merged(low: jax.Array, high: jax.Array) -> jax.Array:
   return high.astype(jnp.float32) * 2.0**15 + low.astype(jnp.float32)
 
 
+def to_digits(words: jax.Array, *, axis: int) -> jax.Array:
+  """Cuts words into bfloat16 digits: their lower 8 bits, then their upper ones.
+
+  What a matrix unit multiplies exactly; twice as long along `axis`.
+  """
+  digits = jnp.concatenate([words & 0xFF, words >> 8], axis=axis)
+  return digits.astype(jnp.bfloat16)
+
+
+def from_digits(sums: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+  """int32 sums of `to_digits` -> those of the words: low + high * 2^15."""
+  low, high = jnp.split(sums, 2, axis=axis)
+  high = high + (low >> 8)
+  return (low & 0xFF) + ((high & 0x7F) << 8), high >> 7
+
+
 def _sums(
   add: Callable[[jax.Array, jax.Array, int], jax.Array],
   num_segments: int,
@@ -201,7 +217,7 @@ def _products(
   words = jnp.pad(words, ((0, -count % rows), (0, 0))).T
   # What pads the last part adds zeros.
   segments = jnp.pad(segments.astype(jnp.int32), (0, -count % rows))
-  digits = jnp.concatenate([words & 0xFF, words >> 8]).astype(jnp.bfloat16)
+  digits = to_digits(words, axis=0)
   digits = digits.reshape(digits.shape[0], -1, rows)
   owners = jnp.arange(num_segments, dtype=jnp.int32)[:, None, None]
   chosen = (segments.reshape(1, -1, rows) == owners).astype(jnp.bfloat16)
@@ -211,10 +227,8 @@ def _products(
     (((2,), (2,)), ((1,), (1,))),
     preferred_element_type=jnp.float32,
   )
-  low, high = jnp.split(sums.astype(jnp.int32), 2, axis=2)
-  # low + high * 2^8, in units of 1 and 2^15.
-  low, high = (low + ((high & 0x7F) << 8)), high >> 7
-  return (low & 0x7FFF).sum(axis=0), ((low >> 15) + high).sum(axis=0)
+  low, high = from_digits(sums.astype(jnp.int32), axis=2)
+  return low.sum(axis=0), high.sum(axis=0)
 
 
 def _add(words: jax.Array, slots: jax.Array, num_slots: int) -> jax.Array:

@@ -53,8 +53,11 @@ def _scatter(add, num_copies):
 @pytest.mark.parametrize(
   "form",
   [
-    *(_scatter(segments._add, copies) for copies in (1, 2, 8, 64)),
-    *(_scatter(segments._add_pairs, copies) for copies in (1, 8)),
+    *(
+      _scatter(add, copies)
+      for add in (segments._add, segments._add_pairs)
+      for copies in (1, 2, 8, 64)
+    ),
     functools.partial(segments._products, 4),
   ],
 )
