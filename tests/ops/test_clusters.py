@@ -24,10 +24,11 @@ def points():
   return relaxation._prepared(packed, offset, options=options).points
 
 
-@pytest.fixture
-def codebooks():
+# The kernels for a TPU take 256 centroids at a time.
+@pytest.fixture(params=[37, 300])
+def codebooks(request):
   draws = np.random.default_rng(1)
-  return jnp.asarray(draws.standard_normal((3, 37, 9)), jnp.float32)
+  return jnp.asarray(draws.standard_normal((3, request.param, 9)), jnp.float32)
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def test_totals_are_those_of_numpy(points, codebooks):
   inside = np.asarray(packing.inside(points.places))
   owners = np.broadcast_to(points.places.layers[:, None], inside.shape)[inside]
   where = owners, np.asarray(codes)[inside]
-  sums, norms, counts = (np.zeros((3, 37, width)) for width in (9, 1, 1))
+  shape = codebooks.shape[:2]
+  sums, norms, counts = (np.zeros((*shape, width)) for width in (9, 1, 1))
   np.add.at(sums, where, vectors[inside])
   np.add.at(norms, where, np.square(vectors[inside]).sum(1, keepdims=True))
   np.add.at(counts, where, 1)
