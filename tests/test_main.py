@@ -98,9 +98,9 @@ def test_preflight_gets_an_unlimited_stack_and_the_same_arguments():
     "print(resource.getrlimit(resource.RLIMIT_STACK)[0], sys.argv[1:])"
   )
   told = subprocess.run(
-    [sys.executable, "-c", script, "--one", "two"],
+    ["sh", "-c", 'ulimit -S -s 8192; exec "$@"', "sh"]
+    + [sys.executable, "-c", script, "--one", "two"],
     cwd=ROOT,
-    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (2**23, most)),
     capture_output=True,
     text=True,
     check=True,
