@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pqf_jax import errors, pipeline
+from pqf_jax import errors, pipeline, xla_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="A recipe from configs/.", lock_config=True
@@ -18,11 +18,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where checkpoints and results go; default runs/<name>."
 )
-# jaxlib 0.10.2 to 0.11.0 compile a float32 scatter-add (the gradient of an
-# indexed read) into a compare-and-swap loop on NVIDIA, 450 to 2,000 times
-# slower; this flag restores the hardware's atomic addition. K-means and the
-# codebook gradient add integers, and do not need it.
-_XLA_FLAGS = "--xla_gpu_ftz=true"
 
 
 def grow_stack() -> None:
@@ -73,7 +68,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-  os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+  xla_flags.set_defaults()
   try:
     app.run(main, flags_parser=parse_flags)
   except errors.Preempted as stopped:

@@ -41,6 +41,7 @@ import jax
 import numpy as np
 
 from benchmarks import kmeans_methods
+from pqf_jax import xla_flags
 from pqf_jax.ops import nearest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -282,4 +283,5 @@ def _errors(errors: Sequence[float], base: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
+  xla_flags.set_defaults()
   main()

@@ -18,6 +18,7 @@ STAGES = ("permute", "quantize", "finetune", "pack")
 ALLOWED = {
   "pqf_jax.errors": (),
   "pqf_jax.progress": (),
+  "pqf_jax.xla_flags": (),
   "pqf_jax.cluster": (),
   "pqf_jax.ops": ("pqf_jax.ops",),
   "pqf_jax.core.trees": (),

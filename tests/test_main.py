@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from pqf_jax import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -107,3 +109,15 @@ def test_preflight_gets_an_unlimited_stack_and_the_same_arguments():
   )
   # Twice: a limit raised in a running process helps no thread of it.
   assert told.stdout.splitlines() == ["begun", "begun", "-1 ['--one', 'two']"]
+
+
+def test_xla_flags_of_the_user_win(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256")
+  xla_flags.set_defaults()
+  given = os.environ["XLA_FLAGS"].split()
+  assert given == [*xla_flags.FLAGS, "--xla_cpu_prefer_vector_width=256"]
+  dump = "import jax; jax.jit(lambda x: x + 1)(1); print('accepted')"
+  done = subprocess.run(
+    [sys.executable, "-c", dump], capture_output=True, text=True, check=False
+  )
+  assert "accepted" in done.stdout, done.stderr
