@@ -1,4 +1,4 @@
-"""The schedule of SR-C: how much noise and momentum in which step."""
+"""How a layer is annealed: how much noise and momentum, in which step."""
 
 from __future__ import annotations
 
@@ -9,60 +9,89 @@ import jax
 import numpy as np
 
 
-class Schedule(NamedTuple):
-  """What the steps of k-means do besides moving centroids to their means.
+class Method(NamedTuple):
+  """How one layer is annealed; see `pqf_jax.ops.kmeans`.
 
   Attributes:
-    noise: [T, L] float32, a_t of each layer (`pqf_jax.ops.kmeans`).
-    momentum: [T] float32 powers of two, so that products with it are exact: a
-      centroid goes so much further than the mean, by the way to it and by the
+    amplitude: of the noise, a.
+    momentum: a multiple of 1/4 below 1, so that products with it can be exact:
+      a centroid goes so much further than the mean, by the way to it and by the
       move before.
+    own_weight: `weight` of the transfers by which the steps assign; 0: to the
+      nearest centroid.
+    ends_in_transfers: whether the last tenth of the steps are transfers.
   """
 
-  noise: jax.Array
-  momentum: jax.Array
+  amplitude: float
+  momentum: float
+  own_weight: float
+  ends_in_transfers: bool = True
+
+  def num_transfers(self, num_steps: int) -> int:
+    """How many of the steps are transfers: the last tenth, at most 20.
+
+    They find what they can in 10 to 20 steps, where clusters are small.
+    """
+    return min(20, num_steps // 10) if self.ends_in_transfers else 0
 
 
-def num_transfers(num_steps: int) -> int:
-  """How many of the steps are transfers: the last tenth, at most 20.
-
-  They find what they can in 10 to 20 steps, where clusters are small.
-  """
-  return min(20, num_steps // 10)
+LLOYD = Method(0.0, 0.0, 0.0, ends_in_transfers=False)
+"""Plain k-means."""
 
 
-def make_schedule(
-  num_steps: int, amplitudes: Sequence[float], momentum: float
-) -> Schedule:
-  """Returns a_t = a * sqrt(1 - t / T) for t = 1..T, made on the host.
+def method(count: int, length: int, num_codes: int) -> Method:
+  """What is best for N sub-vectors of length D and K centroids.
 
-  Inside `jit` rounding makes `1 - t / T` negative at t = T for some T (10 and
-  1000 among them), and its root NaN.
+  - Noise has to be of the size of a cell, to move sub-vectors from one to
+    another. The cells of short sub-vectors are small compared with the data,
+    and the mean of many moves less (the root of n_j). The paper has 1.
+  - Large clusters move slowly and straight on; small ones would overshoot.
+  - Where clusters are large, assigning by transfers comes to the nearest
+    centroid, which costs less. A weight of 1/2 because many move at once: 1 is
+    worse.
 
-  Args:
-    num_steps: T.
-    amplitudes: a of each layer.
-    momentum: of all steps but the last, a power of two or 0.
-  """
-  steps = np.arange(1, num_steps + 1, dtype=np.float64)
-  falling = np.sqrt(1 - steps / max(1, num_steps))[:, None]
-  return Schedule(
-    (falling * np.asarray(amplitudes)[None]).astype(np.float32),
-    (momentum * (steps < num_steps)).astype(np.float32),
-  )
-
-
-def amplitude(count: int, length: int, num_codes: int) -> float:
-  """The amplitude of the noise, a, which is 1 in the paper.
-
-  Noise has to be of the size of a cell, to move sub-vectors from one to
-  another. The cells of short sub-vectors are small compared with the data, and
-  the mean of many moves less (the root of n_j). Of exponents 0, 1/4, 0.35 and
-  1/2, with factors 0.5 to 2, this was best on average.
+  Measured on 14 layers (docs/kmeans_quality.md).
 
   Args:
     count: N.
     length: D.
     num_codes: K.
   """
-  return min(1.0, length / 8) * (count / num_codes / 32) ** 0.25
+  per_code = count / num_codes
+  return Method(
+    amplitude=min(1.0, length**0.5 / 4) * (per_code / 32) ** 0.45,
+    momentum=0.75 if per_code >= 100 else 0.5,
+    own_weight=0.5 if per_code < 64 else 0.0,
+  )
+
+
+class Schedule(NamedTuple):
+  """What the steps of k-means do besides moving centroids to their means.
+
+  Attributes:
+    noise: [T, L] float32, a_t of each layer.
+    momentum: [T, L] float32.
+  """
+
+  noise: jax.Array
+  momentum: jax.Array
+
+
+def make_schedule(num_steps: int, methods: Sequence[Method]) -> Schedule:
+  """Returns a_t = a * sqrt(1 - t / T) for t = 1..T, made on the host.
+
+  Inside `jit` rounding makes `1 - t / T` negative at t = T for some T (10 and
+  1000 among them), and its root NaN. The last step has no momentum.
+
+  Args:
+    num_steps: T.
+    methods: of each layer.
+  """
+  steps = np.arange(1, num_steps + 1, dtype=np.float64)[:, None]
+  falling = np.sqrt(1 - steps / max(1, num_steps))
+  amplitudes = np.array([[each.amplitude for each in methods]])
+  momenta = np.array([[each.momentum for each in methods]])
+  return Schedule(
+    (falling * amplitudes).astype(np.float32),
+    ((steps < num_steps) * momenta).astype(np.float32),
+  )

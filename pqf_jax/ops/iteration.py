@@ -39,12 +39,15 @@ class Options(NamedTuple):
   Attributes:
     most_rows: rows of the layer that has most, padding included, on a device.
     num_transfers: steps of `transfers` behind those of the schedule.
+    own_weight: `weight` of the transfers that the steps of the schedule assign
+      by; 0: to the nearest centroid.
     reseed: the rule that places the centroids of empty clusters.
     axis_name: of the devices over which the blocks are spread, or None.
   """
 
   most_rows: int
   num_transfers: int = 0
+  own_weight: float = 0.0
   reseed: Rule = reseeding.split_worst
   axis_name: str | None = None
 
@@ -87,10 +90,19 @@ class _Loop(NamedTuple):
 
 
 class _State(NamedTuple):
-  """Codebooks and their last moves, [L, K, D]; sizes of clusters, [L, K]."""
+  """What a step leaves to the next.
+
+  Attributes:
+    codebooks: [L, K, D].
+    velocity: [L, K, D], their last moves.
+    codes: [B, 1024], of the clusters of whose means they are made.
+    counts: [L, K], the sizes of these clusters; of an empty one, that of the
+      cluster beside which its centroid was put.
+  """
 
   codebooks: jax.Array
   velocity: jax.Array
+  codes: jax.Array
   counts: jax.Array
 
 
@@ -110,22 +122,17 @@ def iterate(
   num_codes = starts.shape[1]
   loop = _Loop(form, operands, prepared, deviation, num_codes, options)
   start = starts - prepared.offset[:, None]
-  counts = jnp.ones(start.shape[:2], jnp.float32)
+  counts = jnp.broadcast_to(sizes / num_codes, start.shape[:2])
   state, trace = lax.scan(
     functools.partial(_step, loop),
-    _State(start, jnp.zeros_like(start), counts),
+    _State(start, jnp.zeros_like(start), form.codes(operands, start), counts),
     (*schedule, normals),
     unroll=form.unroll,
   )
+  turns = jnp.arange(options.num_transfers, dtype=jnp.int32)
+  state, more = lax.scan(functools.partial(_transfer, loop), state, turns)
   codes = form.codes(operands, state.codebooks)
-  if options.num_transfers:
-    turns = jnp.arange(options.num_transfers, dtype=jnp.int32)
-    (state, _), more = lax.scan(
-      functools.partial(_transfer, loop), (state, codes), turns
-    )
-    codes = form.codes(operands, state.codebooks)
-    trace = jnp.concatenate([trace, more])
-  return _fitted(loop, state.codebooks, codes, trace)
+  return _fitted(loop, state.codebooks, codes, jnp.concatenate([trace, more]))
 
 
 def _step(
@@ -134,53 +141,73 @@ def _step(
   inputs: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[_State, jax.Array]:
   """One step of SR-C, and the error before it, as of `_clusters`."""
-  amounts, momentum, normal = inputs
-  totals = loop.totals(loop.form.codes(loop.operands, state.codebooks))
+  amounts, momenta, normal = inputs
+  codes = _assigned(loop, state)
+  totals = loop.totals(codes)
   found, gains = _clusters(state.codebooks, totals)
   proposal = jax.vmap(loop.options.reseed)(found)
-  ahead, velocity = _carried_on(state, found, proposal, momentum)
+  ahead, velocity = _carried_on(state, found, proposal, momenta)
   noise = (amounts[:, None] * loop.deviation)[:, None]
   noise = noise / jnp.sqrt(proposal.counts)[:, :, None]
   # 16 bits times the 8 of a bfloat16: an exact product.
   noise = lax.reduce_precision(jnp.maximum(noise, proposal.spread), 8, 15)
   moved = ahead + noise * normal.astype(jnp.float32)
-  return _State(moved, velocity, found.counts), gains
+  return _State(moved, velocity, codes, proposal.counts), gains
+
+
+def _assigned(loop: _Loop, state: _State) -> jax.Array:
+  """The codes of a step, [B, 1024]."""
+  weight = loop.options.own_weight
+  if not weight:
+    return loop.form.codes(loop.operands, state.codebooks)
+  return _transferred(loop, state, weight)
+
+
+def _transferred(loop: _Loop, state: _State, weight: float) -> jax.Array:
+  points = loop.prepared.points
+  return transfers.transfer(
+    points.columns,
+    state.codebooks,
+    state.counts,
+    points.places.layers,
+    state.codes,
+    weight=weight,
+  )
 
 
 def _carried_on(
   state: _State,
   found: reseeding.Clusters,
   proposal: reseeding.Proposal,
-  momentum: jax.Array,
+  momenta: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """The proposed centroids, carried further, and their moves, [L, K, D].
 
   New centroids rest where they were put.
   """
   way = proposal.centroids - state.codebooks
-  ahead = proposal.centroids + momentum * (way + state.velocity)
+  # 22 bits times the 2 of a momentum: an exact product.
+  further = lax.reduce_precision(way + state.velocity, 8, 21)
+  ahead = proposal.centroids + momenta[:, None, None] * further
   new = found.counts[:, :, None] == 0
   ahead = jnp.where(new, proposal.centroids, ahead)
   return ahead, jnp.where(new, 0, ahead - state.codebooks)
 
 
 def _transfer(
-  loop: _Loop, state: tuple[_State, jax.Array], turn: jax.Array
-) -> tuple[tuple[_State, jax.Array], jax.Array]:
+  loop: _Loop, state: _State, turn: jax.Array
+) -> tuple[_State, jax.Array]:
   """One step of transfers, and the error after it, as of `_clusters`."""
-  (means, velocity, counts), codes = state
-  points = loop.prepared.points
-  moved = transfers.transfer(
-    points.columns, means, counts, points.places.layers, codes
-  )
+  moved = _transferred(loop, state, 1.0)
   # Half of them at a time: each is judged as if it moved alone.
-  place = jnp.arange(codes.shape[1], dtype=jnp.int32)
-  codes = jnp.where((place % 2 == turn % 2)[None], moved, codes)
+  place = jnp.arange(moved.shape[1], dtype=jnp.int32)
+  codes = jnp.where((place % 2 == turn % 2)[None], moved, state.codes)
   totals = loop.totals(codes)
-  found, _ = _clusters(means, totals)
-  means = jnp.where(totals.counts[:, :, None] > 0, found.means, means)
+  found, _ = _clusters(state.codebooks, totals)
+  some = totals.counts[:, :, None] > 0
+  means = jnp.where(some, found.means, state.codebooks)
   _, gains = _clusters(means, totals)
-  return (_State(means, velocity, totals.counts), codes), gains
+  return _State(means, state.velocity, codes, totals.counts), gains
 
 
 def _fitted(

@@ -13,13 +13,15 @@ paper adds noise a_t * std * z to the *data* before taking the mean; the mean of
 n_j such draws is the formula above, exactly in distribution, with K * D normal
 numbers a step instead of N * D. The last step has no noise (a_T = 0).
 
-Three things are not the paper's. With them 100 steps reach the squared error of
-the authors' rule (a = 1, an empty cluster's centroid becomes 0) after 1000, to
-0.2 % on average of 14 layers (docs/kmeans_quality.md); 1000 end 0.7 % below it:
+Four things are not the paper's (`annealing.method`). With them 100 steps end
+with less squared error than the authors' rule (a = 1, an empty cluster's
+centroid becomes 0) after 1000 (docs/kmeans_quality.md):
 
-- The amplitude a, 1 in the paper, is larger where clusters are (`annealing`).
-- Centroids go further than the mean, by half of the way to it and half of their
+- The amplitude a, 1 in the paper, is larger where clusters are.
+- Centroids go further than the mean, by a part of the way to it and of their
   last move: over-relaxation (Lee, Baek and Sung, 1997) and momentum.
+- Where clusters are small, a sub-vector is assigned with regard to what it
+  contributes to its own centroid, half as much as in a transfer.
 - The last steps are transfers (`pqf_jax.ops.transfers`).
 
 Assignment is exact float32 without N x K memory (`pqf_jax.ops.nearest`), sums
@@ -167,25 +169,42 @@ def kmeans_of_layers(
   if mesh is None:
     layers = [_one_copy(vectors) for vectors in layers]
     mesh = _mesh_of(layers)
+  methods = [
+    annealing.method(*vectors.shape, num_codes) if annealed else annealing.LLOYD
+    for vectors in layers
+  ]
+  alike = {}
+  for i, method in enumerate(methods):
+    alike.setdefault(method.own_weight, []).append(i)
+  results = {}
+  for indices in alike.values():
+    some = [layers[i] for i in indices], [methods[i] for i in indices]
+    found = _run(keys[np.array(indices)], *some, num_codes, num_steps, mesh)
+    results |= zip(indices, found, strict=True)
+  return [results[i] for i in range(len(layers))]
+
+
+def _run(
+  keys: jax.Array,
+  layers: Sequence[jax.Array],
+  methods: Sequence[annealing.Method],
+  num_codes: int,
+  num_steps: int,
+  mesh: Mesh | None,
+) -> list[KMeansResult]:
+  """`kmeans_of_layers` for layers of the same `own_weight`, in one program."""
   num_shards = 1 if mesh is None else mesh.size
   counts = tuple(vectors.shape[0] for vectors in layers)
-  length = layers[0].shape[1]
   most_rows = int(np.diff(_bounds(counts, num_shards)).max()) // num_shards
   packed, starts = _packed(keys, tuple(layers), num_codes, num_shards)
-  amplitudes = [
-    annealing.amplitude(count, length, num_codes) if annealed else 0.0
-    for count in counts
-  ]
-  last = annealing.num_transfers(num_steps) if annealed else 0
+  last = methods[0].num_transfers(num_steps)
   num_moves = num_steps - last
   fitted = relaxation.fit(
     packed,
     starts,
-    annealing.make_schedule(
-      num_moves, amplitudes, momentum=0.5 if annealed else 0.0
-    ),
-    _normals(keys, num_moves, num_codes, length),
-    options=iteration.Options(most_rows, last),
+    annealing.make_schedule(num_moves, methods),
+    _normals(keys, num_moves, num_codes, layers[0].shape[1]),
+    options=iteration.Options(most_rows, last, methods[0].own_weight),
     mesh=mesh,
   )
   return _unpacked(fitted, counts, num_shards)

@@ -10,6 +10,8 @@ from cluster i with n_i members to j, the total squared error changes by
 where c are the means. Where clusters are small these factors matter: at 8
 sub-vectors a centroid, what k-means cannot improve any more transfers improve
 by 1.5 % (docs/kmeans_quality.md).
+
+With w instead of 1 this is a rule between k-means (w = 0) and Hartigan's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def transfer(
   counts: jax.Array,
   layers: jax.Array,
   codes: jax.Array,
+  *,
+  weight: float = 1.0,
 ) -> jax.Array:
   """Moves each sub-vector to the cluster where it costs least.
 
@@ -41,18 +45,21 @@ def transfer(
 
   Args:
     columns: D arrays [B, 1024] float32, from `nearest.split_columns`.
-    means: [L, K, D] float32, of the clusters.
+    means: [L, K, D] float32, of the clusters, or other centroids.
     counts: [L, K] float32, their sizes.
     layers: [B] int32, the layer of a block.
     codes: [B, 1024] int32, the cluster of each sub-vector.
+    weight: w, above 0.
 
   Returns:
     codes, [B, 1024] int32.
   """
-  joined = jnp.where(counts > 0, counts / (counts + 1), _CLOSED)
+  joined = jnp.where(counts > 0, counts / (counts + weight), _CLOSED)
   tables = jnp.concatenate([joined[:, :, None], means], axis=2)
   # What own members pay instead of newcomers; the last one pays nothing.
-  leaving = jnp.where(counts > 1, (counts + 1) / jnp.maximum(counts - 1, 1), 0)
+  stays = counts > weight
+  others = jnp.where(stays, counts - weight, 1)
+  leaving = jnp.where(stays, (counts + weight) / others, 0)
   extra = jnp.take_along_axis(leaving[layers], codes, axis=1)
   return lax.platform_dependent(
     tuple(columns),

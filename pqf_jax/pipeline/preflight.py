@@ -26,7 +26,7 @@ PyTree = Any
 # Each takes a minute or two for a TPU.
 MOST_COMPILATIONS = 5
 # Long enough to remain a loop, short enough for its random numbers to be few,
-# and for `annealing.num_transfers` to be 0: their loop would be counted too.
+# and for none of them to be transfers: their loop would be counted too.
 LOOP_STEPS = 8
 
 

@@ -150,7 +150,7 @@ def test_no_matrix_of_all_pairs_is_stored(length, num_codes):
   fit = jax.jit(relaxation.fit, static_argnames="options").lower(
     packed,
     jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
-    annealing.make_schedule(3, [1.0], momentum=0.5),
+    annealing.make_schedule(3, [annealing.method(count, length, num_codes)]),
     normals,
     options=options,
   )
