@@ -47,8 +47,8 @@ def method(count: int, length: int, num_codes: int) -> Method:
     and the mean of many moves less (the root of n_j). The paper has 1.
   - Large clusters move slowly and straight on; small ones would overshoot.
   - Where clusters are large, assigning by transfers comes to the nearest
-    centroid, which costs less. A weight of 1/2 because many move at once: 1 is
-    worse.
+    centroid, which costs a third to a half. A weight of 1/2 because many move
+    at once: 1 is worse.
 
   Measured on 14 layers (docs/kmeans_quality.md).
 
@@ -61,7 +61,7 @@ def method(count: int, length: int, num_codes: int) -> Method:
   return Method(
     amplitude=min(1.0, length**0.5 / 4) * (per_code / 32) ** 0.45,
     momentum=0.75 if per_code >= 100 else 0.5,
-    own_weight=0.5 if per_code < 64 else 0.0,
+    own_weight=0.5 if per_code < 48 else 0.0,
   )
 
 
