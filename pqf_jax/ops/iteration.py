@@ -95,8 +95,7 @@ class _State(NamedTuple):
   Attributes:
     codebooks: [L, K, D].
     velocity: [L, K, D], their last moves.
-    codes: [B, 1024], of the clusters of whose means they are made; not kept up
-      by steps that assign to the nearest centroid.
+    codes: [B, 1024], of the clusters of whose means they are made.
     counts: [L, K], the sizes of these clusters; of an empty one, that of the
       cluster beside which its centroid was put.
   """
@@ -130,7 +129,6 @@ def iterate(
     (*schedule, normals),
     unroll=form.unroll,
   )
-  state = state._replace(codes=form.codes(operands, state.codebooks))
   turns = jnp.arange(options.num_transfers, dtype=jnp.int32)
   state, more = lax.scan(functools.partial(_transfer, loop), state, turns)
   codes = form.codes(operands, state.codebooks)
@@ -154,9 +152,7 @@ def _step(
   # 16 bits times the 8 of a bfloat16: an exact product.
   noise = lax.reduce_precision(jnp.maximum(noise, proposal.spread), 8, 15)
   moved = ahead + noise * normal.astype(jnp.float32)
-  # What never changes is never written: 2 us a step on an H100.
-  kept = codes if loop.options.own_weight else state.codes
-  return _State(moved, velocity, kept, proposal.counts), gains
+  return _State(moved, velocity, codes, proposal.counts), gains
 
 
 def _assigned(loop: _Loop, state: _State) -> jax.Array:
