@@ -220,8 +220,9 @@ def main() -> None:
       told = [f"{cell.mean():.4f} ± {cell.std():.4f}" for cell in cells]
       shape = ", ".join(map(str, (*vectors.shape, _num_codes(vectors))))
       print(f"| {name}, {shape} | " + " | ".join(told) + " |", flush=True)
-    told = [f"{mean:.4f}" for mean in np.mean(means, axis=0)]
-    print("| mean | " + " | ".join(told) + " |")
+    for name, summary in {"mean": np.mean, "highest": np.max}.items():
+      told = [f"{value:.4f}" for value in summary(means, axis=0)]
+      print(f"| {name} | " + " | ".join(told) + " |")
 
 
 def _num_codes(vectors: jax.Array) -> int:
