@@ -114,9 +114,7 @@ def _groups(
   for path, layer in plan.items():
     c_out, m, length = layer.spec.layout(flat[path].shape)
     method = annealing.method(c_out * m, length, layer.num_codes)
-    kind = _Kind(
-      length, layer.num_codes, layer.kmeans_steps, method.own_weight
-    )
+    kind = _Kind(length, layer.num_codes, layer.kmeans_steps, method.own_weight)
     kinds.setdefault(kind, []).append(path)
   for paths in kinds.values():
     group, size = [], 0

@@ -11,7 +11,7 @@ from flax import nnx, struct
 from flax.core import meta
 
 from pqf_jax.core import blocks, trees
-from pqf_jax.ops import segments
+from pqf_jax.ops import lookup, segments
 
 PyTree = Any
 
@@ -113,8 +113,7 @@ def _gather(codebook: jax.Array, codes: jax.Array) -> jax.Array:
   Its gradient is summed exactly, the same bits at every run; XLA's own is a
   floating-point scatter-add.
   """
-  # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
-  return jnp.take(codebook, codes, axis=0, mode="clip")
+  return lookup.look_up(codebook, codes)
 
 
 def _gather_forward(

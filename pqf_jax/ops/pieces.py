@@ -40,7 +40,7 @@ def depth(length: int) -> int:
 
 def of_vectors(columns: Sequence[jax.Array]) -> jax.Array:
   """D columns [B, 1024] float32 -> [B, depth, 1024] bfloat16."""
-  split = [_split(column) for column in columns]
+  split = [cut(column) for column in columns]
   rows = [pieces[i] for i, _ in PAIRS for pieces in split]
   rows += [jnp.ones_like(columns[0])] * 3
   stacked = jnp.stack(rows, axis=1)
@@ -57,14 +57,14 @@ def of_tables(tables: jax.Array, *, unit: int) -> jax.Array:
   num_codes, width = tables.shape[1:]
   padding = ((0, 0), (0, -num_codes % unit), (0, 0))
   tables = jnp.pad(tables, padding).at[:, num_codes:, 0].set(_UNREACHABLE)
-  norms = _split(tables[:, :, :1])
-  factors = _split(tables[:, :, 1:])
+  norms = cut(tables[:, :, :1])
+  factors = cut(tables[:, :, 1:])
   rows = jnp.concatenate([*(factors[j] for _, j in PAIRS), *norms], axis=2)
   padding = ((0, 0), (0, 0), (0, depth(width - 1) - rows.shape[2]))
   return jnp.moveaxis(jnp.pad(rows, padding), 2, 1).astype(jnp.bfloat16)
 
 
-def _split(values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def cut(values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Three float32 arrays of bfloat16 numbers whose sum is `values`."""
   first = lax.reduce_precision(values, 8, 7)
   rest = values - first

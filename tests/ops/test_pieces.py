@@ -30,7 +30,7 @@ def test_scores_are_as_good_as_those_of_float32(length):
 
 def test_pieces_add_up_to_the_number():
   values = jnp.asarray(_normal(1000), jnp.float32)
-  first, second, third = pieces._split(values)
+  first, second, third = pieces.cut(values)
   for piece in (first, second, third):
     np.testing.assert_array_equal(piece.astype(jnp.bfloat16), piece)
   np.testing.assert_array_equal(first + (second + third), values)
