@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from flax.core import meta
+from jax import lax
 
 from pqf_jax.core import blocks, trees
 from pqf_jax.ops import lookup, segments
@@ -62,9 +63,10 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
 
   def decode(self) -> jax.Array:
     """The dense kernel, of `shape`."""
-    decode_one = functools.partial(
-      _decode, shape=self.kernel_shape, spec=self.spec
-    )
+
+    def decode_one(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+      return _decode(codebook, codes, self.kernel_shape, self.spec)
+
     for _ in self.codebook.shape[:-2]:
       decode_one = jax.vmap(decode_one)
     return decode_one(self.codebook, self.codes)
@@ -97,40 +99,62 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
 nnx.register_data_type(VQArray)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _decode(
   codebook: jax.Array,
   codes: jax.Array,
   shape: tuple[int, ...],
   spec: blocks.BlockSpec,
 ) -> jax.Array:
-  return spec.from_blocks(_gather(codebook, codes), shape)
-
-
-@jax.custom_vjp
-def _gather(codebook: jax.Array, codes: jax.Array) -> jax.Array:
-  """Codewords [..., D] of the codes [...].
+  """The kernel of a codebook [K, D] and codes [C_out, M].
 
   Its gradient is summed exactly, the same bits at every run; XLA's own is a
-  floating-point scatter-add.
+  floating-point scatter-add. TPUs have forms of their own, because they pad
+  rows of D numbers to 128.
   """
-  return lookup.look_up(codebook, codes)
+
+  def rows(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
+    found = jnp.take(codebook, codes, axis=0, mode="clip")
+    return spec.from_blocks(found, shape)
+
+  def columns(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    return spec.from_columns(lookup.columns(codebook, codes.T), shape)
+
+  return lax.platform_dependent(codebook, codes, tpu=columns, default=rows)
 
 
-def _gather_forward(
-  codebook: jax.Array, codes: jax.Array
+def _decode_forward(
+  codebook: jax.Array,
+  codes: jax.Array,
+  shape: tuple[int, ...],
+  spec: blocks.BlockSpec,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _gather(codebook, codes), (codebook, codes)
+  return _decode(codebook, codes, shape, spec), (codebook, codes)
 
 
-def _gather_backward(
-  saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+def _decode_backward(
+  shape: tuple[int, ...],
+  spec: blocks.BlockSpec,
+  saved: tuple[jax.Array, jax.Array],
+  gradient: jax.Array,
 ) -> tuple[jax.Array, None]:
-  codebook, codes = saved
-  rows = gradient.reshape(-1, codebook.shape[1])
-  return segments.segment_sum(rows, codes.reshape(-1), codebook.shape[0]), None
+  del shape
+  num_codes, length = saved[0].shape
+
+  def rows(gradient: jax.Array, codes: jax.Array) -> jax.Array:
+    found = spec.to_blocks(gradient).reshape(-1, length)
+    return segments.segment_sum(found, codes.reshape(-1), num_codes)
+
+  def columns(gradient: jax.Array, codes: jax.Array) -> jax.Array:
+    found = spec.to_columns(gradient).reshape(length, -1)
+    return segments.column_sum(found, codes.T.reshape(-1), num_codes)
+
+  sums = lax.platform_dependent(gradient, saved[1], tpu=columns, default=rows)
+  return sums, None
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_decode.defvjp(_decode_forward, _decode_backward)
 
 
 def is_vq(leaf: Any) -> bool:

@@ -70,6 +70,30 @@ def segment_sum(
   return (from_words(sums) * scale[None, :]).astype(rows.dtype)
 
 
+def column_sum(
+  columns: jax.Array, segments: jax.Array, num_segments: int
+) -> jax.Array:
+  """`segment_sum` of rows that lie side by side, by matrix products.
+
+  For TPUs, which pad the last axis to 128: a few long columns, not many short
+  rows.
+
+  Args:
+    columns: [C, N] float32 or less.
+    segments: [N] integer, the segment of each entry of a column.
+    num_segments: K.
+
+  Returns:
+    [K, C], to the bit what `segment_sum` gives.
+  """
+  values = columns.astype(jnp.float32)
+  scale = power_of_two(jnp.abs(values).max(axis=1, initial=0))
+  pairs = jnp.stack(split_words(values / scale[:, None]), axis=1)
+  words = pairs.reshape(2 * values.shape[0], values.shape[1])
+  sums = merged(*_column_products(num_segments, words, segments))
+  return (from_words(sums) * scale[None, :]).astype(columns.dtype)
+
+
 def power_of_two(largest: jax.Array) -> jax.Array:
   """The least power of two above each entry; 1 for 0, NaN if not finite.
 
@@ -208,13 +232,17 @@ def _sums(
 def _products(
   num_segments: int, words: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`_sums` as matrix products of 8 bits of the words with 0 and 1.
+  """`_sums` as matrix products."""
+  return _column_products(num_segments, words.T, segments)
 
-  Rows lie along the lanes, where a scatter would pad a word to 128 of them.
-  """
-  count = words.shape[0]
+
+def _column_products(
+  num_segments: int, words: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`_sums` of words [2 C, N], as products of 8 bits of them with 0 and 1."""
+  count = words.shape[1]
   rows = min(_MOST_MULTIPLIED, max(1, count))
-  words = jnp.pad(words, ((0, -count % rows), (0, 0))).T
+  words = jnp.pad(words, ((0, 0), (0, -count % rows)))
   # What pads the last part adds zeros.
   segments = jnp.pad(segments.astype(jnp.int32), (0, -count % rows))
   digits = to_digits(words, axis=0)

@@ -42,6 +42,29 @@ def test_codebook_gradient_sums_the_gradients_of_its_sub_vectors():
   np.testing.assert_allclose(jax.grad(loss)(node.codebook), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stacked", [(), (3,)])
+@pytest.mark.parametrize("shape", [(3, 3, 4, 6), (8, 5), (1, 1, 6, 130)])
+def test_the_form_of_tpus_gives_the_same_bits(shape, stacked, monkeypatch):
+  node = _vq(shape, stacked=stacked)
+  weights = jax.random.normal(jax.random.key(1), node.shape)
+
+  def loss(codebook):
+    return (node.replace(codebook=codebook).decode() * weights).sum()
+
+  usual = node.decode(), jax.grad(loss)(node.codebook)
+  chosen = []
+
+  def choose(*arguments, tpu, default):
+    del default
+    chosen.append(tpu)
+    return tpu(*arguments)
+
+  monkeypatch.setattr(vq_array.lax, "platform_dependent", choose)
+  found = node.decode(), jax.grad(loss)(node.codebook)
+  assert len(chosen) == 3  # decoding twice, summing once
+  jax.tree.map(np.testing.assert_array_equal, usual, found)
+
+
 def test_linen_layers_read_it_as_a_kernel():
   layer = nn.Conv(6, (3, 3))
   images = jnp.ones((2, 5, 5, 4))
