@@ -10,7 +10,7 @@ python main.py --config=configs/resnet18.py:imagenet2012[,large] \
         --config.data.dir=DIR
 The paper: 1.54 MiB (29x) 66.74 % top-1, large 1.03 MiB (43x) 63.33 %; of 69.76.
 The weights come from the hub. Nine epochs: 22 minutes of steps on one H100
-(8,588 images/s, measured), if the loader keeps up; on a v5e-8 22 minutes at the
+(8,588 images/s, measured), if the loader keeps up; on a v5e-8 17 minutes at the
 least (the compiler's estimate).
 """
 
