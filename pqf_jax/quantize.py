@@ -40,7 +40,11 @@ class LayerSummary(NamedTuple):
 
 
 class _Kind(NamedTuple):
-  """What layers must have in common to share a program."""
+  """What layers must have in common to share a program.
+
+  With another `own_weight`, `kmeans_of_layers` would compile a second one after
+  the first.
+  """
 
   length: int
   num_codes: int

@@ -59,23 +59,6 @@ class BlockSpec:
     """Kernel -> sub-vectors [C_out, M, D]."""
     return self.to_channels(kernel).reshape(self.layout(kernel.shape))
 
-  def to_columns(self, kernel: jax.Array) -> jax.Array:
-    """Kernel -> [D, M, C_out]: sub-vectors side by side, as TPUs like them."""
-    moved = jnp.moveaxis(kernel, (self.in_axis, self.out_axis), (-2, -1))
-    c_out, m, length = self.layout(kernel.shape)
-    cut = moved.reshape(length // self.channels, m, self.channels, c_out)
-    return jnp.moveaxis(cut, 2, 0).reshape(length, m, c_out)
-
-  def from_columns(self, columns: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """[D, M, C_out] -> kernel of this shape; undoes `to_columns`."""
-    length, m, c_out = columns.shape
-    cut = columns.reshape(self.channels, length // self.channels, m, c_out)
-    rank = len(shape)
-    ends = (self.in_axis % rank, self.out_axis % rank)
-    taps = [shape[axis] for axis in range(rank) if axis not in ends]
-    moved = jnp.moveaxis(cut, 0, 2).reshape(*taps, m * self.channels, c_out)
-    return jnp.moveaxis(moved, (-2, -1), ends)
-
   def from_blocks(self, blocks: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Sub-vectors [C_out, M, D] -> kernel of this shape; undoes `to_blocks`."""
     rank = len(shape)

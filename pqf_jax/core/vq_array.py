@@ -119,7 +119,8 @@ def _decode(
     return spec.from_blocks(found, shape)
 
   def columns(codebook: jax.Array, codes: jax.Array) -> jax.Array:
-    return spec.from_columns(lookup.columns(codebook, codes.T), shape)
+    # In the order of the kernel, of which the output channels are the lanes.
+    return spec.from_blocks(lookup.columns(codebook, codes.T).T, shape)
 
   return lax.platform_dependent(codebook, codes, tpu=columns, default=rows)
 
@@ -147,7 +148,7 @@ def _decode_backward(
     return segments.segment_sum(found, codes.reshape(-1), num_codes)
 
   def columns(gradient: jax.Array, codes: jax.Array) -> jax.Array:
-    found = spec.to_columns(gradient).reshape(length, -1)
+    found = spec.to_blocks(gradient).T.reshape(length, -1)
     return segments.column_sum(found, codes.T.reshape(-1), num_codes)
 
   sums = lax.platform_dependent(gradient, saved[1], tpu=columns, default=rows)

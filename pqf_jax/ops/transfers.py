@@ -57,9 +57,9 @@ def transfer(
   joined = jnp.where(counts > 0, counts / (counts + weight), _CLOSED)
   tables = jnp.concatenate([joined[:, :, None], means], axis=2)
   # What own members pay instead of newcomers; the last one pays nothing.
-  stays = counts > weight
-  others = jnp.where(stays, counts - weight, 1)
-  leaving = jnp.where(stays, (counts + weight) / others, 0)
+  remains = counts > weight
+  others = jnp.where(remains, counts - weight, 1)
+  leaving = jnp.where(remains, (counts + weight) / others, 0)
   extra = jnp.take_along_axis(leaving[layers], codes, axis=1)
   return lax.platform_dependent(
     tuple(columns),
