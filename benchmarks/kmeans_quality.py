@@ -137,10 +137,10 @@ def measure(
     annealing.make_schedule(num_moves, [annealed] * num_seeds),
     jnp.stack(normals, axis=1),
     options=iteration.Options(
-      packed.blocks[:, :, 0].size // num_seeds,
-      last,
-      annealed.own_weight,
-      method.reseed,
+      most_rows=packed.blocks[:, :, 0].size // num_seeds,
+      num_transfers=last,
+      num_own_blocks=len(packed.blocks) if annealed.weighs_own else 0,
+      reseed=method.reseed,
     ),
   )
   return np.asarray(fitted.distortion[:, -1])
@@ -158,7 +158,7 @@ _PAPER = (
   ("amplitude", 1.0),
   ("momentum", 0.0),
   ("ends_in_transfers", False),
-  ("own_weight", 0.0),
+  ("weighs_own", False),
 )
 AUTHORS = Method(1000, _PAPER, to_zero)
 TABLES = {

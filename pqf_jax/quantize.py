@@ -14,7 +14,7 @@ from jax import sharding
 from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.ops import annealing, kmeans
+from pqf_jax.ops import kmeans
 
 PyTree = Any
 
@@ -40,16 +40,11 @@ class LayerSummary(NamedTuple):
 
 
 class _Kind(NamedTuple):
-  """What layers must have in common to share a program.
-
-  With another `own_weight`, `kmeans_of_layers` would compile a second one after
-  the first.
-  """
+  """What layers must have in common to share a program."""
 
   length: int
   num_codes: int
   num_steps: int
-  own_weight: float
 
 
 def quantize_params(
@@ -65,7 +60,7 @@ def quantize_params(
 
   Section 3.3 of arXiv 2010.15703 (SR-C). A layer's result depends on the key,
   its path and its weights only, not on the other layers. Layers with the same
-  (D, K, steps) run as one program, or two; they are compiled side by side.
+  (D, K, steps) run as one program; programs are compiled side by side.
 
   Args:
     key: random number generator key, consumed.
@@ -116,9 +111,8 @@ def _groups(
   """Paths of one kind, up to `_MOST_WEIGHTS`."""
   kinds = {}
   for path, layer in plan.items():
-    c_out, m, length = layer.spec.layout(flat[path].shape)
-    method = annealing.method(c_out * m, length, layer.num_codes)
-    kind = _Kind(length, layer.num_codes, layer.kmeans_steps, method.own_weight)
+    _, _, length = layer.spec.layout(flat[path].shape)
+    kind = _Kind(length, layer.num_codes, layer.kmeans_steps)
     kinds.setdefault(kind, []).append(path)
   for paths in kinds.values():
     group, size = [], 0

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+OWN_WEIGHT = 0.5
+"""`weight` of the transfers by which steps assign: many move at once, with 1 it
+is too many."""
+
 
 class Method(NamedTuple):
   """How one layer is annealed; see `pqf_jax.ops.kmeans`.
@@ -17,14 +21,14 @@ class Method(NamedTuple):
     momentum: a multiple of 1/4 below 1, so that products with it can be exact:
       a centroid goes so much further than the mean, by the way to it and by the
       move before.
-    own_weight: `weight` of the transfers by which the steps assign; 0: to the
-      nearest centroid.
+    weighs_own: whether steps assign by transfers of `OWN_WEIGHT` instead of to
+      the nearest centroid.
     ends_in_transfers: whether the last tenth of the steps are transfers.
   """
 
   amplitude: float
   momentum: float
-  own_weight: float
+  weighs_own: bool
   ends_in_transfers: bool = True
 
   def num_transfers(self, num_steps: int) -> int:
@@ -35,7 +39,7 @@ class Method(NamedTuple):
     return min(20, num_steps // 10) if self.ends_in_transfers else 0
 
 
-LLOYD = Method(0.0, 0.0, 0.0, ends_in_transfers=False)
+LLOYD = Method(0.0, 0.0, weighs_own=False, ends_in_transfers=False)
 """Plain k-means."""
 
 
@@ -47,8 +51,7 @@ def method(count: int, length: int, num_codes: int) -> Method:
     and the mean of many moves less (the root of n_j). The paper has 1.
   - Large clusters move slowly and straight on; small ones would overshoot.
   - Where clusters are large, assigning by transfers comes to the nearest
-    centroid, which costs a third to a half. A weight of 1/2 because many move
-    at once: 1 is worse.
+    centroid, which costs a third to a half.
 
   Measured on 14 layers (docs/kmeans_quality.md).
 
@@ -61,7 +64,7 @@ def method(count: int, length: int, num_codes: int) -> Method:
   return Method(
     amplitude=min(1.0, length**0.5 / 4) * (per_code / 32) ** 0.45,
     momentum=0.75 if per_code >= 100 else 0.5,
-    own_weight=0.5 if per_code < 48 else 0.0,
+    weighs_own=per_code < 48,
   )
 
 

@@ -39,15 +39,15 @@ class Options(NamedTuple):
   Attributes:
     most_rows: rows of the layer that has most, padding included, on a device.
     num_transfers: steps of `transfers` behind those of the schedule.
-    own_weight: `weight` of the transfers that the steps of the schedule assign
-      by; 0: to the nearest centroid.
+    num_own_blocks: the first blocks of each device, whose layers'
+      `annealing.Method.weighs_own`.
     reseed: the rule that places the centroids of empty clusters.
     axis_name: of the devices over which the blocks are spread, or None.
   """
 
   most_rows: int
   num_transfers: int = 0
-  own_weight: float = 0.0
+  num_own_blocks: int = 0
   reseed: Rule = reseeding.split_worst
   axis_name: str | None = None
 
@@ -122,10 +122,13 @@ def iterate(
   num_codes = starts.shape[1]
   loop = _Loop(form, operands, prepared, deviation, num_codes, options)
   start = starts - prepared.offset[:, None]
+  codes = jnp.zeros(prepared.points.norms.shape, jnp.int32)
+  if options.num_own_blocks:
+    codes = form.codes(operands, start)
   counts = jnp.broadcast_to(sizes / num_codes, start.shape[:2])
   state, trace = lax.scan(
     functools.partial(_step, loop),
-    _State(start, jnp.zeros_like(start), form.codes(operands, start), counts),
+    _State(start, jnp.zeros_like(start), codes, counts),
     (*schedule, normals),
     unroll=form.unroll,
   )
@@ -157,20 +160,28 @@ def _step(
 
 def _assigned(loop: _Loop, state: _State) -> jax.Array:
   """The codes of a step, [B, 1024]."""
-  weight = loop.options.own_weight
-  if not weight:
+  num_own = loop.options.num_own_blocks
+  if num_own == 0:
     return loop.form.codes(loop.operands, state.codebooks)
-  return _transferred(loop, state, weight)
+  own = _transferred(loop, state, annealing.OWN_WEIGHT, num_own)
+  if num_own == len(state.codes):
+    return own
+  # Their nearest centroids are not needed, but little to find.
+  nearest = loop.form.codes(loop.operands, state.codebooks)
+  return jnp.concatenate([own, nearest[num_own:]])
 
 
-def _transferred(loop: _Loop, state: _State, weight: float) -> jax.Array:
+def _transferred(
+  loop: _Loop, state: _State, weight: float, num_blocks: int | None = None
+) -> jax.Array:
+  """The codes of the first blocks, or of all, after transfers."""
   points = loop.prepared.points
   return transfers.transfer(
-    points.columns,
+    [column[:num_blocks] for column in points.columns],
     state.codebooks,
     state.counts,
-    points.places.layers,
-    state.codes,
+    points.places.layers[:num_blocks],
+    state.codes[:num_blocks],
     weight=weight,
   )
 

@@ -174,15 +174,13 @@ def kmeans_of_layers(
     annealing.method(*vectors.shape, num_codes) if annealed else annealing.LLOYD
     for vectors in layers
   ]
-  alike = {}
-  for i, method in enumerate(methods):
-    alike.setdefault(method.own_weight, []).append(i)
-  results = {}
-  for indices in alike.values():
-    some = [layers[i] for i in indices], [methods[i] for i in indices]
-    found = _run(keys[np.array(indices)], *some, num_codes, num_steps, mesh)
-    results |= zip(indices, found, strict=True)
-  return [results[i] for i in range(len(layers))]
+  # Blocks of layers that weigh their own come first, as `Options` asks.
+  order = sorted(range(len(layers)), key=lambda i: not methods[i].weighs_own)
+  layers, methods = [layers[i] for i in order], [methods[i] for i in order]
+  found = _run(
+    keys[np.array(order)], layers, methods, num_codes, num_steps, mesh
+  )
+  return [found[order.index(i)] for i in range(len(layers))]
 
 
 def _run(
@@ -193,10 +191,10 @@ def _run(
   num_steps: int,
   mesh: Mesh | None,
 ) -> list[KMeansResult]:
-  """`kmeans_of_layers` for layers of the same `own_weight`, in one program."""
+  """`kmeans_of_layers`, of layers in the order of their blocks."""
   num_shards = 1 if mesh is None else mesh.size
   counts = tuple(vectors.shape[0] for vectors in layers)
-  most_rows = int(np.diff(_bounds(counts, num_shards)).max()) // num_shards
+  bounds = packing.block_bounds(counts, num_shards)
   packed, starts = _packed(keys, tuple(layers), num_codes, num_shards)
   last = methods[0].num_transfers(num_steps)
   num_moves = num_steps - last
@@ -205,7 +203,11 @@ def _run(
     starts,
     annealing.make_schedule(num_moves, methods),
     _normals(keys, num_moves, num_codes, layers[0].shape[1]),
-    options=iteration.Options(most_rows, last, methods[0].own_weight),
+    options=iteration.Options(
+      most_rows=int(np.diff(bounds).max()) * nearest.BLOCK,
+      num_transfers=last,
+      num_own_blocks=bounds[sum(method.weighs_own for method in methods)],
+    ),
     mesh=mesh,
   )
   return _unpacked(fitted, counts, num_shards)
@@ -250,12 +252,6 @@ def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
   return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
 
 
-def _bounds(counts: tuple[int, ...], num_shards: int) -> np.ndarray:
-  """First row of each layer once packed, and the number of rows: [L + 1]."""
-  unit = nearest.BLOCK * num_shards
-  return np.cumsum([0, *(-(-count // unit) * unit for count in counts)])
-
-
 @functools.partial(jax.jit, static_argnames=("num_codes", "num_shards"))
 def _packed(
   keys: jax.Array,
@@ -264,14 +260,12 @@ def _packed(
   num_shards: int,
 ) -> tuple[packing.Packed, jax.Array]:
   """The layers in blocks, and their first centroids, [L, K, D]."""
+  starts = []
+  for key, vectors in zip(keys, layers, strict=True):
+    drawn = random_rows(jax.random.fold_in(key, 0), vectors.shape[0], num_codes)
+    starts.append(vectors[drawn].astype(jnp.float32))
   packed = packing.pack(layers, num_shards=num_shards)
-  counts = tuple(vectors.shape[0] for vectors in layers)
-  rows = [
-    first + random_rows(jax.random.fold_in(keys[i], 0), counts[i], num_codes)
-    for i, first in enumerate(_bounds(counts, num_shards)[:-1].tolist())
-  ]
-  vectors = packed.blocks.reshape(-1, packed.blocks.shape[2])
-  return packed, vectors[jnp.stack(rows)]
+  return packed, jnp.stack(starts)
 
 
 @functools.partial(
@@ -299,16 +293,12 @@ def _normals(
 def _unpacked(
   fitted: iteration.Fitted, counts: tuple[int, ...], num_shards: int
 ) -> list[KMeansResult]:
-  codes = fitted.codes.reshape(-1)
-  firsts = _bounds(counts, num_shards)[:-1].tolist()
+  codes = packing.unpack(fitted.codes, counts, num_shards=num_shards)
   return [
-    KMeansResult(
-      fitted.codebooks[i],
-      codes[first : first + counts[i]],
-      fitted.distortion[i],
-      fitted.variance[i],
+    KMeansResult(*result)
+    for result in zip(
+      fitted.codebooks, codes, fitted.distortion, fitted.variance, strict=True
     )
-    for i, first in enumerate(firsts)
   ]
 
 

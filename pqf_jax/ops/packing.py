@@ -6,6 +6,8 @@ layer's last block counts for nothing.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +23,8 @@ class Places(NamedTuple):
   """Which sub-vectors there are.
 
   Attributes:
-    layers: [B] int32, the layer of each block; a layer's blocks are adjacent.
+    layers: [B] int32, the layer of each block. Each device has its share of
+      every layer, one layer after the other.
     filled: [B] int32, the sub-vectors of each block.
     sizes: [L] float32, N of each layer.
   """
@@ -48,26 +51,55 @@ def pack(layers: Sequence[jax.Array], *, num_shards: int = 1) -> Packed:
 
   Args:
     layers: one array a layer, of the same D.
-    num_shards: the number of blocks of one layer becomes a multiple of it.
+    num_shards: devices over which the blocks will be spread; the number of
+      blocks of one layer becomes a multiple of it.
 
   Returns:
     The blocks; all but their content is known without running anything.
   """
-  rows = nearest.BLOCK * num_shards
+  counts = [vectors.shape[0] for vectors in layers]
+  bounds = block_bounds(counts, num_shards)
   blocks, owners, filled = [], [], []
   for index, vectors in enumerate(layers):
-    count = vectors.shape[0]
-    padded = jnp.pad(vectors, ((0, -count % rows), (0, 0)))
-    blocks.append(padded.reshape(-1, nearest.BLOCK, vectors.shape[1]))
-    starts = np.arange(blocks[-1].shape[0]) * nearest.BLOCK
-    owners.append(np.full(starts.size, index, np.int32))
-    filled.append(np.clip(count - starts, 0, nearest.BLOCK).astype(np.int32))
+    shape = num_shards, bounds[index + 1] - bounds[index]
+    padding = math.prod(shape) * nearest.BLOCK - counts[index]
+    padded = jnp.pad(vectors, ((0, padding), (0, 0)))
+    blocks.append(padded.reshape(*shape, nearest.BLOCK, vectors.shape[1]))
+    starts = np.arange(math.prod(shape)).reshape(shape) * nearest.BLOCK
+    owners.append(np.full(shape, index, np.int32))
+    filled.append(np.clip(counts[index] - starts, 0, nearest.BLOCK))
+  joined = jnp.concatenate(blocks, axis=1).astype(jnp.float32)
   places = Places(
-    layers=jnp.asarray(np.concatenate(owners)),
-    filled=jnp.asarray(np.concatenate(filled)),
-    sizes=jnp.asarray([vectors.shape[0] for vectors in layers], jnp.float32),
+    layers=jnp.asarray(np.concatenate(owners, axis=1).reshape(-1)),
+    filled=jnp.asarray(np.concatenate(filled, axis=1).reshape(-1), jnp.int32),
+    sizes=jnp.asarray(counts, jnp.float32),
   )
-  return Packed(jnp.concatenate(blocks).astype(jnp.float32), places)
+  return Packed(joined.reshape(-1, *joined.shape[2:]), places)
+
+
+def block_bounds(counts: Sequence[int], num_shards: int = 1) -> list[int]:
+  """First block of each layer on every device, and the number of all: [L + 1].
+
+  Args:
+    counts: N of each layer.
+    num_shards: devices.
+  """
+  unit = nearest.BLOCK * num_shards
+  return np.cumsum([0, *(-(-count // unit) for count in counts)]).tolist()
+
+
+def unpack(
+  values: jax.Array, counts: Sequence[int], *, num_shards: int = 1
+) -> list[jax.Array]:
+  """[N_l] of each layer, of [B, 1024] packed as `pack` does."""
+  shares = values.reshape(num_shards, -1, values.shape[1])
+  bounds = block_bounds(counts, num_shards)
+  return [
+    shares[:, first:end].reshape(-1)[:count]
+    for count, (first, end) in zip(
+      counts, itertools.pairwise(bounds), strict=True
+    )
+  ]
 
 
 def inside(places: Places) -> jax.Array:

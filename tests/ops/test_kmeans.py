@@ -107,7 +107,7 @@ def test_noise_is_that_of_the_mean_of_noisy_data():
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7, 10, 41, 100, 1000])
 def test_schedule_is_finite_and_ends_with_the_mean(num_steps):
-  methods = [annealing.Method(1, 0.5, 0), annealing.Method(0.5, 0.75, 0)]
+  methods = [annealing.Method(a, m, False) for a, m in [(1, 0.5), (0.5, 0.75)]]
   noise, momentum = annealing.make_schedule(num_steps, methods)
   assert noise.shape == momentum.shape == (num_steps, 2)
   assert noise.dtype == momentum.dtype == np.float32
@@ -147,7 +147,7 @@ def test_steps_by_transfers_are_those_of_numpy():
     counts = np.bincount(codes, minlength=16)
     centroids = np.stack([vectors[codes == j].mean(axis=0) for j in range(16)])
   result = _fit(
-    vectors, vectors[:16], np.zeros(5), np.zeros((5, 16, 4)), own_weight=0.5
+    vectors, vectors[:16], np.zeros(5), np.zeros((5, 16, 4)), num_own_blocks=1
   )
   np.testing.assert_allclose(result.codebook, centroids, atol=1e-6)
   nearest = _fit(vectors, vectors[:16], np.zeros(5), np.zeros((5, 16, 4)))
@@ -346,11 +346,11 @@ def test_a_layer_does_not_depend_on_those_it_shares_a_call_with(num_steps):
 
 def test_method_is_that_of_the_size_of_cells_and_of_clusters():
   methods = [annealing.method(32 * k, d, k) for d, k in [(4, 64), (9, 256)]]
-  assert methods == [(0.5, 0.5, 0.5, True), (0.75, 0.5, 0.5, True)]
+  assert methods == [(0.5, 0.5, True, True), (0.75, 0.5, True, True)]
   assert annealing.method(32 * 256, 18, 256).amplitude == 1  # the paper's
   assert annealing.method(1024 * 64, 18, 64).amplitude == 32**0.45
   rules = [annealing.method(n * 256, 9, 256)[1:3] for n in (47, 48, 99, 100)]
-  assert rules == [(0.5, 0.5), (0.5, 0), (0.5, 0), (0.75, 0)]
+  assert rules == [(0.5, True), (0.5, False), (0.5, False), (0.75, False)]
 
 
 def test_variance_is_that_of_all_entries():
@@ -392,6 +392,7 @@ def test_bad_input_is_named(run, vectors, num_codes, num_steps, message):
 
 
 _SHARDED = """
+import functools
 import jax, numpy as np
 from pqf_jax.ops import kmeans, nearest
 vectors = np.random.default_rng(0).standard_normal((20000, 9)).astype("float32")
@@ -405,6 +406,13 @@ for count in (1, 2, 8):
   np.testing.assert_array_equal(one.codes, many.codes)
   np.testing.assert_array_equal(one.codebook, many.codebook)
   np.testing.assert_allclose(one.distortion, many.distortion, rtol=1e-6)
+layers = [vectors, vectors[:3000], vectors[3000:16000], vectors[:64]]
+several = functools.partial(
+  kmeans.kmeans_of_layers, jax.random.split(jax.random.key(0), 4), layers,
+  num_codes=64, num_steps=20)
+for here, there in zip(several(), several(mesh=mesh), strict=True):
+  np.testing.assert_array_equal(here.codes, there.codes)
+  np.testing.assert_array_equal(here.codebook, there.codebook)
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("n"))
 split = jax.device_put(vectors[:16384], rows)
 assert len(split.sharding.device_set) == 8

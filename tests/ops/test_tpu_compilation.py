@@ -22,8 +22,8 @@ one = Mesh(np.array(topology.devices[:1]), ("devices",))
 four = topologies.make_mesh(topology, (4,), ("devices",))
 
 count = 16384
-for length, num_codes, mesh, own_weight in [
-  (9, 256, one, 0), (9, 256, one, 0.5), (4, 2048, one, 0), (9, 256, four, 0)]:
+for length, num_codes, mesh, num_own in [
+  (9, 256, one, 0), (9, 256, one, 8), (4, 2048, one, 0), (9, 256, four, 0)]:
   place = NamedSharding(mesh, PartitionSpec())
 
   def spec(array):
@@ -41,7 +41,7 @@ for length, num_codes, mesh, own_weight in [
   )
   fit = functools.partial(
     relaxation.fit,
-    options=iteration.Options(count // mesh.size, 2, own_weight),
+    options=iteration.Options(count // mesh.size, 2, num_own),
     mesh=mesh if mesh.size > 1 else None)
   compiled = jax.jit(fit).lower(*jax.tree.map(spec, arguments)).compile()
   assert compiled.as_text().count("tpu_custom_call") > 1
