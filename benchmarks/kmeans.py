@@ -47,9 +47,6 @@ from pqf_jax.ops import nearest
 ROOT = pathlib.Path(__file__).parents[1]
 Record = dict[str, Any]
 
-# A second, of one lane, on an H100: 132 processors, 128 lanes, 1.755 GHz.
-_INSTRUCTIONS = 132 * 128 * 1.755e9
-
 _SHAPES = (
   "262144,9,256",
   "131072,18,256",
@@ -202,7 +199,7 @@ def page(records: Sequence[Record]) -> Iterable[str]:
     by_method = {record["method"]: record for record in ours}
     base = by_method[kmeans_methods.OURS.label]
     count, length, num_codes = (int(text) for text in shape.split(","))
-    floor = count * num_codes * (length + 3) / _INSTRUCTIONS * 1e6
+    floor = kmeans_methods.floor_us(count, length, num_codes)
     yield ""
     yield f"## {device}: N = {count:,}, D = {length}, K = {num_codes:,}"
     yield ""

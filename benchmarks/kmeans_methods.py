@@ -55,6 +55,15 @@ def available() -> list[Method]:
   return [method for method in found if method.device != "cpu"]
 
 
+# A second, of one lane, on an H100: 132 processors, 128 lanes, 1.755 GHz.
+_INSTRUCTIONS = 132 * 128 * 1.755e9
+
+
+def floor_us(count: int, length: int, num_codes: int) -> float:
+  """Microseconds of D + 3 instructions for each pair on an H100."""
+  return count * num_codes * (length + 3) / _INSTRUCTIONS * 1e6
+
+
 def ours(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
@@ -237,9 +246,15 @@ def flash(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
   """flash-kmeans, whose loop asks for the movement of the centroids."""
+  fit = flash_batch(vectors[None], rows, num_steps)
+  return lambda: fit()[0]
+
+
+def flash_batch(vectors: np.ndarray, rows: np.ndarray, num_steps: int) -> Fit:
+  """flash-kmeans of equally many sub-vectors each, [L, N, D], in one call."""
   import flash_kmeans  # optional peer
 
-  data = _on_device(vectors)[None]
+  data = _on_device(vectors)
 
   def fit() -> np.ndarray:
     _, centroids, _ = flash_kmeans.batch_kmeans_Euclid(
@@ -249,7 +264,7 @@ def flash(
       tol=-1.0,
       init_centroids=data[:, rows].clone(),
     )
-    return centroids[0].cpu().numpy()
+    return centroids.cpu().numpy()
 
   return fit
 
