@@ -150,7 +150,7 @@ def random_start(
   key: jax.Array, vectors: jax.Array, *, num_codes: int
 ) -> jax.Array:
   """The start of `annealed_kmeans`."""
-  return vectors[kmeans.random_rows(key, len(vectors), num_codes)]
+  return vectors[kmeans.random_rows(key[None], [len(vectors)], num_codes)[0]]
 
 
 # What the paper has, in the order in which it is taken back.

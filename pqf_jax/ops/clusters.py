@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax.ops import nearest, packing, pieces, segments
+from pqf_jax.ops import nearest, packing, pieces, segments, transfers
 from pqf_jax.ops.kernels import clusters_tpu, nearest_gpu, sums_gpu
 
 Tree = Any
@@ -43,6 +43,17 @@ class Points(NamedTuple):
   places: packing.Places
   scale: jax.Array
   norm_scale: jax.Array
+
+  def first(self, num_blocks: int) -> Points:
+    """Those of the first blocks."""
+    return self._replace(
+      columns=tuple(column[:num_blocks] for column in self.columns),
+      norms=self.norms[:num_blocks],
+      places=self.places._replace(
+        layers=self.places.layers[:num_blocks],
+        filled=self.places.filled[:num_blocks],
+      ),
+    )
 
 
 class Totals(NamedTuple):
@@ -68,6 +79,9 @@ class Form(NamedTuple):
     sums: (prepared, codes, K, most rows of a layer on this device) -> whole
       numbers, to be added up over devices.
     totals: (prepared, those numbers) -> Totals.
+    candidates: (points) -> what `transferred` needs of them, made once.
+    transferred: (candidates, centroids [L, K, D], counts [L, K], codes, weight)
+      -> codes, of `transfers`.
     unroll: steps of a turn of the loop, which itself costs time on a GPU.
   """
 
@@ -75,6 +89,10 @@ class Form(NamedTuple):
   codes: Callable[[Tree, jax.Array], jax.Array]
   sums: Callable[[Tree, jax.Array, int, int], Tree]
   totals: Callable[[Tree, Tree], Totals]
+  candidates: Callable[[Points], Tree]
+  transferred: Callable[
+    [Tree, jax.Array, jax.Array, jax.Array, float], jax.Array
+  ]
   unroll: int = 1
 
 
@@ -102,7 +120,8 @@ def by_platform(
     and nearest_gpu.fits(length, num_codes)
     and sums_gpu.fits(length + 2, num_codes)
   ):
-    forms["cuda"] = _KERNELS
+    by_kernel = nearest_gpu.fits(length + 1, num_codes)
+    forms["cuda"] = _KERNELS if by_kernel else _TWO_KERNELS
   runs = {name: functools.partial(run, form) for name, form in forms.items()}
   return lax.platform_dependent(*arguments, **runs)
 
@@ -165,7 +184,35 @@ def _word_totals(points: Points, sums: jax.Array) -> Totals:
   )
 
 
-_SCATTERED = Form(_words, _scattered_codes, _scattered_sums, _scattered_totals)
+def _points(points: Points) -> Points:
+  return points
+
+
+def _transferred(
+  points: Points,
+  centroids: jax.Array,
+  counts: jax.Array,
+  codes: jax.Array,
+  weight: float,
+) -> jax.Array:
+  return transfers.transfer(
+    points.columns,
+    centroids,
+    counts,
+    points.places.layers,
+    codes,
+    weight=weight,
+  )
+
+
+_SCATTERED = Form(
+  _words,
+  _scattered_codes,
+  _scattered_sums,
+  _scattered_totals,
+  _points,
+  _transferred,
+)
 
 
 class _Operands(NamedTuple):
@@ -228,9 +275,47 @@ def _kernel_totals(prepared: _Operands, integers: jax.Array) -> Totals:
   return Totals(jnp.moveaxis(sums[:, :-2], 1, 2), sums[:, -2], sums[:, -1])
 
 
+class _Candidates(NamedTuple):
+  """What transfers by a kernel read: `pieces` of x and |x|^2, and x."""
+
+  vectors: jax.Array
+  points: Points
+
+
+def _candidates(points: Points) -> _Candidates:
+  columns = *points.columns, points.norms
+  return _Candidates(pieces.of_vectors(columns), points)
+
+
+def _kernel_transferred(
+  candidates: _Candidates,
+  centroids: jax.Array,
+  counts: jax.Array,
+  codes: jax.Array,
+  weight: float,
+) -> jax.Array:
+  return transfers.transfer_by_kernel(
+    candidates.vectors,
+    candidates.points.columns,
+    centroids,
+    counts,
+    candidates.points.places.layers,
+    codes,
+    weight=weight,
+  )
+
+
 _KERNELS = Form(
-  _operands, _kernel_codes, _kernel_sums, _kernel_totals, unroll=4
+  _operands,
+  _kernel_codes,
+  _kernel_sums,
+  _kernel_totals,
+  _candidates,
+  _kernel_transferred,
+  unroll=4,
 )
+# A codebook may fit into shared memory, and with one more number each not.
+_TWO_KERNELS = _KERNELS._replace(candidates=_points, transferred=_transferred)
 
 
 class _Digits(NamedTuple):
@@ -298,4 +383,11 @@ def _product_totals(prepared: _Digits, integers: jax.Array) -> Totals:
   return _word_totals(prepared.points, segments.merged(*words))
 
 
-_PRODUCTS = Form(_digits, _product_codes, _product_sums, _product_totals)
+_PRODUCTS = Form(
+  _digits,
+  _product_codes,
+  _product_sums,
+  _product_totals,
+  _points,
+  _transferred,
+)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax.ops import annealing, clusters, packing, reseeding, transfers
+from pqf_jax.ops import annealing, clusters, packing, reseeding
 
 Rule = Callable[[reseeding.Clusters], reseeding.Proposal]
 
@@ -70,10 +70,21 @@ class Fitted(NamedTuple):
 
 
 class _Loop(NamedTuple):
-  """What no step changes; `deviation` is that of each dimension, [L, D]."""
+  """What no step changes.
+
+  Attributes:
+    form: of the platform.
+    operands: of the form.
+    own: the form's candidates of the blocks that weigh their own.
+    prepared: see there.
+    deviation: of each dimension, [L, D].
+    num_codes: K.
+    options: see there.
+  """
 
   form: clusters.Form
   operands: Any
+  own: Any
   prepared: Prepared
   deviation: jax.Array
   num_codes: int
@@ -120,7 +131,8 @@ def iterate(
   sizes = prepared.points.places.sizes[:, None]
   deviation = jnp.sqrt(prepared.squares / jnp.maximum(sizes - 1, 1))
   num_codes = starts.shape[1]
-  loop = _Loop(form, operands, prepared, deviation, num_codes, options)
+  own = form.candidates(prepared.points.first(options.num_own_blocks))
+  loop = _Loop(form, operands, own, prepared, deviation, num_codes, options)
   start = starts - prepared.offset[:, None]
   codes = jnp.zeros(prepared.points.norms.shape, jnp.int32)
   if options.num_own_blocks:
@@ -133,7 +145,9 @@ def iterate(
     unroll=form.unroll,
   )
   turns = jnp.arange(options.num_transfers, dtype=jnp.int32)
-  state, more = lax.scan(functools.partial(_transfer, loop), state, turns)
+  everyone = form.candidates(prepared.points)
+  step = functools.partial(_transfer, loop, everyone)
+  state, more = lax.scan(step, state, turns)
   codes = form.codes(operands, state.codebooks)
   return _fitted(loop, state.codebooks, codes, jnp.concatenate([trace, more]))
 
@@ -163,27 +177,18 @@ def _assigned(loop: _Loop, state: _State) -> jax.Array:
   num_own = loop.options.num_own_blocks
   if num_own == 0:
     return loop.form.codes(loop.operands, state.codebooks)
-  own = _transferred(loop, state, annealing.OWN_WEIGHT, num_own)
+  own = loop.form.transferred(
+    loop.own,
+    state.codebooks,
+    state.counts,
+    state.codes[:num_own],
+    annealing.OWN_WEIGHT,
+  )
   if num_own == len(state.codes):
     return own
   # Their nearest centroids are not needed, but little to find.
   nearest = loop.form.codes(loop.operands, state.codebooks)
   return jnp.concatenate([own, nearest[num_own:]])
-
-
-def _transferred(
-  loop: _Loop, state: _State, weight: float, num_blocks: int | None = None
-) -> jax.Array:
-  """The codes of the first blocks, or of all, after transfers."""
-  points = loop.prepared.points
-  return transfers.transfer(
-    [column[:num_blocks] for column in points.columns],
-    state.codebooks,
-    state.counts,
-    points.places.layers[:num_blocks],
-    state.codes[:num_blocks],
-    weight=weight,
-  )
 
 
 def _carried_on(
@@ -206,10 +211,12 @@ def _carried_on(
 
 
 def _transfer(
-  loop: _Loop, state: _State, turn: jax.Array
+  loop: _Loop, everyone: Any, state: _State, turn: jax.Array
 ) -> tuple[_State, jax.Array]:
   """One step of transfers, and the error after it, as of `_clusters`."""
-  moved = _transferred(loop, state, 1.0)
+  moved = loop.form.transferred(
+    everyone, state.codebooks, state.counts, state.codes, 1.0
+  )
   # Half of them at a time: each is judged as if it moved alone.
   place = jnp.arange(moved.shape[1], dtype=jnp.int32)
   codes = jnp.where((place % 2 == turn % 2)[None], moved, state.codes)

@@ -139,6 +139,14 @@ def kernel(
   return nearest_gpu.nearest(vectors, tables, layers)
 
 
+@jax.custom_batching.sequential_vmap
+def kernel_but_own(
+  vectors: jax.Array, tables: jax.Array, layers: jax.Array, own: jax.Array
+) -> jax.Array:
+  """`kernel`, but every sub-vector passes over the row `own`."""
+  return nearest_gpu.nearest(vectors, tables, layers, own)
+
+
 def _kernel_of_columns(
   columns: tuple[jax.Array, ...], tables: jax.Array, layers: jax.Array
 ) -> jax.Array:

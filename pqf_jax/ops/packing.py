@@ -88,6 +88,15 @@ def block_bounds(counts: Sequence[int], num_shards: int = 1) -> list[int]:
   return np.cumsum([0, *(-(-count // unit) for count in counts)]).tolist()
 
 
+def places_of_rows(
+  rows: jax.Array, counts: Sequence[int], *, num_shards: int = 1
+) -> jax.Array:
+  """Where in [B * 1024] the given rows of each layer are, [L, K] both."""
+  bounds = np.array(block_bounds(counts, num_shards), np.int32) * nearest.BLOCK
+  on_each = np.diff(bounds)[:, None]
+  return rows // on_each * bounds[-1] + bounds[:-1, None] + rows % on_each
+
+
 def unpack(
   values: jax.Array, counts: Sequence[int], *, num_shards: int = 1
 ) -> list[jax.Array]:

@@ -23,8 +23,8 @@ from jax import lax
 PAIRS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
 """Which piece of a sub-vector meets which piece of a centroid."""
 
-# A score that no sub-vector prefers; infinity has no pieces.
-_UNREACHABLE = 1e38
+UNREACHABLE = 1e38
+"""A score that no sub-vector prefers; infinity has no pieces."""
 
 # The depth of a product is a multiple of it: what one instruction of a GPU and
 # a tile of a TPU have room for. Beyond twice that, of four times.
@@ -56,7 +56,7 @@ def of_tables(tables: jax.Array, *, unit: int) -> jax.Array:
   """
   num_codes, width = tables.shape[1:]
   padding = ((0, 0), (0, -num_codes % unit), (0, 0))
-  tables = jnp.pad(tables, padding).at[:, num_codes:, 0].set(_UNREACHABLE)
+  tables = jnp.pad(tables, padding).at[:, num_codes:, 0].set(UNREACHABLE)
   norms = cut(tables[:, :, :1])
   factors = cut(tables[:, :, 1:])
   rows = jnp.concatenate([*(factors[j] for _, j in PAIRS), *norms], axis=2)

@@ -12,21 +12,35 @@ sub-vectors a centroid, what k-means cannot improve any more transfers improve
 by 1.5 % (docs/kmeans_quality.md).
 
 With w instead of 1 this is a rule between k-means (w = 0) and Hartigan's.
+
+A kernel for GPUs (`nearest_gpu`) finds the cheapest other cluster as it finds
+the nearest centroid: n_j / (n_j + w) times |x|^2 - 2 <x, c_j> + |c_j|^2 is
+linear in (x, |x|^2).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax.ops import nearest
+from pqf_jax.ops import nearest, pieces
 
-# The weight of a centroid to which nothing may move.
-_CLOSED = 1e38
+
+class _Prices(NamedTuple):
+  """What a squared distance is multiplied by, [L, K] both.
+
+  Attributes:
+    joining: for newcomers; `pieces.UNREACHABLE` where there are no members.
+    leaving: for members, over that for newcomers.
+  """
+
+  joining: jax.Array
+  leaving: jax.Array
 
 
 def transfer(
@@ -54,22 +68,76 @@ def transfer(
   Returns:
     codes, [B, 1024] int32.
   """
-  joined = jnp.where(counts > 0, counts / (counts + weight), _CLOSED)
-  tables = jnp.concatenate([joined[:, :, None], means], axis=2)
-  # What own members pay instead of newcomers; the last one pays nothing.
-  remains = counts > weight
-  others = jnp.where(remains, counts - weight, 1)
-  leaving = jnp.where(remains, (counts + weight) / others, 0)
-  extra = jnp.take_along_axis(leaving[layers], codes, axis=1)
+  prices = _prices(counts, weight)
   return lax.platform_dependent(
     tuple(columns),
-    tables,
+    jnp.concatenate([prices.joining[:, :, None], means], axis=2),
     layers,
     codes,
-    extra,
+    jnp.take_along_axis(prices.leaving[layers], codes, axis=1),
     cpu=functools.partial(_transferred, nearest.running_minimum),
     default=functools.partial(_transferred, nearest.reduced_minimum),
   )
+
+
+def transfer_by_kernel(
+  vectors: jax.Array,
+  columns: Sequence[jax.Array],
+  means: jax.Array,
+  counts: jax.Array,
+  layers: jax.Array,
+  codes: jax.Array,
+  *,
+  weight: float = 1.0,
+) -> jax.Array:
+  """`transfer` on a GPU for which `nearest_gpu` has a kernel.
+
+  Args:
+    vectors: [B, depth, 1024] bfloat16, of `pieces.of_vectors` for D + 1
+      columns: x and |x|^2.
+    columns: as the other arguments, those of `transfer`.
+    means: see there.
+    counts: see there.
+    layers: see there.
+    codes: see there.
+    weight: see there.
+
+  Returns:
+    codes, [B, 1024] int32.
+  """
+  prices = _prices(counts, weight)
+  joining = prices.joining[:, :, None]
+  norms = jnp.square(means).sum(axis=2, keepdims=True)
+  rows = joining * jnp.concatenate(
+    [norms, -2 * means, jnp.ones_like(norms)], axis=2
+  )
+  closed = jnp.zeros_like(rows).at[:, :, 0].set(pieces.UNREACHABLE)
+  rows = jnp.where(counts[:, :, None] > 0, rows, closed)
+  found = nearest.kernel_but_own(vectors, rows, layers, codes)
+  num_codes = means.shape[1]
+  # Padding of the table, where all others are closed.
+  found = jnp.minimum(found, num_codes - 1)
+
+  def price(codes: jax.Array) -> jax.Array:
+    owners = layers[:, None] * num_codes + codes
+    squares = [
+      jnp.square(column - means[:, :, i].reshape(-1)[owners])
+      for i, column in enumerate(columns)
+    ]
+    return prices.joining.reshape(-1)[owners] * sum(squares[1:], squares[0])
+
+  owners = layers[:, None] * num_codes + codes
+  stay = price(codes) * prices.leaving.reshape(-1)[owners]
+  return jnp.where(price(found) < stay, found, codes)
+
+
+def _prices(counts: jax.Array, weight: float) -> _Prices:
+  joining = counts / (counts + weight)
+  joining = jnp.where(counts > 0, joining, pieces.UNREACHABLE)
+  # The last member pays nothing.
+  remains = counts > weight
+  others = jnp.where(remains, counts - weight, 1)
+  return _Prices(joining, jnp.where(remains, (counts + weight) / others, 0))
 
 
 def _transferred(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pqf_jax.ops import kmeans, nearest, segments
+from pqf_jax.ops import kmeans, nearest, packing, pieces, segments, transfers
 from pqf_jax.ops.kernels import nearest_gpu, sums_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +40,29 @@ def test_equal_distances_go_to_the_lowest_index():
   assert set(codes) == {0, 20, 40, 60, 80}
 
 
+def test_transfers_are_those_of_the_other_form():
+  for length, num_codes in [(9, 256), (4, 250), (18, 16), (2, 2), (3, 1)]:
+    vectors = jnp.asarray(_vectors(2, 4096, length))
+    packed = packing.pack(tuple(vectors))
+    columns = nearest.split_columns(packed.blocks)
+    norms = sum(jnp.square(column) for column in columns)
+    means = jnp.asarray(_vectors(2, num_codes, length, seed=1))
+    draws = np.random.default_rng(0)
+    counts = draws.integers(0, 9, (2, num_codes)).astype(np.float32)
+    counts[:, 0] = 3
+    layers = packed.places.layers
+    codes = nearest.nearest_centroid(columns, means, layers)
+    codes = jnp.where(draws.random(codes.shape) < 0.5, codes, 0)
+    arguments = columns, means, jnp.asarray(counts), layers, codes
+    for weight in (0.5, 1.0):
+      want = transfers.transfer(*arguments, weight=weight)
+      found = transfers.transfer_by_kernel(
+        pieces.of_vectors((*columns, norms)), *arguments, weight=weight
+      )
+      assert (found != want).mean() < 1e-3
+      assert num_codes == 1 or (found != codes).mean() > 0.1
+
+
 def test_sums_are_exact():
   for num_columns, num_codes in [(11, 256), (20, 250), (6, 2048), (3, 5)]:
     draws = np.random.default_rng(0)
@@ -66,6 +89,7 @@ def test_sums_are_exact():
 
 
 def test_a_layer_does_not_depend_on_those_it_shares_a_call_with():
+  # Below 3072, steps weigh what is a cluster's own.
   layers = [_vectors(n, 9, seed=n) for n in (300_000, 5000, 64, 2048)]
   keys = jax.random.split(jax.random.key(0), 4)
   run = functools.partial(kmeans.kmeans_of_layers, num_codes=64, num_steps=20)

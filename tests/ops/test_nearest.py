@@ -80,6 +80,26 @@ def test_the_kernel_agrees_with_brute_force(
 
 
 @needs_new_jax
+@pytest.mark.parametrize("num_codes", [37, 128])
+def test_the_kernel_passes_over_what_it_is_told(num_codes):
+  (columns, tables, layers), codes = _case(4, num_codes, 2, num_blocks=2)
+  others = np.random.default_rng(0).integers(0, num_codes, codes.shape)
+  own = np.where(others % 2, codes, others).astype(np.int32)
+  found = nearest_gpu.nearest(
+    pieces.of_vectors(columns),
+    tables,
+    layers,
+    jnp.asarray(own),
+    interpret=mosaic_gpu.InterpretGPUParams(),
+  )
+  vectors = np.stack(columns, axis=2).astype(np.float64)
+  factors = np.float64(tables[layers])
+  scores = factors[:, None, :, 0] + vectors @ factors[:, :, 1:].mT
+  np.put_along_axis(scores, own[:, :, None], np.inf, axis=2)
+  np.testing.assert_array_equal(found, scores.argmin(axis=2))
+
+
+@needs_new_jax
 def test_the_kernels_compile_for_a_gpu_without_one():
   for length, num_codes in [(1, 1), (9, 256), (18, 256), (4, 2048), (9, 1000)]:
     assert nearest_gpu.fits(length, num_codes)
@@ -88,6 +108,7 @@ def test_the_kernels_compile_for_a_gpu_without_one():
 
     def kernels(vectors, tables, layers, *columns):
       codes = nearest_gpu.nearest(vectors, tables, layers)
+      codes = nearest_gpu.nearest(vectors, tables, layers, codes)
       units = jnp.ones((1, len(columns)))
       return sums_gpu.sums(columns, codes, layers, units, tables.shape[1])
 
@@ -98,7 +119,7 @@ def test_the_kernels_compile_for_a_gpu_without_one():
       *columns,
     )
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert lowered.count("mosaic_gpu_v2") == 2
+    assert lowered.count("mosaic_gpu_v2") == 3
 
 
 def test_a_codebook_that_exceeds_shared_memory_does_not_fit():

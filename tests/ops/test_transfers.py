@@ -1,11 +1,45 @@
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 
-from pqf_jax.ops import nearest, transfers
+from pqf_jax.ops import nearest, pieces, transfers
+from pqf_jax.ops.kernels import nearest_gpu
 
 
-def _transferred(vectors, codes, num_codes):
+@pytest.fixture(
+  params=[
+    "any platform",
+    pytest.param(
+      "kernel",
+      marks=pytest.mark.skipif(
+        jax.__version_info__ < nearest_gpu.FIRST_JAX,
+        reason="the kernel needs it",
+      ),
+    ),
+  ]
+)
+def transfer(request, monkeypatch):
+  """`transfers.transfer`, or the form for GPUs in Pallas's interpreter."""
+  if request.param == "any platform":
+    return transfers.transfer
+  run = functools.partial(
+    nearest_gpu.nearest, interpret=mosaic_gpu.InterpretGPUParams()
+  )
+  monkeypatch.setattr(nearest, "kernel_but_own", run)
+
+  def by_kernel(columns, *arguments):
+    norms = sum(jnp.square(column) for column in columns)
+    vectors = pieces.of_vectors((*columns, norms))
+    return transfers.transfer_by_kernel(vectors, columns, *arguments)
+
+  return by_kernel
+
+
+def _transferred(transfer, vectors, codes, num_codes):
   """One step over all sub-vectors, from the clusters of `codes`."""
   counts = np.bincount(codes, minlength=num_codes)
   means = np.zeros((num_codes, vectors.shape[1]))
@@ -13,7 +47,7 @@ def _transferred(vectors, codes, num_codes):
   means /= np.maximum(counts, 1)[:, None]
   blocks = nearest.to_blocks(jnp.asarray(vectors))
   padding = blocks.shape[0] * nearest.BLOCK - len(codes)
-  moved = transfers.transfer(
+  moved = transfer(
     nearest.split_columns(blocks),
     jnp.asarray(means[None], jnp.float32),
     jnp.asarray(counts[None], jnp.float32),
@@ -36,9 +70,11 @@ def clustering(request):
   return vectors.astype(np.float32), draws.integers(0, 7, 40)
 
 
-def test_each_goes_where_brute_force_finds_the_least_error(clustering):
+def test_each_goes_where_brute_force_finds_the_least_error(
+  transfer, clustering
+):
   vectors, codes = clustering
-  moved = _transferred(vectors, codes, 9)  # the last two are empty
+  moved = _transferred(transfer, vectors, codes, 9)  # the last two are empty
   for row, code in enumerate(codes):
     alternatives = [code] if (codes == code).sum() == 1 else range(7)
     tried = [np.r_[codes[:row], j, codes[row + 1 :]] for j in alternatives]
@@ -46,11 +82,11 @@ def test_each_goes_where_brute_force_finds_the_least_error(clustering):
     assert moved[row] == alternatives[int(np.argmin(error))]
 
 
-def test_they_improve_what_k_means_cannot():
+def test_they_improve_what_k_means_cannot(transfer):
   vectors = np.array([[0, 0], [3, 0], [4.6, 0]], np.float32)
   codes = np.array([0, 0, 1])
   means = np.array([[1.5, 0], [4.6, 0]], np.float32)
   np.testing.assert_array_equal(nearest.assign(vectors, means), codes)
-  moved = _transferred(vectors, codes, 2)
+  moved = _transferred(transfer, vectors, codes, 2)
   assert moved[1] == 1
   assert _error(vectors, np.r_[0, moved[1:]]) < _error(vectors, codes)

@@ -11,6 +11,7 @@ It uses Pallas's default backend for NVIDIA (Mosaic GPU).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -64,6 +65,7 @@ def nearest(
   vectors: jax.Array,
   tables: jax.Array,
   layers: jax.Array,
+  own: jax.Array | None = None,
   *,
   num_warpgroups: int | None = None,
   interpret: Any = None,
@@ -76,6 +78,7 @@ def nearest(
     vectors: [B, depth, 1024] bfloat16, from `pieces.of_vectors`.
     tables: [L, K, D + 1] float32; row (r, f) scores x by r + <x, f>.
     layers: [B] int32, which table a block is scored with.
+    own: [B, 1024] int32, a row that each sub-vector passes over, or None.
     num_warpgroups: that share a block, 1, 2 or 4; None: 4 if they fit.
     interpret: the interpreter of Pallas to run it with, for tests on a CPU.
 
@@ -109,7 +112,8 @@ def nearest(
     thread_name="warpgroup",
     interpret=interpret,
   )
-  return kernel(vectors, tables, layers)
+  passed_over = () if own is None else (own,)
+  return kernel(vectors, tables, layers, *passed_over)
 
 
 def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
@@ -128,15 +132,11 @@ def _body(
   vectors: jax.Ref,
   tables: jax.Ref,
   layers: jax.Ref,
-  codes: jax.Ref,
-  table: jax.Ref,
-  tiles: jax.Ref,
-  table_arrived: jax.Ref,
-  tile_arrived: jax.Ref,
-  *,
+  *others: jax.Ref,
   columns: int,
 ) -> None:
   """One block; its warpgroups share the table."""
+  *own, codes, table, tiles, table_arrived, tile_arrived = others
   block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
   share = codes.shape[1] // tiles.shape[0]
   num_tiles = share // _ROWS
@@ -163,7 +163,8 @@ def _body(
     slot = lax.rem(tile, _SLOTS)
     gpu.barrier_wait(tile_arrived.at[warpgroup * _SLOTS + slot])
     mine = tiles.at[warpgroup, slot].transpose((1, 0))
-    best = _best(mine, table, columns)
+    passed_over = [_eights(ref.at[block, rows(tile)]) for ref in own]
+    best = _best(mine, table, columns, passed_over)
 
     @pl.when(tile + _SLOTS < num_tiles)
     def _() -> None:
@@ -176,11 +177,15 @@ def _body(
 
 
 def _best(
-  tile: jax.Ref, table: jax.Ref, columns: int
+  tile: jax.Ref,
+  table: jax.Ref,
+  columns: int,
+  passed_over: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
   """Smallest score and its index over every 8th centroid, [64, 8] both.
 
-  The index counts eights; that of a tie is the lowest.
+  The index counts eights; that of a tie is the lowest. What is passed over is
+  counted alike.
   """
   shape = _ROWS, _FOLD
 
@@ -201,6 +206,8 @@ def _best(
       score = lax.slice(found, (0, i * _FOLD), (_ROWS, (i + 1) * _FOLD))
       closer = score < value
       eight = jnp.full(shape, chunk * (columns // _FOLD) + i, jnp.int32)
+      for passed in passed_over:
+        closer &= eight != passed
       value = jnp.where(closer, score, value)
       index = jnp.where(closer, eight, index)
     return value, index
@@ -211,13 +218,23 @@ def _best(
 
 def _first(value: jax.Array, index: jax.Array) -> jax.Array:
   """The index of the smallest value of a row, the lowest in a tie, [64]."""
-  column = gpu.layout_cast(
-    lax.broadcasted_iota(jnp.int32, value.shape, 1), gpu.Layout.WGMMA
-  )
   least = lax.broadcast_in_dim(value.min(axis=1), value.shape, (0,))
-  candidates = index * _FOLD + column
+  candidates = index * _FOLD + _column()
   none = _full(jnp.iinfo(jnp.int32).max, jnp.int32)
   return jnp.where(value == least, candidates, none).min(axis=1)
+
+
+def _eights(codes: jax.Ref) -> jax.Array:
+  """[64] codes -> [64, 8]: the eight of a code in its column, -1 elsewhere."""
+  layout = gpu.Layout.WGMMA.reduce(1)
+  code = gpu.load(codes, layout=layout, optimized=False)
+  code = lax.broadcast_in_dim(code, (_ROWS, _FOLD), (0,))
+  return jnp.where(code % _FOLD == _column(), code // _FOLD, -1)
+
+
+def _column() -> jax.Array:
+  column = lax.broadcasted_iota(jnp.int32, (_ROWS, _FOLD), 1)
+  return gpu.layout_cast(column, gpu.Layout.WGMMA)
 
 
 def _full(value: float, dtype: jax.typing.DTypeLike) -> jax.Array:
