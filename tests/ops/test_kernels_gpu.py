@@ -47,12 +47,16 @@ def test_transfers_are_those_of_the_other_form():
     columns = nearest.split_columns(packed.blocks)
     norms = sum(jnp.square(column) for column in columns)
     means = jnp.asarray(_vectors(2, num_codes, length, seed=1))
-    draws = np.random.default_rng(0)
-    counts = draws.integers(0, 9, (2, num_codes)).astype(np.float32)
-    counts[:, 0] = 3
     layers = packed.places.layers
     codes = nearest.nearest_centroid(columns, means, layers)
+    draws = np.random.default_rng(0)
     codes = jnp.where(draws.random(codes.shape) < 0.5, codes, 0)
+    counts = draws.integers(1, 9, (2, num_codes)).astype(np.float32)
+    for layer in range(2):  # what nothing belongs to is empty
+      counts[
+        layer,
+        np.bincount(codes[layers == layer].ravel(), minlength=num_codes) == 0,
+      ] = 0
     arguments = columns, means, jnp.asarray(counts), layers, codes
     for weight in (0.5, 1.0):
       want = transfers.transfer(*arguments, weight=weight)
