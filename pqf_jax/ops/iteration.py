@@ -188,7 +188,7 @@ def _assigned(loop: _Loop, state: _State) -> jax.Array:
     return own
   # Their nearest centroids are not needed, but little to find.
   nearest = loop.form.codes(loop.operands, state.codebooks)
-  return jnp.concatenate([own, nearest[num_own:]])
+  return nearest.at[:num_own].set(own)  # in place
 
 
 def _carried_on(
