@@ -186,9 +186,9 @@ def _assigned(loop: _Loop, state: _State) -> jax.Array:
   )
   if num_own == len(state.codes):
     return own
-  # Their nearest centroids are not needed, but little to find. Written in place:
-  # without the barrier XLA:GPU (jax 0.11.2) refuses to, as what it writes into
-  # comes from a kernel.
+  # Their nearest centroids are not needed, but little to find. They are written
+  # over in place, which without the barrier XLA:GPU (jax 0.11.2) refuses to
+  # compile, because what it writes into comes from a kernel.
   nearest = loop.form.codes(loop.operands, state.codebooks)
   return lax.optimization_barrier(nearest).at[:num_own].set(own)
 
