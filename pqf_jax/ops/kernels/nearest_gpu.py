@@ -79,7 +79,8 @@ def nearest(
     tables: [L, K, D + 1] float32; row (r, f) scores x by r + <x, f>.
     layers: [B] int32, which table a block is scored with.
     own: [B, 1024] int32, a row that each sub-vector passes over, or None.
-    num_warpgroups: that share a block, 1, 2 or 4; None: 4 if they fit.
+    num_warpgroups: that share a block, or a part of one where there are few,
+      1, 2 or 4; None: 4 if they fit.
     interpret: the interpreter of Pallas to run it with, for tests on a CPU.
 
   Returns:
@@ -90,11 +91,17 @@ def nearest(
   num_codes = tables.shape[2]
   if num_warpgroups is None:
     num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
+  parts = 1
+  while (
+    2 * parts * num_blocks <= _NUM_PROCESSORS
+    and 2 * parts * num_warpgroups * _ROWS <= block
+  ):
+    parts *= 2
   single = num_blocks <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
   columns = _MOST_COLUMNS if single else _COLUMNS
   transforms = _transforms(depth)
   kernel = gpu.kernel(
-    functools.partial(_body, columns=columns),
+    functools.partial(_body, columns=columns, parts=parts),
     out_type=jax.ShapeDtypeStruct((num_blocks, block), jnp.int32),
     scratch_types=[
       gpu.SMEM((depth, num_codes), jnp.bfloat16, transforms=transforms),
@@ -106,8 +113,8 @@ def nearest(
       gpu.Barrier(num_arrivals=1),
       gpu.Barrier(num_arrivals=1, num_barriers=num_warpgroups * _SLOTS),
     ],
-    grid=(num_blocks,),
-    grid_names=("block",),
+    grid=(num_blocks * parts,),
+    grid_names=("part",),
     num_threads=num_warpgroups,
     thread_name="warpgroup",
     interpret=interpret,
@@ -134,15 +141,21 @@ def _body(
   layers: jax.Ref,
   *others: jax.Ref,
   columns: int,
+  parts: int,
 ) -> None:
-  """One block; its warpgroups share the table."""
+  """One of the parts of a block; its warpgroups share the table."""
   *own, codes, table, tiles, table_arrived, tile_arrived = others
-  block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-  share = codes.shape[1] // tiles.shape[0]
+  part, warpgroup = lax.axis_index("part"), lax.axis_index("warpgroup")
+  block = lax.div(part, parts)
+  share = codes.shape[1] // (parts * tiles.shape[0])
   num_tiles = share // _ROWS
+  first = (lax.rem(part, parts) * tiles.shape[0] + warpgroup) * share
 
   def rows(tile: jax.Array | int) -> pl.Slice:
-    return pl.ds(warpgroup * share + tile * _ROWS, _ROWS)
+    return pl.ds(first + tile * _ROWS, _ROWS)
+
+  def passed_over(tile: jax.Array | int) -> list[jax.Array]:
+    return [_eights(ref.at[block, rows(tile)]) for ref in own]
 
   def fetch(tile: jax.Array | int, slot: jax.Array | int) -> None:
     gpu.copy_gmem_to_smem(
@@ -155,25 +168,27 @@ def _body(
   def _() -> None:
     gpu.copy_gmem_to_smem(tables.at[layers[block]], table, table_arrived)
 
-  for slot in range(_SLOTS):
+  for slot in range(min(_SLOTS, num_tiles)):
     fetch(slot, slot)
+  passed = passed_over(0)
   gpu.barrier_wait(table_arrived)
 
-  def step(tile: jax.Array, carry: None) -> None:
+  def step(tile: jax.Array, passed: list[jax.Array]) -> list[jax.Array]:
+    # A tile ahead, because they come from global memory.
+    after = passed_over(lax.min(tile + 1, num_tiles - 1))
     slot = lax.rem(tile, _SLOTS)
     gpu.barrier_wait(tile_arrived.at[warpgroup * _SLOTS + slot])
     mine = tiles.at[warpgroup, slot].transpose((1, 0))
-    passed_over = [_eights(ref.at[block, rows(tile)]) for ref in own]
-    best = _best(mine, table, columns, passed_over)
+    best = _best(mine, table, columns, passed)
 
     @pl.when(tile + _SLOTS < num_tiles)
     def _() -> None:
       fetch(tile + _SLOTS, slot)
 
     codes[block, rows(tile)] = _first(*best)
-    return carry
+    return after
 
-  lax.fori_loop(0, num_tiles, step, None)
+  lax.fori_loop(0, num_tiles, step, passed)
 
 
 def _best(
