@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax.ops import annealing, clusters, packing, reseeding
+from pqf_jax.ops import annealing, packing, reseeding
+from pqf_jax.ops.forms import base
 
 Rule = Callable[[reseeding.Clusters], reseeding.Proposal]
 
@@ -28,7 +29,7 @@ class Prepared(NamedTuple):
     squares: [L, D] float32, sums of x^2.
   """
 
-  points: clusters.Points
+  points: base.Points
   offset: jax.Array
   squares: jax.Array
 
@@ -82,7 +83,7 @@ class _Loop(NamedTuple):
     options: see there.
   """
 
-  form: clusters.Form
+  form: base.Form
   operands: Any
   own: Any
   prepared: Prepared
@@ -90,7 +91,7 @@ class _Loop(NamedTuple):
   num_codes: int
   options: Options
 
-  def totals(self, codes: jax.Array) -> clusters.Totals:
+  def totals(self, codes: jax.Array) -> base.Totals:
     """Sums over each cluster, on all devices."""
     integers = self.form.sums(
       self.operands, codes, self.num_codes, self.options.most_rows
@@ -118,7 +119,7 @@ class _State(NamedTuple):
 
 
 def iterate(
-  form: clusters.Form,
+  form: base.Form,
   prepared: Prepared,
   starts: jax.Array,
   schedule: annealing.Schedule,
@@ -259,7 +260,7 @@ def _fitted(
 
 
 def _clusters(
-  codebooks: jax.Array, totals: clusters.Totals
+  codebooks: jax.Array, totals: base.Totals
 ) -> tuple[reseeding.Clusters, jax.Array]:
   """The clusters, and by cluster the sum of |x - c|^2 less that of |x|^2."""
   counts = totals.counts

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from pqf_jax.ops import annealing, clusters, iteration, nearest, packing
+from pqf_jax.ops.forms import base
 
 
 def fit(
@@ -91,7 +92,7 @@ def _prepared(
     axis_name=options.axis_name,
   )
   return iteration.Prepared(
-    points=clusters.Points(
+    points=base.Points(
       columns=nearest.split_columns(vectors),
       norms=norms[:, :, 0],
       places=packed.places,
@@ -130,7 +131,7 @@ _SPREAD = PartitionSpec("blocks")
 _SAME = PartitionSpec()
 _PLACES = packing.Places(_SPREAD, _SPREAD, _SAME)
 _PACKED = packing.Packed(_SPREAD, _PLACES)
-_POINTS = clusters.Points(_SPREAD, _SPREAD, _PLACES, _SAME, _SAME)
+_POINTS = base.Points(_SPREAD, _SPREAD, _PLACES, _SAME, _SAME)
 _PREPARED = iteration.Prepared(_POINTS, _SAME, _SAME)
 _SPECS = {
   _offsets: ((_PACKED,), _SAME),

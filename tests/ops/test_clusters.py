@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pqf_jax.ops import clusters, iteration, packing, relaxation
+from pqf_jax.ops.forms import scattered, tpu
 from pqf_jax.ops.kernels import clusters_tpu
 
 MOST_ROWS = 4096
@@ -46,7 +47,7 @@ def _results(form, points, codebooks):
 
 
 def test_totals_are_those_of_numpy(points, codebooks):
-  codes, totals = _results(clusters._SCATTERED, points, codebooks)
+  codes, totals = _results(scattered.SCATTERED, points, codebooks)
   vectors = np.stack(points.columns, axis=2).astype(np.float64)
   inside = np.asarray(packing.inside(points.places))
   owners = np.broadcast_to(points.places.layers[:, None], inside.shape)[inside]
@@ -63,15 +64,15 @@ def test_totals_are_those_of_numpy(points, codebooks):
 
 @pytest.mark.usefixtures("interpreted")
 def test_the_form_of_a_tpu_gives_the_same_bits(points, codebooks):
-  plain = _results(clusters._SCATTERED, points, codebooks)
-  products = _results(clusters._PRODUCTS, points, codebooks)
+  plain = _results(scattered.SCATTERED, points, codebooks)
+  products = _results(tpu.PRODUCTS, points, codebooks)
   jax.tree.map(np.testing.assert_array_equal, products, plain)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_ties_go_to_the_lowest_index_on_a_tpu(points):
   codebooks = jnp.repeat(jnp.zeros((3, 1, 9)), 300, axis=1)
-  codes, totals = _results(clusters._PRODUCTS, points, codebooks)
+  codes, totals = _results(tpu.PRODUCTS, points, codebooks)
   np.testing.assert_array_equal(codes, 0)
   np.testing.assert_array_equal(totals.counts[:, 0], points.places.sizes)
 
@@ -86,4 +87,4 @@ def test_layers_of_too_many_rows_are_scattered_on_a_tpu():
         clusters.by_platform, run, length=9, num_codes=8, most_rows=rows
       )
     ).trace(jnp.zeros(1))
-    assert (clusters._PRODUCTS in forms) == (rows == clusters_tpu.MOST_ROWS)
+    assert (tpu.PRODUCTS in forms) == (rows == clusters_tpu.MOST_ROWS)

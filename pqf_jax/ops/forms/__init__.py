@@ -1,0 +1,1 @@
+"""How each platform takes a step of k-means; see `pqf_jax.ops.clusters`."""

@@ -1,0 +1,123 @@
+"""The form of NVIDIA Hopper and later: kernels, if a codebook fits in.
+
+It has to fit into the shared memory of a processor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pqf_jax.ops import nearest, packing, pieces, segments, transfers
+from pqf_jax.ops.forms import base
+from pqf_jax.ops.kernels import sums_gpu
+
+
+class _Operands(NamedTuple):
+  """What the kernels for a GPU read.
+
+  Attributes:
+    vectors: [B, depth, 1024] bfloat16, from `pieces`.
+    columns: D + 2 arrays [B, 1024] float32: x, |x|^2 and 1.
+    layers: [B] int32.
+    units: [L, D + 2] float32, of `sums_gpu`.
+  """
+
+  vectors: jax.Array
+  columns: tuple[jax.Array, ...]
+  layers: jax.Array
+  units: jax.Array
+
+
+def _operands(points: base.Points) -> _Operands:
+  places = points.places
+  # Half the sub-vectors of a layer, all at its largest entry, fit into int32;
+  # more cannot be there at once, for the mean is 0. Norms may all be large.
+  room = jnp.maximum(segments.power_of_two(places.sizes) * 2.0**-17, 1)[:, None]
+  largest = jnp.concatenate([points.scale, 2 * points.norm_scale], axis=1)
+  units = jnp.minimum(2.0**14 / (largest * room), 2.0**100)
+  inside = packing.inside(places).astype(jnp.float32)
+  return _Operands(
+    vectors=pieces.of_vectors(points.columns),
+    columns=(*points.columns, points.norms, inside),
+    layers=places.layers,
+    units=jnp.pad(units, ((0, 0), (0, 1)), constant_values=1),
+  )
+
+
+def _kernel_codes(prepared: _Operands, codebooks: jax.Array) -> jax.Array:
+  return nearest.kernel(
+    prepared.vectors, nearest.tables(codebooks), prepared.layers
+  )
+
+
+def _kernel_sums(
+  prepared: _Operands, codes: jax.Array, num_codes: int, most_rows: int
+) -> jax.Array:
+  del most_rows  # The units see to it that nothing overflows.
+
+  @jax.custom_batching.sequential_vmap
+  def sums(*columns: jax.Array) -> jax.Array:
+    *columns, codes, layers, units = columns
+    return sums_gpu.sums(columns, codes, layers, units, num_codes, num_coarse=2)
+
+  return sums(*prepared.columns, codes, prepared.layers, prepared.units)
+
+
+def _kernel_totals(prepared: _Operands, integers: jax.Array) -> base.Totals:
+  # One form of every integer, however its parts were added up.
+  low, high = integers[:, 0::2], integers[:, 1::2]
+  high = (high + (low >> 15)).astype(jnp.float32)
+  low = (low & 0x7FFF).astype(jnp.float32)
+  sums = (high + low * segments.LOW_UNIT) * (1 / prepared.units)[:, :, None]
+  return base.Totals(jnp.moveaxis(sums[:, :-2], 1, 2), sums[:, -2], sums[:, -1])
+
+
+class _Candidates(NamedTuple):
+  """What transfers by a kernel read: `pieces` of x and |x|^2, and x."""
+
+  vectors: jax.Array
+  points: base.Points
+
+
+def _candidates(points: base.Points) -> _Candidates:
+  columns = *points.columns, points.norms
+  return _Candidates(pieces.of_vectors(columns), points)
+
+
+def _kernel_transferred(
+  candidates: _Candidates,
+  centroids: jax.Array,
+  counts: jax.Array,
+  codes: jax.Array,
+  weight: float,
+) -> jax.Array:
+  return transfers.transfer_by_kernel(
+    candidates.vectors,
+    candidates.points.columns,
+    centroids,
+    counts,
+    candidates.points.places.layers,
+    codes,
+    weight=weight,
+  )
+
+
+KERNELS = base.Form(
+  _operands,
+  _kernel_codes,
+  _kernel_sums,
+  _kernel_totals,
+  _candidates,
+  _kernel_transferred,
+  unroll=4,
+)
+"""Nearest centroids, the cheapest other cluster, and sums by kernels."""
+
+TWO_KERNELS = KERNELS._replace(
+  candidates=base.as_they_are, transferred=base.transferred
+)
+"""The same where a codebook fits into shared memory, but not with one more
+number each."""
