@@ -58,7 +58,14 @@ def test_both_forms_agree_with_brute_force(form, length, num_codes, num_layers):
   np.testing.assert_array_equal(jax.jit(form)(*arguments), codes)
 
 
+@pytest.fixture(params=[1, 132])
+def num_processors(request, monkeypatch):
+  """Of a GPU: few blocks are divided among many."""
+  monkeypatch.setattr(nearest_gpu, "_NUM_PROCESSORS", request.param)
+
+
 @needs_new_jax
+@pytest.mark.usefixtures("num_processors")
 @pytest.mark.parametrize(
   "length, num_codes, num_layers, num_warpgroups",
   [(4, 37, 2, 2), (18, 128, 1, 4), (2, 300, 1, 1)],
@@ -80,6 +87,7 @@ def test_the_kernel_agrees_with_brute_force(
 
 
 @needs_new_jax
+@pytest.mark.usefixtures("num_processors")
 @pytest.mark.parametrize("num_codes", [37, 128])
 def test_the_kernel_passes_over_what_it_is_told(num_codes):
   (columns, tables, layers), codes = _case(4, num_codes, 2, num_blocks=2)
