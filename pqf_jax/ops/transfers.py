@@ -30,17 +30,22 @@ from jax import lax
 
 from pqf_jax.ops import nearest, pieces
 
+# Where empty clusters are taken to be; its square is a float32 number.
+_FAR = 1e18
+
 
 class _Prices(NamedTuple):
-  """What a squared distance is multiplied by, [L, K] both.
+  """What a squared distance is multiplied by, and from where it is measured.
 
   Attributes:
-    joining: for newcomers; `pieces.UNREACHABLE` where there are no members.
-    leaving: for members, over that for newcomers.
+    joining: [L, K], for newcomers.
+    leaving: [L, K], for members, over that for newcomers.
+    means: [L, K, D].
   """
 
   joining: jax.Array
   leaving: jax.Array
+  means: jax.Array
 
 
 def transfer(
@@ -68,10 +73,10 @@ def transfer(
   Returns:
     codes, [B, 1024] int32.
   """
-  prices = _prices(counts, weight)
+  prices = _prices(means, counts, weight)
   return lax.platform_dependent(
     tuple(columns),
-    jnp.concatenate([prices.joining[:, :, None], means], axis=2),
+    jnp.concatenate([prices.joining[:, :, None], prices.means], axis=2),
     layers,
     codes,
     jnp.take_along_axis(prices.leaving[layers], codes, axis=1),
@@ -105,7 +110,7 @@ def transfer_by_kernel(
   Returns:
     codes, [B, 1024] int32.
   """
-  prices = _prices(counts, weight)
+  prices = _prices(means, counts, weight)
   joining = prices.joining[:, :, None]
   norms = jnp.square(means).sum(axis=2, keepdims=True)
   rows = joining * jnp.concatenate(
@@ -121,7 +126,7 @@ def transfer_by_kernel(
   def price(codes: jax.Array) -> jax.Array:
     owners = layers[:, None] * num_codes + codes
     squares = [
-      jnp.square(column - means[:, :, i].reshape(-1)[owners])
+      jnp.square(column - prices.means[:, :, i].reshape(-1)[owners])
       for i, column in enumerate(columns)
     ]
     return prices.joining.reshape(-1)[owners] * sum(squares[1:], squares[0])
@@ -131,13 +136,16 @@ def transfer_by_kernel(
   return jnp.where(price(found) < stay, found, codes)
 
 
-def _prices(counts: jax.Array, weight: float) -> _Prices:
-  joining = counts / (counts + weight)
-  joining = jnp.where(counts > 0, joining, pieces.UNREACHABLE)
+def _prices(means: jax.Array, counts: jax.Array, weight: float) -> _Prices:
+  some = counts > 0
   # The last member pays nothing.
   remains = counts > weight
   others = jnp.where(remains, counts - weight, 1)
-  return _Prices(joining, jnp.where(remains, (counts + weight) / others, 0))
+  return _Prices(
+    joining=jnp.where(some, counts / (counts + weight), 1),
+    leaving=jnp.where(remains, (counts + weight) / others, 0),
+    means=jnp.where(some[:, :, None], means, _FAR),
+  )
 
 
 def _transferred(

@@ -40,11 +40,15 @@ def transfer(request, monkeypatch):
 
 
 def _transferred(transfer, vectors, codes, num_codes):
-  """One step over all sub-vectors, from the clusters of `codes`."""
+  """One step over all sub-vectors, from the clusters of `codes`.
+
+  The centroids of empty clusters are where the first sub-vector is.
+  """
   counts = np.bincount(codes, minlength=num_codes)
   means = np.zeros((num_codes, vectors.shape[1]))
   np.add.at(means, codes, vectors)
   means /= np.maximum(counts, 1)[:, None]
+  means[counts == 0] = vectors[0]
   blocks = nearest.to_blocks(jnp.asarray(vectors))
   padding = blocks.shape[0] * nearest.BLOCK - len(codes)
   moved = transfer(
