@@ -85,7 +85,7 @@ class _Loop(NamedTuple):
 
   form: base.Form
   operands: Any
-  own: Any
+  own: base.Candidates
   prepared: Prepared
   deviation: jax.Array
   num_codes: int
@@ -178,8 +178,7 @@ def _assigned(loop: _Loop, state: _State) -> jax.Array:
   num_own = loop.options.num_own_blocks
   if num_own == 0:
     return loop.form.codes(loop.operands, state.codebooks)
-  own = loop.form.transferred(
-    loop.own,
+  own = loop.own.transferred(
     state.codebooks,
     state.counts,
     state.codes[:num_own],
@@ -214,12 +213,10 @@ def _carried_on(
 
 
 def _transfer(
-  loop: _Loop, everyone: Any, state: _State, turn: jax.Array
+  loop: _Loop, everyone: base.Candidates, state: _State, turn: jax.Array
 ) -> tuple[_State, jax.Array]:
   """One step of transfers, and the error after it, as of `_clusters`."""
-  moved = loop.form.transferred(
-    everyone, state.codebooks, state.counts, state.codes, 1.0
-  )
+  moved = everyone.transferred(state.codebooks, state.counts, state.codes, 1.0)
   # Half of them at a time: each is judged as if it moved alone.
   place = jnp.arange(moved.shape[1], dtype=jnp.int32)
   codes = jnp.where((place % 2 == turn % 2)[None], moved, state.codes)

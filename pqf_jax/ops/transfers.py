@@ -56,6 +56,7 @@ def transfer(
   codes: jax.Array,
   *,
   weight: float = 1.0,
+  vectors: jax.Array | None = None,
 ) -> jax.Array:
   """Moves each sub-vector to the cluster where it costs least.
 
@@ -69,11 +70,16 @@ def transfer(
     layers: [B] int32, the layer of a block.
     codes: [B, 1024] int32, the cluster of each sub-vector.
     weight: w, above 0.
+    vectors: [B, depth, 1024] bfloat16, of `pieces.of_vectors` for D + 1
+      columns, x and |x|^2: to use the kernel of `nearest_gpu`. None: on any
+      platform.
 
   Returns:
     codes, [B, 1024] int32.
   """
   prices = _prices(means, counts, weight)
+  if vectors is not None:
+    return _by_kernel(prices, vectors, columns, means, counts, layers, codes)
   return lax.platform_dependent(
     tuple(columns),
     jnp.concatenate([prices.joining[:, :, None], prices.means], axis=2),
@@ -85,36 +91,18 @@ def transfer(
   )
 
 
-def transfer_by_kernel(
+def _by_kernel(
+  prices: _Prices,
   vectors: jax.Array,
   columns: Sequence[jax.Array],
   means: jax.Array,
   counts: jax.Array,
   layers: jax.Array,
   codes: jax.Array,
-  *,
-  weight: float = 1.0,
 ) -> jax.Array:
-  """`transfer` on a GPU for which `nearest_gpu` has a kernel.
-
-  Args:
-    vectors: [B, depth, 1024] bfloat16, of `pieces.of_vectors` for D + 1
-      columns: x and |x|^2.
-    columns: as the other arguments, those of `transfer`.
-    means: see there.
-    counts: see there.
-    layers: see there.
-    codes: see there.
-    weight: see there.
-
-  Returns:
-    codes, [B, 1024] int32.
-  """
-  prices = _prices(means, counts, weight)
   joining = prices.joining[:, :, None]
-  norms = jnp.square(means).sum(axis=2, keepdims=True)
   rows = joining * jnp.concatenate(
-    [norms, -2 * means, jnp.ones_like(norms)], axis=2
+    [nearest.tables(means), jnp.ones_like(joining)], axis=2
   )
   closed = jnp.zeros_like(rows).at[:, :, 0].set(pieces.UNREACHABLE)
   rows = jnp.where(counts[:, :, None] > 0, rows, closed)

@@ -60,8 +60,10 @@ def test_transfers_are_those_of_the_other_form():
     arguments = columns, means, jnp.asarray(counts), layers, codes
     for weight in (0.5, 1.0):
       want = transfers.transfer(*arguments, weight=weight)
-      found = transfers.transfer_by_kernel(
-        pieces.of_vectors((*columns, norms)), *arguments, weight=weight
+      found = transfers.transfer(
+        *arguments,
+        weight=weight,
+        vectors=pieces.of_vectors((*columns, norms)),
       )
       assert (found != want).mean() < 1e-3
       assert num_codes == 1 or (found != codes).mean() > 0.1

@@ -34,7 +34,7 @@ def transfer(request, monkeypatch):
   def by_kernel(columns, *arguments):
     norms = sum(jnp.square(column) for column in columns)
     vectors = pieces.of_vectors((*columns, norms))
-    return transfers.transfer_by_kernel(vectors, columns, *arguments)
+    return transfers.transfer(columns, *arguments, vectors=vectors)
 
   return by_kernel
 

@@ -55,6 +55,36 @@ class Totals(NamedTuple):
   counts: jax.Array
 
 
+class Candidates(NamedTuple):
+  """Points that may be transferred.
+
+  Attributes:
+    points: all of them may.
+    vectors: for the kernel of a GPU, see `transfers.transfer`; None: without.
+  """
+
+  points: Points
+  vectors: jax.Array | None
+
+  def transferred(
+    self,
+    centroids: jax.Array,
+    counts: jax.Array,
+    codes: jax.Array,
+    weight: float,
+  ) -> jax.Array:
+    """The codes [B, 1024] after a step, from [L, K, D] and [L, K]."""
+    return transfers.transfer(
+      self.points.columns,
+      centroids,
+      counts,
+      self.points.places.layers,
+      codes,
+      weight=weight,
+      vectors=self.vectors,
+    )
+
+
 class Form(NamedTuple):
   """How one platform does it.
 
@@ -64,9 +94,7 @@ class Form(NamedTuple):
     sums: (prepared, codes, K, most rows of a layer on this device) -> whole
       numbers, to be added up over devices.
     totals: (prepared, those numbers) -> Totals.
-    candidates: (points) -> what `transferred` needs of them, made once.
-    transferred: (candidates, centroids [L, K, D], counts [L, K], codes, weight)
-      -> codes, of `transfers`.
+    candidates: (points) -> Candidates, made once.
     unroll: steps of a turn of the loop, which itself costs time on a GPU.
   """
 
@@ -74,10 +102,7 @@ class Form(NamedTuple):
   codes: Callable[[Tree, jax.Array], jax.Array]
   sums: Callable[[Tree, jax.Array, int, int], Tree]
   totals: Callable[[Tree, Tree], Totals]
-  candidates: Callable[[Points], Tree]
-  transferred: Callable[
-    [Tree, jax.Array, jax.Array, jax.Array, float], jax.Array
-  ]
+  candidates: Callable[[Points], Candidates]
   unroll: int = 1
 
 
@@ -90,24 +115,6 @@ def word_totals(points: Points, sums: jax.Array) -> Totals:
   )
 
 
-def as_they_are(points: Points) -> Points:
-  """Candidates of `transferred`."""
-  return points
-
-
-def transferred(
-  points: Points,
-  centroids: jax.Array,
-  counts: jax.Array,
-  codes: jax.Array,
-  weight: float,
-) -> jax.Array:
-  """`Form.transferred` on any platform."""
-  return transfers.transfer(
-    points.columns,
-    centroids,
-    counts,
-    points.places.layers,
-    codes,
-    weight=weight,
-  )
+def without_kernel(points: Points) -> Candidates:
+  """Candidates on any platform."""
+  return Candidates(points, None)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pqf_jax.ops import nearest, packing, pieces, segments, transfers
+from pqf_jax.ops import nearest, packing, pieces, segments
 from pqf_jax.ops.forms import base
 from pqf_jax.ops.kernels import sums_gpu
 
@@ -75,34 +75,9 @@ def _kernel_totals(prepared: _Operands, integers: jax.Array) -> base.Totals:
   return base.Totals(jnp.moveaxis(sums[:, :-2], 1, 2), sums[:, -2], sums[:, -1])
 
 
-class _Candidates(NamedTuple):
-  """What transfers by a kernel read: `pieces` of x and |x|^2, and x."""
-
-  vectors: jax.Array
-  points: base.Points
-
-
-def _candidates(points: base.Points) -> _Candidates:
+def _candidates(points: base.Points) -> base.Candidates:
   columns = *points.columns, points.norms
-  return _Candidates(pieces.of_vectors(columns), points)
-
-
-def _kernel_transferred(
-  candidates: _Candidates,
-  centroids: jax.Array,
-  counts: jax.Array,
-  codes: jax.Array,
-  weight: float,
-) -> jax.Array:
-  return transfers.transfer_by_kernel(
-    candidates.vectors,
-    candidates.points.columns,
-    centroids,
-    counts,
-    candidates.points.places.layers,
-    codes,
-    weight=weight,
-  )
+  return base.Candidates(points, pieces.of_vectors(columns))
 
 
 KERNELS = base.Form(
@@ -111,13 +86,10 @@ KERNELS = base.Form(
   _kernel_sums,
   _kernel_totals,
   _candidates,
-  _kernel_transferred,
   unroll=4,
 )
 """Nearest centroids, the cheapest other cluster, and sums by kernels."""
 
-TWO_KERNELS = KERNELS._replace(
-  candidates=base.as_they_are, transferred=base.transferred
-)
+TWO_KERNELS = KERNELS._replace(candidates=base.without_kernel)
 """The same where a codebook fits into shared memory, but not with one more
 number each."""

@@ -68,7 +68,6 @@ SCATTERED = base.Form(
   _scattered_codes,
   _scattered_sums,
   _scattered_totals,
-  base.as_they_are,
-  base.transferred,
+  base.without_kernel,
 )
 """For any platform."""

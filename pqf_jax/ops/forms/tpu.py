@@ -82,7 +82,6 @@ PRODUCTS = base.Form(
   _product_codes,
   _product_sums,
   _product_totals,
-  base.as_they_are,
-  base.transferred,
+  base.without_kernel,
 )
 """Both by kernels; transfers as on any platform."""
