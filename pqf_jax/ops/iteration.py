@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax.ops import annealing, packing, reseeding
+from pqf_jax.ops import annealing, exact, packing, reseeding
 from pqf_jax.ops.forms import base
 
 Rule = Callable[[reseeding.Clusters], reseeding.Proposal]
@@ -261,8 +261,8 @@ def _clusters(
 ) -> tuple[reseeding.Clusters, jax.Array]:
   """The clusters, and by cluster the sum of |x - c|^2 less that of |x|^2."""
   counts = totals.counts
-  gains = counts * jnp.square(codebooks).sum(axis=2)
-  gains = gains - 2 * (codebooks * totals.vectors).sum(axis=2)
+  gains = counts * exact.dot(codebooks, codebooks)
+  gains = gains - 2 * exact.dot(codebooks, totals.vectors)
   errors = jnp.maximum(totals.norms + gains, 0)
   found = reseeding.Clusters(
     codebook=codebooks,

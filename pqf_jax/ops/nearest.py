@@ -33,7 +33,7 @@ import numpy as np
 from jax import lax
 
 from pqf_jax import errors
-from pqf_jax.ops import pieces
+from pqf_jax.ops import exact, pieces
 from pqf_jax.ops.kernels import nearest_gpu
 
 BLOCK = 1024
@@ -127,7 +127,7 @@ def nearest_centroid(
 
 def tables(codebooks: jax.Array) -> jax.Array:
   """[L, K, D] -> [L, K, D + 1]: |c|^2, and the factors of a sub-vector."""
-  norms = jnp.square(codebooks).sum(axis=2, keepdims=True)
+  norms = exact.dot(codebooks, codebooks)[:, :, None]
   return jnp.concatenate([norms, -2 * codebooks], axis=2)
 
 

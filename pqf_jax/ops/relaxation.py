@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from pqf_jax.ops import annealing, clusters, iteration, nearest, packing
+from pqf_jax.ops import (
+  annealing,
+  clusters,
+  exact,
+  iteration,
+  nearest,
+  packing,
+)
 from pqf_jax.ops.forms import base
 
 
@@ -81,7 +88,7 @@ def _prepared(
   # The data mean is moved to 0: the scores of `nearest` cancel less there.
   vectors = packed.blocks - offset[packed.places.layers][:, None]
   vectors = jnp.where(packing.inside(packed.places)[:, :, None], vectors, 0)
-  norms = jnp.square(vectors).sum(axis=2, keepdims=True)
+  norms = exact.dot(vectors, vectors)[:, :, None]
   scales = functools.partial(
     packing.scales, packed.places, axis_name=options.axis_name
   )

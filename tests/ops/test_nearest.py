@@ -135,6 +135,17 @@ def test_a_codebook_that_exceeds_shared_memory_does_not_fit():
   assert not sums_gpu.fits(20, 2048)
 
 
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 9])
+def test_a_codebook_is_tabled_alike_beside_others(length):
+  # XLA:CPU compiles arrays of 4096 numbers and more in another way.
+  draws = np.random.default_rng(0).normal(size=(9, 256, length))
+  codebooks = draws.astype(np.float32)
+  make = jax.jit(nearest.tables)
+  together = make(codebooks)
+  for alone, row in zip(map(make, codebooks[:, None]), together, strict=True):
+    np.testing.assert_array_equal(alone[0], row)
+
+
 def test_equal_distances_go_to_the_lowest_index():
   codebook = np.repeat(_normal(3, 9), 20, axis=0)
   codes = np.asarray(nearest.assign(_normal(500, 9, seed=1), codebook))

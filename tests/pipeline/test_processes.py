@@ -1,5 +1,6 @@
 """Several processes on this machine, as a pod would have them."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,8 +22,26 @@ ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 240
 
 
-def _start(workdir, count, *settings, devices=2, last=(), last_workdir=None):
-  """Starts `count` processes; `last` settings go to the last one only."""
+class _Outcome(NamedTuple):
+  permutations: dict[str, list[int]]
+  codes: np.ndarray
+  packed: bytes
+  accuracies: dict[str, float]
+
+
+def _start(
+  workdir,
+  count,
+  *settings,
+  devices=2,
+  cluster=True,
+  last=(),
+  last_workdir=None,
+):
+  """Starts `count` processes; `last` settings go to the last one only.
+
+  One process is a cluster too, whose devices exchange as those of several do.
+  """
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -45,7 +65,7 @@ def _start(workdir, count, *settings, devices=2, last=(), last_workdir=None):
       subprocess.Popen(
         command,
         cwd=ROOT,
-        env=shared | (own if count > 1 else {}),
+        env=shared | (own if cluster else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,9 +87,13 @@ def _run(workdir, count, *settings, **kwargs):
 
 def _outcome(workdir):
   permuted = json.loads((workdir / "checkpoints/permute.json").read_text())
-  packed = safetensors.numpy.load_file(workdir / "model.safetensors")
   results = json.loads((workdir / "results.json").read_text())
-  return permuted["permutations"], packed["codes"], results
+  return _Outcome(
+    permuted["permutations"],
+    safetensors.numpy.load_file(workdir / "model.safetensors")["codes"],
+    (workdir / "model.safetensors").read_bytes(),
+    {name: value for name, value in results.items() if "top1" in name},
+  )
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +113,46 @@ def _begin_with(trained, workdir):
 
 
 @pytest.fixture(scope="module")
-def alone(trained, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("one")
+def plain(trained, tmp_path_factory):
+  """What one process on one device finds, which is no cluster."""
+  workdir = tmp_path_factory.mktemp("plain")
   _begin_with(trained, workdir)
-  return _run(workdir, 1)
+  return _run(workdir, 1, devices=1, cluster=False)
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory):
+  """Number of devices -> what one process finds on so many."""
+
+  @functools.cache
+  def find(devices):
+    workdir = tmp_path_factory.mktemp(f"alone{devices}")
+    _begin_with(trained, workdir)
+    return _run(workdir, 1, devices=devices)
+
+  return find
+
+
+def _assert_same(found, expected):
+  assert found.permutations == expected.permutations
+  np.testing.assert_array_equal(found.codes, expected.codes)
+  assert found.accuracies == expected.accuracies
+  assert found.packed == expected.packed
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_many_processes_find_what_one_finds(trained, alone, tmp_path, count):
+def test_processes_find_what_one_finds_on_as_many_devices(
+  trained, plain, alone, tmp_path, count
+):
   _begin_with(trained, tmp_path)
-  permutations, codes, results = _run(tmp_path, count)
-  assert permutations == alone[0]
-  np.testing.assert_array_equal(codes, alone[1])
-  # Sums over devices round otherwise; one of 360 images may turn.
-  assert results["top1_quantized"] == alone[2]["top1_quantized"]
-  assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
-  assert results["images"] == 360
+  found = _run(tmp_path, count)
+  _assert_same(found, alone(2 * count))
+  # On another number of devices gradients are rounded otherwise, and from the
+  # fine-tuning on that shows; what comes before it is the same on any number.
+  assert found.permutations == plain.permutations
+  np.testing.assert_array_equal(found.codes, plain.codes)
+  for name in ("top1_dense", "top1_quantized"):
+    assert found.accuracies[name] == plain.accuracies[name]
 
 
 def test_a_run_of_four_goes_on_with_one_and_with_two(trained, alone, tmp_path):
@@ -113,9 +161,20 @@ def test_a_run_of_four_goes_on_with_one_and_with_two(trained, alone, tmp_path):
   _kill_when(processes, tmp_path / "a/checkpoints", "finetune@*.json")
   shutil.copytree(tmp_path / "a", tmp_path / "b")
   for name, count in {"a": 1, "b": 2}.items():
-    _, codes, results = _run(tmp_path / name, count, "checkpoint_steps=3")
-    np.testing.assert_array_equal(codes, alone[1])
-    assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
+    _assert_same(
+      _run(tmp_path / name, count, "checkpoint_steps=3", devices=8 // count),
+      alone(8),
+    )
+
+
+def test_a_run_of_two_goes_on_with_another_number_of_devices(
+  trained, plain, tmp_path
+):
+  _begin_with(trained, tmp_path)
+  processes = _start(tmp_path, 2, "checkpoint_steps=3")
+  _kill_when(processes, tmp_path / "checkpoints", "finetune@*.json")
+  found = _run(tmp_path, 1, "checkpoint_steps=3", devices=1, cluster=False)
+  np.testing.assert_array_equal(found.codes, plain.codes)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +183,7 @@ def test_a_run_of_four_goes_on_with_one_and_with_two(trained, alone, tmp_path):
 def test_killed_in_any_stage_both_start_again(trained, alone, tmp_path, sign):
   _begin_with(trained, tmp_path)
   _kill_when(_start(tmp_path, 2), tmp_path / "checkpoints", sign)
-  permutations, codes, results = _run(tmp_path, 2)
-  assert permutations == alone[0]
-  np.testing.assert_array_equal(codes, alone[1])
-  assert abs(results["top1_packed"] - alone[2]["top1_packed"]) <= 1.5 / 360
+  _assert_same(_run(tmp_path, 2), alone(4))
 
 
 def _kill_when(processes, folder, sign):
@@ -143,9 +199,7 @@ def _kill_when(processes, folder, sign):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_sigterm_saves_and_the_next_run_goes_on(
-  trained, alone, tmp_path, count
-):
+def test_sigterm_saves(trained, tmp_path, count):
   _begin_with(trained, tmp_path)
   # So long that it cannot be done before the signal comes.
   settings = ("finetune.epochs=400", "checkpoint_steps=100000")
