@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax.ops import annealing, exact, packing, reseeding
+from pqf_jax.ops import annealing, packing, reseeding
 from pqf_jax.ops.forms import base
 
 Rule = Callable[[reseeding.Clusters], reseeding.Proposal]
@@ -162,7 +162,7 @@ def _step(
   amounts, momenta, normal = inputs
   codes = _assigned(loop, state)
   totals = loop.totals(codes)
-  found, gains = _clusters(state.codebooks, totals)
+  found, gains = _clusters(loop.form, state.codebooks, totals)
   proposal = jax.vmap(loop.options.reseed)(found)
   ahead, velocity = _carried_on(state, found, proposal, momenta)
   noise = (amounts[:, None] * loop.deviation)[:, None]
@@ -221,10 +221,10 @@ def _transfer(
   place = jnp.arange(moved.shape[1], dtype=jnp.int32)
   codes = jnp.where((place % 2 == turn % 2)[None], moved, state.codes)
   totals = loop.totals(codes)
-  found, _ = _clusters(state.codebooks, totals)
+  found, _ = _clusters(loop.form, state.codebooks, totals)
   some = totals.counts[:, :, None] > 0
   means = jnp.where(some, found.means, state.codebooks)
-  _, gains = _clusters(means, totals)
+  _, gains = _clusters(loop.form, means, totals)
   return _State(means, state.velocity, codes, totals.counts), gains
 
 
@@ -257,12 +257,12 @@ def _fitted(
 
 
 def _clusters(
-  codebooks: jax.Array, totals: base.Totals
+  form: base.Form, codebooks: jax.Array, totals: base.Totals
 ) -> tuple[reseeding.Clusters, jax.Array]:
   """The clusters, and by cluster the sum of |x - c|^2 less that of |x|^2."""
   counts = totals.counts
-  gains = counts * exact.dot(codebooks, codebooks)
-  gains = gains - 2 * exact.dot(codebooks, totals.vectors)
+  gains = counts * form.dot(codebooks, codebooks)
+  gains = gains - 2 * form.dot(codebooks, totals.vectors)
   errors = jnp.maximum(totals.norms + gains, 0)
   found = reseeding.Clusters(
     codebook=codebooks,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pqf_jax.ops import packing, segments, transfers
+from pqf_jax.ops import exact, packing, segments, transfers
 
 Tree = Any
 
@@ -96,6 +96,8 @@ class Form(NamedTuple):
     totals: (prepared, those numbers) -> Totals.
     candidates: (points) -> Candidates, made once.
     unroll: steps of a turn of the loop, which itself costs time on a GPU.
+    dot: (left, right) -> sums of products over the last axis, which round alike
+      in every program.
   """
 
   prepare: Callable[[Points], Tree]
@@ -104,6 +106,7 @@ class Form(NamedTuple):
   totals: Callable[[Tree, Tree], Totals]
   candidates: Callable[[Points], Candidates]
   unroll: int = 1
+  dot: Callable[[jax.Array, jax.Array], jax.Array] = exact.dot
 
 
 def word_totals(points: Points, sums: jax.Array) -> Totals:

@@ -80,6 +80,12 @@ def _candidates(points: base.Points) -> base.Candidates:
   return base.Candidates(points, pieces.of_vectors(columns))
 
 
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
+  # XLA:GPU adds each row in its order, whatever the shape (tests/ops/
+  # test_kernels_gpu.py); exact products would cost a program more a step.
+  return (left * right).sum(axis=-1)
+
+
 KERNELS = base.Form(
   _operands,
   _kernel_codes,
@@ -87,6 +93,7 @@ KERNELS = base.Form(
   _kernel_totals,
   _candidates,
   unroll=4,
+  dot=_dot,
 )
 """Nearest centroids, the cheapest other cluster, and sums by kernels."""
 
