@@ -48,6 +48,9 @@ def _start(
   shared = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
+    # XLA's threads, in whose number convolutions add up gradients: otherwise
+    # the larger one of cores and of a process's devices.
+    "NPROC": "8",
     "PYTHONPATH": str(ROOT),
   }
   processes = []
