@@ -6,11 +6,10 @@ shapes. On CPUs the last bit of |c|^2 of a codebook changed where four layers
 or more shared a call, and with it now and then a code.
 """
 
+import itertools
+
 import jax
 from jax import lax
-
-# Of the 24 bits of a float32 number: products of two halves are exact.
-_HALF = 12
 
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -24,13 +23,14 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
   """
   total = 0.0
   for i in range(left.shape[-1]):
-    for one in _halves(left[..., i]):
-      for other in _halves(right[..., i]):
-        total = total + one * other
+    for one, other in itertools.product(
+      _halves(left[..., i]), _halves(right[..., i])
+    ):
+      total = total + one * other
   return total
 
 
 def _halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Two arrays of 12-bit numbers whose sum is `values`."""
-  high = lax.reduce_precision(values, 8, _HALF - 1)
+  """Two arrays of 12-bit numbers, half of 24, whose sum is `values`."""
+  high = lax.reduce_precision(values, 8, 11)
   return high, values - high

@@ -7,8 +7,8 @@ bit, whichever layers it is computed with and on however many devices.
 
 Bits are also lost where XLA fuses a product with the addition behind it, or
 does not: a choice that may depend on the shapes. So the mean, the centred data
-and the loop are programs of their own, and the product that adds noise to a
-centroid is exact.
+and the loop are programs of their own, and inner products (`pqf_jax.ops.exact`)
+and the noise that is added to a centroid are made of exact products.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def test_it_is_that_of_float64(length):
   assert (np.abs(found - wanted) <= bound).all()
 
 
-@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 9])
 def test_rows_do_not_depend_on_their_number(length):
   # XLA:CPU compiles arrays of 4096 numbers and more in another way.
   vectors = _normal(9, 256, length)
