@@ -10,7 +10,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pqf_jax import errors, pipeline, xla_flags
+from pqf_jax import errors, pipeline
+from pqf_jax.runtime import xla_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="A recipe from configs/.", lock_config=True

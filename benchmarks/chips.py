@@ -23,10 +23,10 @@ import ml_collections
 import numpy as np
 
 from configs import resnet18, resnet50
-from pqf_jax import cluster, data, finetune, models
+from pqf_jax import data, finetune, kmeans, models
 from pqf_jax.core import plan as plans
-from pqf_jax.ops import kmeans
-from pqf_jax.pipeline import costs
+from pqf_jax.preflight import costs
+from pqf_jax.runtime import distributed
 from pqf_jax.tasks import classification
 
 RECIPES = {18: resnet18, 50: resnet50}
@@ -99,7 +99,7 @@ def _build(
   dtype: str,
 ) -> tuple[Any, Any, Any, costs.Cost]:
   """(compiled step, state, batch, cost)."""
-  mesh = cluster.mesh(tuple(chips))
+  mesh = distributed.mesh(tuple(chips))
   arguments = dict(config.model)
   model = models.get_model(arguments.pop("name")).make(**arguments)
   template = jax.eval_shape(
@@ -109,7 +109,7 @@ def _build(
   optimizer = finetune.cosine_adam(
     learning_rate=1e-3, final_learning_rate=1e-6, num_steps=1000
   )
-  axis = cluster.AXIS if norms == "batch" else None
+  axis = distributed.AXIS if norms == "batch" else None
   step = finetune.make_finetune_step(
     classification.make_loss(
       model.clone(norm_axis=axis, dtype=jnp.dtype(dtype)).apply,
@@ -134,9 +134,9 @@ def _build(
   )
   batch = {"image": images, "label": np.arange(size, dtype=np.int32)}
   state = jax.device_put(
-    jax.tree.map(np.asarray, state), cluster.replicated(mesh)
+    jax.tree.map(np.asarray, state), distributed.replicated(mesh)
   )
-  batch = jax.device_put(batch, cluster.sharded(mesh))
+  batch = jax.device_put(batch, distributed.sharded(mesh))
   start = time.perf_counter()
   compiled = step.lower(state, batch).compile()
   print(f"  compiled in {time.perf_counter() - start:.1f} s", flush=True)
@@ -152,8 +152,8 @@ def _time_kmeans(
   chips = jax.devices()
   found, seconds = [], []
   for used in ((), chips[:1], chips):
-    mesh = cluster.mesh(tuple(used)) if used else None
-    place = cluster.sharded(mesh) if used else chips[0]
+    mesh = distributed.mesh(tuple(used)) if used else None
+    place = distributed.sharded(mesh) if used else chips[0]
     placed = jax.device_put(vectors, place)
     for _ in range(4):
       start = time.perf_counter()

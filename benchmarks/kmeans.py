@@ -41,8 +41,8 @@ import jax
 import numpy as np
 
 from benchmarks import kmeans_methods
-from pqf_jax import xla_flags
-from pqf_jax.ops import nearest
+from pqf_jax.kmeans import assignment
+from pqf_jax.runtime import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 Record = dict[str, Any]
@@ -172,7 +172,7 @@ def _timed(fit: kmeans_methods.Fit) -> float:
 def _error(fit: kmeans_methods.Fit, vectors: np.ndarray) -> float:
   """Mean squared error of the fitted codebook, exactly assigned."""
   codebook = np.asarray(fit())
-  codes = np.asarray(nearest.assign(vectors, codebook))
+  codes = np.asarray(assignment.assign(vectors, codebook))
   residual = vectors.astype(np.float64) - codebook[codes]
   return float(np.square(residual).sum(axis=1).mean())
 

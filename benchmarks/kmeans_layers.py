@@ -27,10 +27,10 @@ import jax
 import numpy as np
 
 from benchmarks import kmeans_methods
-from pqf_jax import xla_flags
+from pqf_jax import kmeans
 from pqf_jax.core import trees
-from pqf_jax.ops import kmeans
 from pqf_jax.pipeline import job as jobs
+from pqf_jax.runtime import xla_flags
 
 _BATCHES = ("16,16384,9,256", "64,4096,9,256", "64,4096,4,256")
 _NUM_STEPS = 1000

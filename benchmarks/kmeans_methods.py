@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pqf_jax.ops import kmeans, nearest, pieces, relaxation
+from pqf_jax import kmeans
+from pqf_jax.kmeans import assignment, loop
+from pqf_jax.numerics import bf16_split
 
 Fit = Callable[[], Any]
 """() -> the codebook, an array that NumPy can read."""
@@ -104,11 +106,11 @@ def fewer_products(count: int) -> Callable[..., Fit]:
   """`ours`, with the first `count` of the six products of `pieces`."""
 
   def method(*arguments: Any) -> Fit:
-    relaxation._loop.clear_cache()  # it holds programs with six
+    loop._loop.clear_cache()  # it holds programs with six
     exact = ours(*arguments)
 
     def fit() -> jax.Array:
-      with mock.patch.object(pieces, "PAIRS", pieces.PAIRS[:count]):
+      with mock.patch.object(bf16_split, "PAIRS", bf16_split.PAIRS[:count]):
         return exact()
 
     return fit
@@ -121,13 +123,13 @@ def fewer_products_assign(count: int) -> Callable[..., Any]:
 
   @jax.jit
   def codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
-    blocks = nearest.to_blocks(vectors)
+    blocks = assignment.to_blocks(vectors)
     layers = jnp.zeros(blocks.shape[0], jnp.int32)
-    columns = nearest.split_columns(blocks)
-    return nearest.nearest_centroid(columns, codebook[None], layers)
+    columns = assignment.split_columns(blocks)
+    return assignment.nearest_centroid(columns, codebook[None], layers)
 
   def assign(vectors: np.ndarray, codebook: np.ndarray) -> jax.Array:
-    with mock.patch.object(pieces, "PAIRS", pieces.PAIRS[:count]):
+    with mock.patch.object(bf16_split, "PAIRS", bf16_split.PAIRS[:count]):
       return codes(vectors, codebook).reshape(-1)[: len(vectors)]
 
   return assign
@@ -336,7 +338,7 @@ def exact_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 OURS = Method(
-  "pqf_jax", "pqf_jax", "any", "float32", ours, nearest.assign, 1000, 1000
+  "pqf_jax", "pqf_jax", "any", "float32", ours, assignment.assign, 1000, 1000
 )
 STANDARD = (
   OURS,
@@ -357,7 +359,7 @@ METHODS = (
   *STANDARD,
   *(
     OURS._replace(
-      label=f"pqf_jax, {count} of {len(pieces.PAIRS)} products",
+      label=f"pqf_jax, {count} of {len(bf16_split.PAIRS)} products",
       device="gpu",
       precision=precision,
       fit=fewer_products(count),

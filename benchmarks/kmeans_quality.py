@@ -25,14 +25,8 @@ import numpy as np
 import safetensors.numpy
 from jax import lax
 
-from pqf_jax.ops import (
-  annealing,
-  iteration,
-  kmeans,
-  packing,
-  relaxation,
-  reseeding,
-)
+from pqf_jax import kmeans
+from pqf_jax.kmeans import annealing, batching, empty_clusters, iteration, loop
 
 # Small and large layers of ResNet-18 and MobileNetV2, 'torch name:length of a
 # sub-vector'.
@@ -66,33 +60,33 @@ class Method(NamedTuple):
 
   num_steps: int
   changed: tuple[tuple[str, float], ...] = ()
-  reseed: iteration.Rule = reseeding.split_worst
+  reseed: iteration.Rule = empty_clusters.split_worst
   plus_plus: bool = False
 
 
-def to_zero(clusters: reseeding.Clusters) -> reseeding.Proposal:
+def to_zero(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
   """The authors' rule: the centroid of an empty cluster becomes 0."""
-  return reseeding.Proposal(
+  return empty_clusters.Proposal(
     clusters.means, jnp.maximum(clusters.counts, 1), _no_spread(clusters)
   )
 
 
-def keep(clusters: reseeding.Clusters) -> reseeding.Proposal:
+def keep(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
   """The centroid of an empty cluster stays where it is (and gets noise)."""
   empty = clusters.counts[:, None] == 0
-  return reseeding.Proposal(
+  return empty_clusters.Proposal(
     jnp.where(empty, clusters.codebook, clusters.means),
     jnp.maximum(clusters.counts, 1),
     _no_spread(clusters),
   )
 
 
-def split_largest(clusters: reseeding.Clusters) -> reseeding.Proposal:
+def split_largest(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
   """Empty clusters move next to the clusters with most sub-vectors."""
-  return reseeding.split(clusters, clusters.counts)
+  return empty_clusters.split(clusters, clusters.counts)
 
 
-def _no_spread(clusters: reseeding.Clusters) -> jax.Array:
+def _no_spread(clusters: empty_clusters.Clusters) -> jax.Array:
   return jnp.zeros_like(clusters.counts[:, None])
 
 
@@ -121,7 +115,7 @@ def measure(
   """Returns the final squared error of `num_seeds` runs, [num_seeds]."""
   # All seeds in one call.
   count, length = vectors.shape
-  packed = packing.pack([vectors] * num_seeds)
+  packed = batching.pack([vectors] * num_seeds)
   keys = jax.random.split(jax.random.key(0), (2, num_seeds))
   start = plus_plus_start if method.plus_plus else random_start
   starts = [start(key, vectors, num_codes=num_codes) for key in keys[0]]
@@ -131,7 +125,7 @@ def measure(
   num_moves = method.num_steps - last
   shape = num_moves, num_codes, length
   normals = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1]]
-  fitted = relaxation.fit(
+  fitted = loop.fit(
     packed,
     jnp.stack(starts),
     annealing.make_schedule(num_moves, [annealed] * num_seeds),
@@ -177,7 +171,7 @@ TABLES = {
   },
   "rules for empty clusters, 100 steps": {
     rule.__name__: Method(100, reseed=rule)
-    for rule in (to_zero, keep, split_largest, reseeding.split_worst)
+    for rule in (to_zero, keep, split_largest, empty_clusters.split_worst)
   },
 }
 

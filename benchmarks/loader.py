@@ -29,14 +29,15 @@ import torch
 from PIL import Image
 
 from pqf_jax import data
-from pqf_jax.data import copies, decoding, ilsvrc, transforms
+from pqf_jax.data import decoding, locate, transforms
+from pqf_jax.data.datasets import ilsvrc
 
 SHORT_SIDE, SIZE = 256, 224
 
 
 def open_train(data_dir: str) -> decoding.EncodedImages:
   """The encoded training images."""
-  copy = copies.open_copy(
+  copy = locate.open_copy(
     "imagenet2012", data_dir, prepare="", class_names=ilsvrc.class_names()
   )
   return copy.split("train")

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax.models import mask_rcnn
-from pqf_jax.ops import masks as mask_ops
+from pqf_jax.models.mask_rcnn import masks as mask_ops
 from pqf_jax.tasks import detection
 
 _NUM_CLASSES = 91

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import permute
-from pqf_jax.core import blocks, discover, trees
+from pqf_jax.core import blocks, trees
 from pqf_jax.core import plan as plans
-from pqf_jax.models import resnet, torch_weights
-from pqf_jax.ops import covariance, orders, permutation_search
+from pqf_jax.discovery import discover
+from pqf_jax.models import resnet, torch_names
+from pqf_jax.permutation import covariance, objective
+from pqf_jax.permutation import search as permutation_search
 
 # Kernel: (channels a sub-vector, authors' sorted start, after 10,000 swaps).
 PUBLISHED = {
@@ -65,7 +67,7 @@ def main() -> None:
   module = resnet.make(depth=18, num_classes=10, stem="small")
   images = jnp.zeros((1, 32, 32, 3))
   template = jax.eval_shape(module.init, jax.random.key(0), images)
-  state = torch_weights.read_safetensors(arguments.weights)
+  state = torch_names.read_safetensors(arguments.weights)
   variables = resnet.load_torch(state, template)
   alone = print_kernels(variables, arguments.published, arguments.seed)
   print_groups(module, variables, alone, arguments)
@@ -93,7 +95,7 @@ def print_kernels(
       )
       found.append(search(np.random.default_rng(seed), [gram]).log_det)
       times.append(time.perf_counter() - start)
-    before = orders.evaluate([gram], np.arange(weights.shape[1])).log_det
+    before = objective.evaluate([gram], np.arange(weights.shape[1])).log_det
     ours[name] = found[1]
     gains.append(found[1] - (reference[1] if published else found[0]))
     seconds += times
@@ -171,7 +173,7 @@ def _log_det(kernel: jax.Array, slots: int) -> float:
     slots=slots,
     relative_ridge=permute.RELATIVE_RIDGE,
   )
-  return orders.evaluate([gram], np.arange(len(gram.sums))).log_det
+  return objective.evaluate([gram], np.arange(len(gram.sums))).log_det
 
 
 if __name__ == "__main__":

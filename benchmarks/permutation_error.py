@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from pqf_jax import permute, quantize
-from pqf_jax.core import discover, trees
 from pqf_jax.core import plan as plans
-from pqf_jax.models import resnet, torch_weights
-from pqf_jax.ops import permutation_search
+from pqf_jax.core import trees
+from pqf_jax.discovery import discover
+from pqf_jax.models import resnet, torch_names
+from pqf_jax.permutation import search as permutation_search
 
 SEARCHES = {
   "paper's: sorted, 10,000 swaps": permutation_search.search_like_authors,
@@ -53,7 +54,7 @@ def main() -> None:
   model = resnet.make(depth=18, num_classes=10, stem="small")
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
   template = jax.eval_shape(model.init, jax.random.key(0), images)
-  state_dict = torch_weights.read_safetensors(options.weights)
+  state_dict = torch_names.read_safetensors(options.weights)
   variables = resnet.load_torch(state_dict, template)
   rules = [plans.Rule(*rule, options.steps) for rule in RULES]
   plan = plans.make_plan(rules, variables)

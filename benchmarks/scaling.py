@@ -77,9 +77,10 @@ def _measure(num_devices: int, batch_size: int, repeats: int) -> dict:
   import jax.numpy as jnp
 
   from configs import resnet18
-  from pqf_jax import cluster, data, finetune, models, quantize
+  from pqf_jax import data, finetune, models, quantize
   from pqf_jax.core import plan as plans
-  from pqf_jax.pipeline import costs
+  from pqf_jax.preflight import costs
+  from pqf_jax.runtime import distributed
   from pqf_jax.tasks import classification
 
   if jax.device_count() != num_devices:
@@ -103,16 +104,16 @@ def _measure(num_devices: int, batch_size: int, repeats: int) -> dict:
 
   step = finetune.make_finetune_step(
     classification.make_loss(
-      model.clone(norm_axis=cluster.AXIS).apply, preprocess
+      model.clone(norm_axis=distributed.AXIS).apply, preprocess
     ),
     optimizer,
-    mesh=cluster.mesh(),
+    mesh=distributed.mesh(),
   )
   # Copied, because the step takes its buffers.
-  state = cluster.replicate(
+  state = distributed.replicate(
     jax.tree.map(jnp.array, finetune.init_state(variables, optimizer))
   )
-  batch = cluster.shard(
+  batch = distributed.shard(
     {
       "image": jnp.zeros((batch_size, 32, 32, 3), jnp.uint8),
       "label": jnp.arange(batch_size, dtype=jnp.int32) % 10,

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from pqf_jax import permute, quantize
-from pqf_jax.core import discover
 from pqf_jax.core import plan as plans
+from pqf_jax.discovery import discover
 
 PyTree = Any
 

@@ -21,9 +21,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pqf_jax import errors, files
+from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.runtime import files
 
 PyTree = Any
 FORMAT_VERSION = 2

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pqf_jax.core import channels, readers, threads, trees
+from pqf_jax import kmeans
+from pqf_jax.core import channels, trees
 from pqf_jax.core import plan as plans
-from pqf_jax.ops import covariance, kmeans, orders, permutation_search
+from pqf_jax.permutation import consumers, covariance, objective
+from pqf_jax.permutation import search as permutation_search
+from pqf_jax.runtime import threads
 
 PyTree = Any
-Search = Callable[[np.random.Generator, orders.Grams], orders.Order]
+Search = Callable[[np.random.Generator, objective.Grams], objective.Order]
 
 # Ridge of every covariance, relative to the mean square of a weight: 1e-10
 # moves the log-determinants of ResNet-18 by less than 1e-4.
@@ -64,7 +67,7 @@ class _Group(NamedTuple):
     kmeans_key: random number generator key of the k-means.
   """
 
-  children: list[readers.Reader]
+  children: list[consumers.Reader]
   notes: list[str]
   seed: np.ndarray
   kmeans_key: jax.Array
@@ -79,8 +82,8 @@ class _Found(NamedTuple):
     notes: what the report should say.
   """
 
-  before: orders.Order
-  after: orders.Order
+  before: objective.Order
+  after: objective.Order
   notes: list[str]
 
 
@@ -130,7 +133,7 @@ def permute_channels(
       do not fit the tree (`channels.group_sizes`).
   """
   sizes = channels.group_sizes(variables, axes)
-  readers_of = readers.find_readers(variables, axes, plan)
+  readers_of = consumers.find_readers(variables, axes, plan)
   groups, permutations, reports = {}, {}, {}
 
   def finish(report: GroupReport) -> None:
@@ -170,7 +173,7 @@ def permute_channels(
 
 
 def _group(
-  key: jax.Array, name: str, children: list[readers.Reader], notes: list[str]
+  key: jax.Array, name: str, children: list[consumers.Reader], notes: list[str]
 ) -> _Group:
   """The group with random numbers of its own."""
   salt = np.uint32(zlib.crc32(name.encode()))
@@ -220,9 +223,9 @@ def _improve(group: _Group, search: Search) -> _Found:
     )
     for child in group.children
   ]
-  before = orders.evaluate(grams, np.arange(len(grams[0].sums)))
+  before = objective.evaluate(grams, np.arange(len(grams[0].sums)))
   found = search(np.random.default_rng(group.seed), grams)
-  after = orders.evaluate(grams, found.permutation)
+  after = objective.evaluate(grams, found.permutation)
   singular = _singular(group.children, grams, (before, after))
   return _Found(before, after, [*group.notes, *singular])
 
@@ -232,7 +235,7 @@ def _judge(
 ) -> GroupReport:
   """Whether the order that was found is taken, and why."""
   before, after, notes = found
-  accepted = after.log_det < before.log_det - orders.MIN_GAIN
+  accepted = after.log_det < before.log_det - objective.MIN_GAIN
   error_before = error_after = 0.0
   if accepted and kmeans_steps:
     error_before, error_after = (
@@ -258,9 +261,9 @@ def _judge(
 
 
 def _singular(
-  children: list[readers.Reader],
-  grams: orders.Grams,
-  compared: tuple[orders.Order, ...],
+  children: list[consumers.Reader],
+  grams: objective.Grams,
+  compared: tuple[objective.Order, ...],
 ) -> list[str]:
   """Says which kernels owe a finite log-determinant to the ridge."""
   notes = []
@@ -279,7 +282,7 @@ def _singular(
 
 def _kmeans_error(
   key: jax.Array,
-  children: list[readers.Reader],
+  children: list[consumers.Reader],
   permutation: np.ndarray,
   steps: int,
 ) -> float:

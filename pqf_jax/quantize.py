@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from pqf_jax import errors
+from pqf_jax import errors, kmeans
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.ops import kmeans
 
 PyTree = Any
 

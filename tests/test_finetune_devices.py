@@ -79,11 +79,12 @@ def main() -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from pqf_jax import cluster, finetune, quantize
+  from pqf_jax import finetune, quantize
   from pqf_jax.core import plan as plans
   from pqf_jax.core import trees
-  from pqf_jax.ops import relaxation
-  from pqf_jax.pipeline import costs
+  from pqf_jax.kmeans import loop
+  from pqf_jax.preflight import costs
+  from pqf_jax.runtime import distributed
   from pqf_jax.tasks import classification
   from tests.pipeline import tiny
 
@@ -100,16 +101,16 @@ def main() -> None:
 
   # As if the 4,608 weights of conv1 were many.
   spread_over = []
-  fit = relaxation.fit
+  fit = loop.fit
 
   def spy(*arguments, **settings):
     if settings["mesh"] is not None:
       spread_over.append(settings["mesh"].size)
     return fit(*arguments, **settings)
 
-  quantize._MOST_WEIGHTS, relaxation.fit = 1000, spy
+  quantize._MOST_WEIGHTS, loop.fit = 1000, spy
   spread, _ = quantize.quantize_params(
-    jax.random.key(1), dense, plan, mesh=cluster.mesh()
+    jax.random.key(1), dense, plan, mesh=distributed.mesh()
   )
   assert spread["params"]["conv1"]["kernel"].codes.is_fully_addressable
 
@@ -122,17 +123,17 @@ def main() -> None:
     learning_rate=1e-3, final_learning_rate=1e-6, num_steps=10
   )
 
-  def train(devices, rows, axis=cluster.AXIS):
+  def train(devices, rows, axis=distributed.AXIS):
     loss_fn = classification.make_loss(
       module.clone(norm_axis=axis).apply, lambda images: images
     )
-    mesh = cluster.mesh(tuple(devices))
+    mesh = distributed.mesh(tuple(devices))
     state = finetune.init_state(start, optimizer)
     state = jax.device_put(
-      jax.tree.map(np.asarray, state), cluster.replicated(mesh)
+      jax.tree.map(np.asarray, state), distributed.replicated(mesh)
     )
     placed = {
-      name: jax.device_put(value[:rows], cluster.sharded(mesh))
+      name: jax.device_put(value[:rows], distributed.sharded(mesh))
       for name, value in batch.items()
     }
     step = finetune.make_finetune_step(loss_fn, optimizer, mesh=mesh)

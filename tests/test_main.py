@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pqf_jax import xla_flags
+from pqf_jax.runtime import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 

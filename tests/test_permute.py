@@ -10,7 +10,8 @@ import pytest
 from pqf_jax import errors, permute
 from pqf_jax.core import blocks, channels
 from pqf_jax.core import plan as plans
-from pqf_jax.ops import orders, permutation_search
+from pqf_jax.permutation import objective
+from pqf_jax.permutation import search as permutation_search
 
 GROUP = channels.ChannelAxis("g")
 
@@ -220,7 +221,9 @@ def test_an_order_that_is_worse_is_not_taken():
   def search(rng, grams):
     found = permutation_search.search_permutation(rng, grams)
     size = len(found.permutation)
-    trials = [orders.evaluate(grams, rng.permutation(size)) for _ in range(200)]
+    trials = [
+      objective.evaluate(grams, rng.permutation(size)) for _ in range(200)
+    ]
     return max(trials, key=lambda order: order.log_det)
 
   permuted, permutations, (report,) = permute.permute_channels(

@@ -12,7 +12,7 @@ from flax.core import meta
 from jax import lax
 
 from pqf_jax.core import blocks, trees
-from pqf_jax.ops import lookup, segments
+from pqf_jax.numerics import gathers, segments
 
 PyTree = Any
 
@@ -120,7 +120,7 @@ def _decode(
 
   def columns(codebook: jax.Array, codes: jax.Array) -> jax.Array:
     # In the order of the kernel, of which the output channels are the lanes.
-    return spec.from_blocks(lookup.columns(codebook, codes.T).T, shape)
+    return spec.from_blocks(gathers.columns(codebook, codes.T).T, shape)
 
   return lax.platform_dependent(codebook, codes, tpu=columns, default=rows)
 

@@ -26,10 +26,10 @@ __all__ = [
 ]
 
 DATASETS = {
-  "cifar10": "pqf_jax.data.cifar10",
-  "digits": "pqf_jax.data.digits",
-  "image_folder": "pqf_jax.data.image_folder",
-  "imagenet2012": "pqf_jax.data.imagenet2012",
+  "cifar10": "pqf_jax.data.datasets.cifar10",
+  "digits": "pqf_jax.data.datasets.digits",
+  "image_folder": "pqf_jax.data.datasets.image_folder",
+  "imagenet2012": "pqf_jax.data.datasets.imagenet2012",
 }
 
 

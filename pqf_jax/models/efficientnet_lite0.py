@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from pqf_jax.models import layers, torch_weights
+from pqf_jax.models import layers, torch_names
 
 PyTree = Any
 
@@ -176,7 +176,7 @@ def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
     module, _, entry = name.rpartition(".")
     return f"{renamed.get(module, module)}.{entry}"
 
-  return torch_weights.torch_to_flax(
+  return torch_names.torch_to_flax(
     {timm_name(name): value for name, value in state_dict.items()}, template
   )
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from pqf_jax.models import layers, torch_weights
+from pqf_jax.models import layers, torch_names
 
 PyTree = Any
 
@@ -118,4 +118,4 @@ def make(*, num_classes: int, dtype: DTypeLike = jnp.float32) -> MobileNetV2:
 
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
   """Variables from torchvision's state dict; see `torch_weights`."""
-  return torch_weights.torch_to_flax(state_dict, template)
+  return torch_names.torch_to_flax(state_dict, template)

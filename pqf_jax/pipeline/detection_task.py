@@ -10,10 +10,12 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from pqf_jax import cluster, errors, files, finetune, progress
-from pqf_jax.data import coco, detection_batches
+from pqf_jax import errors, finetune
+from pqf_jax.data import coco
+from pqf_jax.data.coco import batches as detection_batches
 from pqf_jax.pipeline import training
 from pqf_jax.report import drawings
+from pqf_jax.runtime import distributed, files, progress
 from pqf_jax.tasks import detection, detection_metrics
 
 PyTree = Any
@@ -41,21 +43,21 @@ def load(config: ml_collections.ConfigDict, module: Any) -> dict[str, Any]:
     progress.say(note)
   detect = make_detect(module)
   measure = detection_metrics.make_evaluate(
-    detect, dataset, gather=cluster.collect
+    detect, dataset, gather=distributed.collect
   )
 
   def evaluate(variables: PyTree) -> dict[str, float]:
     batches = detection_batches.eval_batches(
-      dataset, batch_size=config.eval_batch_size, **cluster.share()
+      dataset, batch_size=config.eval_batch_size, **distributed.share()
     )
     return measure(place(variables), batches)
 
   def train_batches(**order: Any) -> Iterator[finetune.Batch]:
     for batch in detection_batches.train_batches(
-      dataset, **order, **cluster.share()
+      dataset, **order, **distributed.share()
     ):
       del batch["image_id"]  # int64, which a device has not
-      yield cluster.shard(batch)
+      yield distributed.shard(batch)
 
   forward = functools.partial(
     training.trained(config, module).apply, method="training_outputs"
@@ -64,7 +66,7 @@ def load(config: ml_collections.ConfigDict, module: Any) -> dict[str, Any]:
     "num_train": len(dataset.train or ()),
     "train_batches": train_batches,
     "make_loss": lambda distillation: detection.make_loss(
-      forward, axis=cluster.AXIS
+      forward, axis=distributed.AXIS
     ),
     "make_teacher": lambda variables: lambda batch: batch,
     "evaluate": evaluate,
@@ -99,7 +101,7 @@ def make_detect(module: Any) -> Any:
   def detect(variables: PyTree, batch: finetune.Batch) -> Any:
     inputs = {name: batch[name] for name in ("image", "size")}
     if jax.process_count() == 1 and len(batch["image"]) > 1:
-      inputs = cluster.shard(inputs)
+      inputs = distributed.shard(inputs)
     return run(variables, inputs["image"], inputs["size"])
 
   return detect
@@ -107,7 +109,9 @@ def make_detect(module: Any) -> Any:
 
 def place(variables: PyTree) -> PyTree:
   """Variables where `make_detect` wants them."""
-  return cluster.replicate(variables) if jax.process_count() == 1 else variables
+  return (
+    distributed.replicate(variables) if jax.process_count() == 1 else variables
+  )
 
 
 def predict(
@@ -162,7 +166,7 @@ def pictures(
   names = dataset.labels.names
   batch = next(
     detection_batches.eval_batches(
-      dataset, batch_size=batch_size, **cluster.share()
+      dataset, batch_size=batch_size, **distributed.share()
     )
   )
   found = {

@@ -8,19 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from pqf_jax import (
-  checkpoint,
-  cluster,
-  errors,
-  models,
-  pack,
-  progress,
-  report,
-)
+from pqf_jax import errors, models, pack, report
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
-from pqf_jax.ops import permutation_search
+from pqf_jax.permutation import search
 from pqf_jax.pipeline import summary, tasks, weights, workspace
+from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
 Record = checkpoint.Record
@@ -28,9 +21,9 @@ Record = checkpoint.Record
 TRAININGS = ("train", "finetune")
 # What `config.permute.search` may name.
 SEARCHES = {
-  "assignment": permutation_search.search_permutation,
-  "paper": permutation_search.search_like_authors,
-  "none": permutation_search.keep_order,
+  "assignment": search.search_permutation,
+  "paper": search.search_like_authors,
+  "none": search.keep_order,
 }
 
 
@@ -167,7 +160,9 @@ def check_batches(
   check_choice("norm_statistics", config.norm_statistics, tasks.NORM_AXES)
   check_choice("dtype", config.dtype, tasks.DTYPES)
   count = jax.device_count() if num_devices is None else num_devices
-  cluster.check_divides("config.eval_batch_size", config.eval_batch_size, count)
+  distributed.check_divides(
+    "config.eval_batch_size", config.eval_batch_size, count
+  )
   for stage in stages:
     settings = config[stage]
     if settings.microbatches < 1 or settings.base_batch_size < 0:
@@ -177,7 +172,7 @@ def check_batches(
         "least 1, the second at least 0"
       )
     name = f"config.{stage}.batch_size"
-    cluster.check_divides(
+    distributed.check_divides(
       name, settings.batch_size, count, settings.microbatches
     )
 
@@ -214,9 +209,9 @@ def write_packed(
     norm_epsilon=module.norm_epsilon,
     architecture=dict(config.model),
   )
-  if cluster.is_lead():
+  if distributed.is_lead():
     pack.write(files.packed_file, packed)
-  cluster.barrier("packed")
+  distributed.barrier("packed")
   return packed
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import ml_collections
 
-from pqf_jax import cluster, errors, files, progress
+from pqf_jax import errors, preflight
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import preflight, stages, tasks, workspace
+from pqf_jax.pipeline import stages, tasks, workspace
+from pqf_jax.runtime import distributed, files, progress
 
 PyTree = Any
 
@@ -25,13 +26,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     # Before any device is used: it brings its own, and no other processes.
     preflight.run(config)
     return
-  cluster.start(config.distributed, timeout_seconds=config.cluster_timeout)
-  progress.say_everywhere(cluster.banner())
-  cluster.check_agreement(
+  distributed.start(config.distributed, timeout_seconds=config.cluster_timeout)
+  progress.say_everywhere(distributed.banner())
+  distributed.check_agreement(
     {
       "config": config.to_dict(),
       "code": workspace.code_digest(),
-      "packages": cluster.package_versions(),
+      "packages": distributed.package_versions(),
     }
   )
   modes = {

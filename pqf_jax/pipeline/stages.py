@@ -12,19 +12,13 @@ from typing import Any
 import jax
 import ml_collections
 
-from pqf_jax import (
-  checkpoint,
-  cluster,
-  pack,
-  permute,
-  progress,
-  quantize,
-  report,
-)
-from pqf_jax.core import channels, discover, trees, vq_array
+from pqf_jax import pack, permute, quantize, report
+from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, tasks, training, workspace
+from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
 Staged = tuple[PyTree, checkpoint.Record]
@@ -89,8 +83,8 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         job.plan,
         search=jobs.SEARCHES[settings.search],
         kmeans_steps=settings.kmeans_steps,
-        share=lambda costs: cluster.divide(costs)[jax.process_index()],
-        gather=cluster.merge,
+        share=lambda costs: distributed.divide(costs)[jax.process_index()],
+        gather=distributed.merge,
         on_group=lambda group: bar.advance(),
       )
     record = {
@@ -112,7 +106,7 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
   target_nodes = trees.flatten(target, vq_array.is_vq)
 
   def compute() -> Staged:
-    shares = cluster.divide(plans.kmeans_cost(job.plan, job.template))
+    shares = distributed.divide(plans.kmeans_cost(job.plan, job.template))
     mine = {path: job.plan[path] for path in shares[jax.process_index()]}
     with progress.track("quantize", len(mine), unit="layers") as bar:
       variables, layers = quantize.quantize_params(
@@ -120,13 +114,13 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
         permuted,
         mine,
         annealed=job.config.quantize.annealed,
-        mesh=cluster.mesh(tuple(jax.local_devices())),
+        mesh=distributed.mesh(tuple(jax.local_devices())),
         on_layer=lambda layer: bar.advance(distortion=layer.distortion),
       )
-    nodes = cluster.exchange(
+    nodes = distributed.exchange(
       shares, trees.flatten(variables, vq_array.is_vq), target_nodes
     )
-    distortion = cluster.merge(
+    distortion = distributed.merge(
       {path: layer.distortion for path, layer in layers.items()}
     )
     variables = trees.replace(permuted, nodes)
@@ -208,7 +202,7 @@ def finish(
   results = summary.results(
     job.config, size, packed.payload_bytes, files.packed_file, records
   )
-  if cluster.is_lead():
+  if distributed.is_lead():
     pictures = job.task.pictures({"dense": dense, "compressed": loaded})
     write_report(job, size, records, results, pictures)
   files.write_results(results)

@@ -10,8 +10,9 @@ import jax
 import ml_collections
 from etils import epath
 
-from pqf_jax import checkpoint, report
+from pqf_jax import report
 from pqf_jax.core import plan as plans
+from pqf_jax.runtime import checkpoint
 
 Rows = list[dict[str, Any]]
 

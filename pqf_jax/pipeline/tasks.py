@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from pqf_jax import cluster, data, errors, finetune
+from pqf_jax import data, errors, finetune
 from pqf_jax.pipeline import training
+from pqf_jax.runtime import distributed
 from pqf_jax.tasks import classification
 
 PyTree = Any
@@ -64,13 +65,16 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
 
   def evaluate(variables: PyTree) -> dict[str, float]:
     batches = data.eval_batches(
-      dataset, batch_size=config.eval_batch_size, **cluster.share()
+      dataset, batch_size=config.eval_batch_size, **distributed.share()
     )
-    return count(cluster.replicate(variables), map(cluster.shard, batches))
+    return count(
+      distributed.replicate(variables), map(distributed.shard, batches)
+    )
 
   def train_batches(**order: Any) -> Iterator[finetune.Batch]:
     return map(
-      cluster.shard, data.train_batches(dataset, **order, **cluster.share())
+      distributed.shard,
+      data.train_batches(dataset, **order, **distributed.share()),
     )
 
   return Task(
@@ -80,7 +84,7 @@ def _classification(config: ml_collections.ConfigDict, module: Any) -> Task:
       trained_classifier(config, module).apply, preprocess, distillation=share
     ),
     lambda variables: classification.make_teacher(
-      module.apply, preprocess, cluster.replicate(variables)
+      module.apply, preprocess, distributed.replicate(variables)
     ),
     evaluate,
     "top1",
@@ -140,7 +144,7 @@ TASKS = {"classification": _classification, "detection": _detection}
 # What `config.dtype` may be; float16 would need its losses scaled.
 DTYPES = ("float32", "bfloat16")
 # What `config.norm_statistics` may be.
-NORM_AXES = {"batch": cluster.AXIS, "device": None}
+NORM_AXES = {"batch": distributed.AXIS, "device": None}
 # Convolutional networks take any size; this one suits every stem and is cheap.
 SAMPLES = {
   "classification": lambda: (jnp.zeros((1, 64, 64, 3)),),

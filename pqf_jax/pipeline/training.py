@@ -13,16 +13,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from pqf_jax import (
-  checkpoint,
-  cluster,
-  errors,
-  finetune,
-  progress,
-  report,
-)
+from pqf_jax import errors, finetune, report
 from pqf_jax.core import trees
-from pqf_jax.pipeline import preemption
+from pqf_jax.runtime import checkpoint, distributed, preemption, progress
 
 PyTree = Any
 LOGS_PER_EPOCH = 20
@@ -139,7 +132,7 @@ def fit(
   step_fn = finetune.make_finetune_step(
     loss_fn,
     optimizer,
-    mesh=cluster.mesh(),
+    mesh=distributed.mesh(),
     microbatches=schedule.microbatches,
   )
   state = finetune.init_state(variables, optimizer, frozen)
@@ -147,7 +140,7 @@ def fit(
     stage, trees.shapes((state, variables))
   ) or ((state, variables), _first_record())
   # The state's buffers are donated to each step, so nothing may share them.
-  state, best = jax.tree.map(jnp.copy, cluster.replicate(tree))
+  state, best = jax.tree.map(jnp.copy, distributed.replicate(tree))
   meter = _Meter(stage, schedule, record, on_metrics)
   first = int(state.step)
   with (
@@ -185,7 +178,7 @@ def fit(
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
     what = "weights are not finite"
     raise _diverged(stage, schedule, what, schedule.num_steps)
-  return cluster.local(Fitted(last, best)), meter.record()
+  return distributed.local(Fitted(last, best)), meter.record()
 
 
 def _first_record() -> checkpoint.Record:

@@ -8,7 +8,8 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from pqf_jax import checkpoint, cluster, errors, files, report
+from pqf_jax import errors, report
+from pqf_jax.runtime import checkpoint, distributed, files
 
 Results = dict[str, Any]
 # How processes find each other changes no result: a run may go on otherwise.
@@ -39,7 +40,7 @@ class Workspace:
     self._config = json.loads(json.dumps(config.to_dict()))
     self._curves = (
       report.TensorBoardWriter(path / "tensorboard")
-      if config.tensorboard and cluster.is_lead()
+      if config.tensorboard and distributed.is_lead()
       else None
     )
     if self._config_file.exists():
@@ -52,10 +53,10 @@ class Workspace:
     Call it when nothing of the config can be refused any more, so that a
     mended config may use the same workdir.
     """
-    if cluster.is_lead():
+    if distributed.is_lead():
       self._config_file.parent.mkdir(parents=True, exist_ok=True)
       report.write_json(self._config_file, self._config)
-    cluster.check_shared(self._config_file.parent, self._config_file)
+    distributed.check_shared(self._config_file.parent, self._config_file)
 
   def results(self) -> Results | None:
     """What a finished run found, or None."""
@@ -65,19 +66,19 @@ class Workspace:
 
   def write_results(self, results: Results) -> None:
     """Writes results.json, which also says that the run is finished."""
-    if cluster.is_lead():
+    if distributed.is_lead():
       report.write_json(self.results_file, results)
 
   def log(self, record: dict[str, Any]) -> None:
     """Appends to metrics.jsonl, and to TensorBoard where asked for."""
-    if cluster.is_lead():
+    if distributed.is_lead():
       report.append_metric(self._metrics_file, record)
     if self._curves:
       self._curves.write(record)
 
   def resume_log(self, stage: str, step: int) -> None:
     """Forgets what will be measured again from `step` on."""
-    if cluster.is_lead():
+    if distributed.is_lead():
       report.resume_metrics(self._metrics_file, stage, step)
     if self._curves:
       self._curves.resume(stage, step)

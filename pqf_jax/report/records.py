@@ -11,8 +11,9 @@ from typing import Any
 
 from etils import epath
 
-from pqf_jax import errors, files
+from pqf_jax import errors
 from pqf_jax.report import schema
+from pqf_jax.runtime import files
 
 Path = str | os.PathLike[str]
 

@@ -5,8 +5,9 @@ import os
 import pathlib
 from typing import Any
 
-from pqf_jax import errors, files
+from pqf_jax import errors
 from pqf_jax.report import schema
+from pqf_jax.runtime import files
 
 NOT_CURVES = ("stage", "step", "epoch")
 

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.data import coco, coco_masks
-from pqf_jax.ops import masks as mask_ops
+from pqf_jax.data import coco
+from pqf_jax.data.coco import masks as coco_masks
+from pqf_jax.models.mask_rcnn import masks as mask_ops
 
 PyTree = Any
 Batch = Mapping[str, np.ndarray]

@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from pqf_jax.data import ilsvrc
+from pqf_jax.data.datasets import ilsvrc
 
 
 def color(label: int, split: str) -> tuple[int, int, int]:

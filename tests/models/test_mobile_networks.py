@@ -11,9 +11,10 @@ import pytest
 
 from configs import efficientnet_lite0, mobilenet_v2
 from pqf_jax import data, errors, models
-from pqf_jax.core import channels, discover
+from pqf_jax.core import channels
 from pqf_jax.core import plan as plans
-from pqf_jax.models import torch_weights
+from pqf_jax.discovery import discover
+from pqf_jax.models import torch_names
 from pqf_jax.tasks import classification
 from tests.oracles import mobile_weights, resnet_weights
 
@@ -94,7 +95,7 @@ def assert_close(found, expected, tolerance):
 def test_names_and_shapes_are_those_of_torch(name, num_parameters):
   template = shapes(name, num_classes=1000)
   variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape), template)
-  ours = torch_weights.flax_to_torch(variables)
+  ours = torch_names.flax_to_torch(variables)
   expected = getattr(mobile_weights, name)(1000)
   assert {name: array.shape for name, array in ours.items()} == expected
   sizes = [leaf.size for leaf in jax.tree.leaves(template["params"])]
@@ -107,7 +108,7 @@ def test_logits_are_those_that_torch_gave(name):
   assert logits.dtype == np.float64
   assert_close(logits, GOLDEN[name], 1e-10)
   assert_close(forward(name, jnp.float32)[0], GOLDEN[name], 1e-4)
-  for entry, array in torch_weights.flax_to_torch(updates).items():
+  for entry, array in torch_names.flax_to_torch(updates).items():
     np.testing.assert_array_equal(array, weights(name)[entry])
 
 
@@ -121,7 +122,7 @@ def test_logits_and_statistics_of_training_are_torchs(name):
 
   images = resnet_weights.images(*mobile_weights.IMAGE_SHAPE)
   _, net = torch_mobile.FORWARD[name](weights(name), images, train=True)
-  for entry, new in torch_weights.flax_to_torch(updates).items():
+  for entry, new in torch_names.flax_to_torch(updates).items():
     if entry.endswith("var"):
       # Torch averages the unbiased variance.
       n = net.counts[entry.removesuffix(".running_var")]
@@ -269,7 +270,7 @@ def test_trained_weights_are_as_accurate_as_in_torch(
   apply = make(name, num_classes=1000).apply
   evaluate = classification.make_evaluate(apply, preprocess)
   variables = models.get_model(name).load_torch(
-    torch_weights.read_safetensors(path), shapes(name, num_classes=1000)
+    torch_names.read_safetensors(path), shapes(name, num_classes=1000)
   )
   found = evaluate(variables, data.eval_batches(dataset, batch_size=100))
   assert found["images"] == 500

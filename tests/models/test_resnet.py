@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from pqf_jax import errors, models
 from pqf_jax.core import blocks, trees, vq_array
-from pqf_jax.models import layers, resnet, torch_weights
+from pqf_jax.models import layers, resnet, torch_names
 from tests.oracles import resnet_weights
 
 GOLDEN = np.load(
@@ -64,7 +64,7 @@ def assert_close(found, expected, tolerance):
 def test_names_and_shapes_are_torchvisions(depth, num_parameters):
   template = shapes(depth=depth, num_classes=1000)
   variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape), template)
-  ours = torch_weights.flax_to_torch(variables)
+  ours = torch_names.flax_to_torch(variables)
   expected = resnet_weights.shapes(depth, 1000, "imagenet")
   assert {name: array.shape for name, array in ours.items()} == expected
   sizes = [leaf.size for leaf in jax.tree.leaves(template["params"])]
@@ -102,7 +102,7 @@ def test_training_statistics_are_torchs_but_for_the_unbiased_variance():
   case = resnet_weights.TRAIN_CASE
   logits, updates = forward(case, jnp.float64, train=True)
   assert_close(logits, GOLDEN["train"], 1e-10)
-  ours = torch_weights.flax_to_torch(updates)
+  ours = torch_names.flax_to_torch(updates)
   # Pixels of the norm's map: 2 images of 16 x 13, halved once in layer2.
   counts = {"bn1": 2 * 16 * 13, "layer2.0.downsample.1": 2 * 8 * 7}
   for name in resnet_weights.TRAIN_STATISTICS:
@@ -116,7 +116,7 @@ def test_training_statistics_are_torchs_but_for_the_unbiased_variance():
 def test_evaluation_leaves_the_statistics_alone():
   case = resnet_weights.TRAIN_CASE
   _, updates = forward(case, jnp.float64)
-  for name, array in torch_weights.flax_to_torch(updates).items():
+  for name, array in torch_names.flax_to_torch(updates).items():
     np.testing.assert_array_equal(array, weights(case)[name])
 
 
@@ -146,7 +146,7 @@ def test_all_training_statistics_equal_torchs(case):
   expected = torch_resnet.forward(weights(case), images, train=True)
   logits, updates = forward(case, jnp.float64, train=True)
   assert_close(logits, expected.logits, 1e-8)
-  for name, new in torch_weights.flax_to_torch(updates).items():
+  for name, new in torch_names.flax_to_torch(updates).items():
     if name.endswith("var"):
       n = expected.counts[name.removesuffix(".running_var")]
       old = 0.9 * weights(case)[name]
@@ -276,11 +276,11 @@ def test_another_number_of_classes_is_refused_with_both_shapes():
 
 def test_trained_weights_fit(shared_data):
   path = shared_data / "weights" / "resnet18_cifar10.safetensors"
-  state_dict = torch_weights.read_safetensors(path)
+  state_dict = torch_names.read_safetensors(path)
   template = shapes(depth=18, num_classes=10, stem="small")
   variables = resnet.load_torch(state_dict, template)
   assert trees.shapes(variables) == template
-  back = torch_weights.flax_to_torch(variables)
+  back = torch_names.flax_to_torch(variables)
   assert back.keys() == state_dict.keys()
   for name, array in back.items():
     np.testing.assert_array_equal(array, state_dict[name])

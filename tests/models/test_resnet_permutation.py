@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pqf_jax.core import channels, discover
+from pqf_jax.core import channels
+from pqf_jax.discovery import discover
 from pqf_jax.models import resnet
 
 SHAPE = (2, 16, 16, 3)

@@ -10,7 +10,7 @@ from configs import mask_rcnn as recipe
 from pqf_jax import errors, pack, pipeline
 from pqf_jax.core import trees
 from pqf_jax.models import mask_rcnn, resnet
-from tests.data import tiny_coco
+from tests.data.coco import tiny_coco
 
 pytestmark = pytest.mark.slow
 

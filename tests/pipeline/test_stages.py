@@ -10,9 +10,10 @@ import orbax.checkpoint
 import pytest
 import safetensors.numpy
 
-from pqf_jax import errors, files, finetune, pack, permute, pipeline, report
-from pqf_jax.models import torch_weights
+from pqf_jax import errors, finetune, pack, permute, pipeline, report
+from pqf_jax.models import torch_names
 from pqf_jax.pipeline import tasks
+from pqf_jax.runtime import files
 from tests import bucket
 from tests.pipeline import tiny
 
@@ -73,10 +74,13 @@ def test_the_same_command_again_says_that_it_is_done(
 @pytest.mark.parametrize(
   ("target", "calls"),
   [
-    ("pqf_jax.checkpoint.Checkpoints.save_progress", 3),  # in training
+    ("pqf_jax.runtime.checkpoint.Checkpoints.save_progress", 3),  # in training
     ("pqf_jax.permute.permute_channels", 1),
     ("pqf_jax.quantize.quantize_params", 1),
-    ("pqf_jax.checkpoint.Checkpoints.save_progress", 11),  # in fine-tuning
+    (
+      "pqf_jax.runtime.checkpoint.Checkpoints.save_progress",
+      11,
+    ),  # in fine-tuning
     ("pqf_jax.pack.write", 1),
     ("pqf_jax.report.write_html", 1),
   ],
@@ -348,7 +352,7 @@ def weights_files(config, tmp_path):
   pipeline.run(config, str(tmp_path / "dense"))
   ours = tmp_path / "dense" / "model.safetensors"
   torch = tmp_path / "torch.safetensors"
-  state_dict = torch_weights.flax_to_torch(pack.load(ours))
+  state_dict = torch_names.flax_to_torch(pack.load(ours))
   safetensors.numpy.save_file(state_dict, torch)
   results = json.loads((tmp_path / "dense" / "results.json").read_text())
   return (ours, torch), results["top1_packed"]

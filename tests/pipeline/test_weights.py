@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 from configs import resnet18, resnet50
 from pqf_jax import errors, pack, pipeline
 from pqf_jax.core import trees
-from pqf_jax.models import official, resnet, torch_weights
+from pqf_jax.models import authors_files, resnet, torch_names
 from pqf_jax.pipeline import weights
 from tests.pipeline import tiny
 
@@ -39,7 +39,7 @@ def draw(template):
 
 
 VARIABLES = draw(TEMPLATE)
-STATE_DICT = torch_weights.flax_to_torch(VARIABLES)
+STATE_DICT = torch_names.flax_to_torch(VARIABLES)
 
 
 def read(path, template=TEMPLATE):
@@ -93,7 +93,7 @@ def test_types_that_numpy_lacks_are_widened(torch, tmp_path):
     for name, tensor in tensors(torch, STATE_DICT).items()
   }
   torch.save(halves, tmp_path / "w.pth")
-  found = torch_weights.flax_to_torch(read(tmp_path / "w.pth"))
+  found = torch_names.flax_to_torch(read(tmp_path / "w.pth"))
   for name, tensor in halves.items():
     np.testing.assert_array_equal(found[name], tensor.float().numpy())
 
@@ -108,7 +108,9 @@ def test_safetensors_are_read_with_torchs_names_and_packed(tmp_path):
 
 def test_the_authors_layout_is_recognised_in_every_kind_of_file(tmp_path):
   state_dict = official_state_dict()
-  expected = official.from_official(state_dict, TEMPLATE, norm_epsilon=1e-3)
+  expected = authors_files.from_official(
+    state_dict, TEMPLATE, norm_epsilon=1e-3
+  )
   safetensors.numpy.save_file(state_dict, tmp_path / "w.safetensors")
   assert_equal(read(tmp_path / "w.safetensors"), expected)
   torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from configs import common
 from pqf_jax import errors
-from pqf_jax.models import torch_weights
+from pqf_jax.models import torch_names
 
 
 class Tiny(nn.Module):
@@ -51,7 +51,7 @@ def architecture() -> types.ModuleType:
   """Stands for the file that a new architecture is."""
   module = types.ModuleType("pqf_jax.models.tiny")
   module.make = lambda *, num_classes: Tiny(num_classes)
-  module.load_torch = torch_weights.torch_to_flax
+  module.load_torch = torch_names.torch_to_flax
   return module
 
 

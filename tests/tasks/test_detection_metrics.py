@@ -12,9 +12,10 @@ from pycocotools import cocoeval
 from pycocotools import mask as coco_rle
 
 from pqf_jax import errors
-from pqf_jax.data import coco, detection_batches
+from pqf_jax.data import coco
+from pqf_jax.data.coco import batches as detection_batches
 from pqf_jax.tasks import detection_metrics
-from tests.data import tiny_coco
+from tests.data.coco import tiny_coco
 
 
 class Found(NamedTuple):

@@ -1,0 +1,212 @@
+"""COCO annotation files, read and checked.
+
+pycocotools takes a damaged file until it crashes somewhere, so everything that
+it and the training rely on is checked here, once, when the file is opened.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from pqf_jax import errors
+from pqf_jax.data.coco import masks
+
+JsonObject = Mapping[str, Any]
+
+
+class AnnotatedImage(NamedTuple):
+  """One image of an annotation file.
+
+  Attributes:
+    id: unique in the file.
+    file_name: in the folder of the images.
+    height, width: in pixels.
+    annotations: of its objects and crowds, in the order of the file, with
+      COCO's image_id, category_id, bbox, segmentation, area and iscrowd; the
+      last two even if the file leaves them out.
+  """
+
+  id: int
+  file_name: str
+  height: int
+  width: int
+  annotations: tuple[JsonObject, ...]
+
+
+class AnnotationFile(NamedTuple):
+  """What a file says.
+
+  Attributes:
+    path: of the file.
+    images: sorted by id, as torchvision does.
+    categories: {category id: name}, sorted by id; ids may have gaps.
+  """
+
+  path: epath.Path
+  images: tuple[AnnotatedImage, ...]
+  categories: Mapping[int, str]
+
+
+def read(path: epath.PathLike) -> AnnotationFile:
+  """Reads and checks a file such as instances_train2017.json.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    InputError: it is missing, damaged, has no images, or one of its entries
+      lacks what it needs or contradicts another; names file and entry.
+  """
+  path = epath.Path(path)
+  content = _content(path)
+  categories = _by_id(path, content, "categories", {"name": _is_name})
+  images = _by_id(
+    path,
+    content,
+    "images",
+    {"file_name": _is_name, "height": _is_side, "width": _is_side},
+  )
+  if not images:
+    raise errors.InputError(f"{path} lists no images")
+  found: dict[int, list[JsonObject]] = {image_id: [] for image_id in images}
+  for index, entry in enumerate(content["annotations"]):
+    annotation = _checked_annotation(path, index, entry, images, categories)
+    found[annotation["image_id"]].append(annotation)
+  return AnnotationFile(
+    path,
+    tuple(
+      AnnotatedImage(
+        image_id,
+        image["file_name"],
+        image["height"],
+        image["width"],
+        tuple(found[image_id]),
+      )
+      for image_id, image in images.items()
+    ),
+    {category_id: entry["name"] for category_id, entry in categories.items()},
+  )
+
+
+def _content(path: epath.Path) -> dict[str, Any]:
+  """The three lists of the file."""
+  if not path.exists():
+    raise errors.InputError(
+      f"{path} is missing: data_dir must be a folder in COCO's layout, "
+      "annotations/instances_SPLIT2017.json beside SPLIT2017/ with the images"
+    )
+  try:
+    content = json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.InputError(
+      f"{path} is not JSON, copy it again: {error}"
+    ) from error
+  for name in ("images", "annotations", "categories"):
+    if not isinstance(content, dict) or not isinstance(content.get(name), list):
+      raise errors.InputError(
+        f"{path} has no list {name!r}; COCO's instance annotations have the "
+        "lists images, annotations and categories"
+      )
+  return content
+
+
+def _by_id(
+  path: epath.Path,
+  content: dict[str, Any],
+  name: str,
+  fields: Mapping[str, Callable[[object], bool]],
+) -> dict[int, JsonObject]:
+  """The entries of a list by id, in the order of ids."""
+  entries: dict[int, JsonObject] = {}
+  for index, entry in enumerate(content[name]):
+    where = f"{path}: {name}[{index}]"
+    _check_fields(where, entry, {"id": _is_whole} | fields)
+    if entry["id"] in entries:
+      raise errors.InputError(f"{where} has id {entry['id']}, as one before it")
+    entries[entry["id"]] = entry
+  return dict(sorted(entries.items()))
+
+
+def _checked_annotation(
+  path: epath.Path,
+  index: int,
+  entry: object,
+  images: Mapping[int, JsonObject],
+  categories: Mapping[int, JsonObject],
+) -> dict[str, Any]:
+  """What is used of an annotation, with `area` and `iscrowd`."""
+  where = f"{path}: annotations[{index}]"
+  fields = {
+    "image_id": _is_whole,
+    "category_id": _is_whole,
+    "bbox": _is_box,
+  }
+  _check_fields(where, entry, fields)
+  where += f" (id {entry.get('id')})"
+  if entry["image_id"] not in images:
+    raise errors.InputError(
+      f"{where} belongs to image {entry['image_id']}, which the file does not "
+      "list"
+    )
+  if entry["category_id"] not in categories:
+    raise errors.InputError(
+      f"{where} has category {entry['category_id']}, but the file lists "
+      f"{', '.join(map(str, categories)) or 'none'}"
+    )
+  image = images[entry["image_id"]]
+  height, width = image["height"], image["width"]
+  segmentation = masks.clean(entry.get("segmentation"))
+  fault = masks.fault(segmentation, height, width)
+  if fault:
+    raise errors.InputError(f"{where} of {image['file_name']} {fault}")
+  area = entry.get("area")
+  if not _is_number(area):
+    area = int(masks.decode(segmentation, height, width).sum())
+  # Nothing else is used, and COCO has 860,001 of them.
+  return {name: entry[name] for name in fields} | {
+    "area": area,
+    "iscrowd": int(bool(entry.get("iscrowd"))),
+    "segmentation": segmentation,
+  }
+
+
+def _check_fields(
+  where: str, entry: object, fields: Mapping[str, Callable[[object], bool]]
+) -> None:
+  if not isinstance(entry, dict):
+    raise errors.InputError(f"{where} is {entry!r}, not an object with fields")
+  for name, is_good in fields.items():
+    if name not in entry:
+      raise errors.InputError(f"{where} has no {name!r}")
+    if not is_good(entry[name]):
+      raise errors.InputError(f"{where} has {name} {entry[name]!r}")
+
+
+def _is_number(value: object) -> bool:
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
+
+
+def _is_whole(value: object) -> bool:
+  # Ids travel as int64.
+  return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _is_side(value: object) -> bool:
+  return isinstance(value, int) and value > 0
+
+
+def _is_name(value: object) -> bool:
+  return isinstance(value, str) and bool(value)
+
+
+def _is_box(value: object) -> bool:
+  return (
+    isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+  )

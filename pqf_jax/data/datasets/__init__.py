@@ -1,0 +1,1 @@
+"""Image data sets, one module each; `pqf_jax.data` lists them."""

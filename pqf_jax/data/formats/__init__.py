@@ -1,0 +1,1 @@
+"""Readers of the file formats in which data sets are stored."""

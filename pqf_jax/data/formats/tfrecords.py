@@ -1,0 +1,198 @@
+"""Records of TFRecord files by number, without TensorFlow.
+
+A file is a row of records, each framed as
+
+    length uint64 | crc of the length | data | crc of the data
+
+in little-endian numbers, with masked CRC-32C sums of four bytes
+(https://www.tensorflow.org/tutorials/load_data/tfrecord). The offsets are read
+once, along with the lengths' sums, which tells a file that is cut short from
+one that is damaged; what is wrong inside of data shows when it is parsed and
+decoded. For many records that takes a while (two reads each), so that the
+offsets are kept in the user's cache folder.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+import struct
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pqf_jax import errors
+from pqf_jax.runtime import files
+
+HEADER_BYTES, FOOTER_BYTES = 12, 4
+# The offsets of fewer records are read again faster than a user would notice.
+MIN_CACHED_RECORDS = 20_000
+NUM_THREADS = 32
+_POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
+_MASK_DELTA = 0xA282EAD8
+
+
+class TFRecords:
+  """The records of the files of one split."""
+
+  def __init__(self, paths: Sequence[str], lengths: Sequence[int]) -> None:
+    """Reads or finds the offsets of all records.
+
+    Args:
+      paths: local files.
+      lengths: their numbers of records, as the data set says.
+
+    Raises:
+      InputError: a file is not local, cut short, damaged, or has not as many
+        records.
+    """
+    for path in paths:
+      if "://" in path:
+        raise errors.InputError(
+          f"{path}: TFRecord files are read from local folders only; mount the "
+          "bucket (gcsfuse), or copy the files"
+        )
+    self._paths = list(paths)
+    self._offsets = _find_offsets(self._paths, list(lengths))
+    self._starts = np.cumsum([0, *lengths])
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getitem__(self, index: int) -> bytes:
+    shard, record = self._find(index)
+    start, end = self._offsets[shard][record : record + 2].tolist()
+    num_bytes = end - start - HEADER_BYTES - FOOTER_BYTES
+    with open(self._paths[shard], "rb", buffering=0) as file:
+      file.seek(start + HEADER_BYTES)
+      return file.read(num_bytes)
+
+  def read_all(self) -> Iterator[bytes]:
+    """All in order."""
+    return (self[index] for index in range(len(self)))
+
+  def place(self, index: int) -> str:
+    """File and number of a record, for messages."""
+    shard, record = self._find(index)
+    return f"record {record} of {self._paths[shard]}"
+
+  def _find(self, index: int) -> tuple[int, int]:
+    shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+    return shard, index - int(self._starts[shard])
+
+
+def read_offsets(path: str, num_records: int) -> np.ndarray:
+  """Where the records of a file begin, and where the last one ends.
+
+  Args:
+    path: of the file.
+    num_records: N, as the data set says.
+
+  Returns:
+    int64 [N + 1].
+
+  Raises:
+    InputError: the file is cut short, damaged, or has not N records.
+  """
+  size = os.path.getsize(path)
+  offsets, headers = [0], []
+  with open(path, "rb", buffering=0) as file:
+    while len(headers) < num_records and offsets[-1] < size:
+      file.seek(offsets[-1])
+      header = file.read(HEADER_BYTES)
+      if len(header) < HEADER_BYTES:
+        offsets.append(offsets[-1] + HEADER_BYTES + FOOTER_BYTES)
+        break
+      headers.append(header)
+      (length,) = struct.unpack_from("<Q", header)
+      offsets.append(offsets[-1] + HEADER_BYTES + length + FOOTER_BYTES)
+  damaged = np.flatnonzero(~_sums_agree(headers))
+  if damaged.size:
+    raise errors.InputError(
+      f"{path} is damaged at byte {offsets[damaged[0]]}, where its record "
+      f"{damaged[0]} begins; copy this file anew"
+    )
+  if offsets[-1] > size:
+    raise errors.InputError(
+      f"{path} is cut short: it has {size} bytes, but its record "
+      f"{len(offsets) - 2} of {num_records} ends at byte {offsets[-1]}; copy "
+      "this file anew"
+    )
+  if len(headers) != num_records or offsets[-1] != size:
+    raise errors.InputError(
+      f"{path} has {size} bytes, of which {len(headers)} records take "
+      f"{offsets[-1]}, but dataset_info.json says that it is {num_records} "
+      "records and nothing else; copy this file anew"
+    )
+  return np.array(offsets, np.int64)
+
+
+def masked_crc32c(data: np.ndarray) -> np.ndarray:
+  """The sums of a TFRecord file: CRC-32C, rotated, plus a constant.
+
+  Args:
+    data: uint8 [N, L]; every row of L bytes is summed.
+
+  Returns:
+    uint32 [N].
+  """
+  crc = np.full(len(data), 0xFFFFFFFF, np.uint32)
+  for column in data.T:
+    crc = _TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
+  crc = ~crc
+  return ((crc >> 15) | (crc << 17)) + np.uint32(_MASK_DELTA)
+
+
+def _make_table() -> np.ndarray:
+  table = np.arange(256, dtype=np.uint32)
+  for _ in range(8):
+    table = np.where(
+      table & 1, (table >> 1) ^ np.uint32(_POLYNOMIAL), table >> 1
+    )
+  return table
+
+
+_TABLE = _make_table()
+
+
+def _sums_agree(headers: list[bytes]) -> np.ndarray:
+  """Bool [N]: whether the length of a record has the sum that follows it."""
+  rows = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, HEADER_BYTES)
+  stored = np.ascontiguousarray(rows[:, 8:]).view("<u4")[:, 0]
+  return masked_crc32c(rows[:, :8]) == stored
+
+
+def _find_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
+  """Of every file, from the cache if there are many."""
+  if sum(lengths) < MIN_CACHED_RECORDS:
+    return _read_all_offsets(paths, lengths)
+  stats = [os.stat(path) for path in paths]
+  key = repr(
+    [
+      (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, length)
+      for path, stat, length in zip(paths, stats, lengths, strict=True)
+    ]
+  )
+  folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+  cache = pathlib.Path(folder).expanduser() / "pqf_jax" / f"{digest}.npy"
+  cuts = np.cumsum([length + 1 for length in lengths])
+  # An unreadable or torn file is no cache, and one less to write is no harm.
+  with contextlib.suppress(OSError, ValueError, EOFError):
+    joined = np.load(cache, allow_pickle=False)
+    if joined.shape == (cuts[-1],) and joined.dtype == np.int64:
+      return np.split(joined, cuts[:-1])
+  offsets = _read_all_offsets(paths, lengths)
+  content = io.BytesIO()
+  np.save(content, np.concatenate(offsets))
+  with contextlib.suppress(OSError, errors.InputError):
+    files.write(cache, content.getvalue())
+  return offsets
+
+
+def _read_all_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
+  # Threads hide what a disk or a network takes to answer.
+  with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+    return list(pool.map(read_offsets, paths, lengths))

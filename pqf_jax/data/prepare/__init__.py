@@ -1,0 +1,1 @@
+"""Prepares data sets from their original archives."""

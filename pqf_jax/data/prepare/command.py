@@ -1,0 +1,125 @@
+"""Makes the array_record files of ImageNet, without TensorFlow.
+
+    python -m pqf_jax.data.prepare imagenet2012 --from SOURCE --to DIR
+
+SOURCE holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar as they were
+downloaded (they are not unpacked), or the folders train/CLASS and val/CLASS of
+images; a folder val without classes is understood if its files have their own
+names, ILSVRC2012_val_00000001.JPEG. DIR then is what --config.data.dir takes;
+it needs as much space as the images, 147 GB. The same command goes on where it
+was stopped.
+"""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from pqf_jax import errors
+from pqf_jax.data.datasets import ilsvrc
+from pqf_jax.data.formats import image_files
+from pqf_jax.data.prepare import shards, tars
+from pqf_jax.runtime import progress
+
+VERSION = "5.1.0"
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command; the exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m pqf_jax.data.prepare",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("name", choices=["imagenet2012"])
+  parser.add_argument("--from", required=True, dest="source", metavar="SOURCE")
+  parser.add_argument("--to", required=True, dest="target", metavar="DIR")
+  options = parser.parse_args(arguments)
+  try:
+    prepare_imagenet(
+      pathlib.Path(options.source).expanduser(),
+      pathlib.Path(options.target).expanduser(),
+    )
+  except (errors.InputError, OSError) as error:
+    parser.exit(2, f"error: {error}\n")
+  return 0
+
+
+def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Writes target/imagenet2012/5.1.0.
+
+  Args:
+    source: holds the two archives, or `train` and `val`.
+    target: the data_dir.
+
+  Raises:
+    InputError: the source is neither, or not complete; the disk cannot hold
+      the result; there is one already.
+  """
+  shards.new_folder(target, "imagenet2012", VERSION)  # before minutes pass
+  progress.say(f"looking at the images in {source}")
+  splits = _find(source)
+  num_images = {name: len(split.images) for name, split in splits.items()}
+  with progress.track("prepare", sum(num_images.values()), unit="img") as bar:
+    folder = shards.write_dataset(
+      target,
+      splits,
+      name="imagenet2012",
+      version=VERSION,
+      class_names=ilsvrc.class_names(),
+      advance=bar.advance,
+    )
+  progress.say(
+    f"{folder}: {num_images['train']} training and {num_images['validation']} "
+    "validation images (all of ImageNet are 1281167 and 50000); use "
+    f"--config.data.dir={target}"
+  )
+
+
+def _find(source: pathlib.Path) -> Mapping[str, shards.Split]:
+  archives = [source / tars.TRAIN_TAR, source / tars.VALIDATION_TAR]
+  there = [path for path in archives if path.is_file()]
+  if len(there) == 2:
+    return {
+      "train": _of_archive(tars.train_images(source)),
+      "validation": _of_archive(tars.validation_images(source)),
+    }
+  if any(
+    (source / name).is_dir() for name in ("train", *image_files.TEST_FOLDERS)
+  ):
+    folder = image_files.Folder(source, ilsvrc.class_names())
+    flat = folder.flat_test_files()
+    test = (
+      image_files.Images(
+        flat,
+        [ilsvrc.validation_label(os.path.basename(path)) for path in flat],
+      )
+      if flat
+      else folder.split("validation")
+    )
+    return {
+      "train": _of_files(folder.split("train")),
+      "validation": _of_files(test),
+    }
+  missing = ", ".join(path.name for path in archives if path not in there)
+  raise errors.InputError(
+    f"{source} {'lacks' if there else 'has neither folders train and val nor'} "
+    f"{missing}; give the folder that holds both archives as they were "
+    "downloaded from image-net.org, or train/CLASS and val/CLASS"
+  )
+
+
+def _of_archive(images: tars.Images) -> shards.Split:
+  return shards.Split(
+    images,
+    [member.name for member in images.members],
+    [member.num_bytes for member in images.members],
+  )
+
+
+def _of_files(images: image_files.Images) -> shards.Split:
+  return shards.Split(
+    images,
+    [os.path.basename(path) for path in images.paths],
+    [os.path.getsize(path) for path in images.paths],
+  )

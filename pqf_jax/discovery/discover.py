@@ -1,0 +1,192 @@
+"""Finds which axes of a network's variables are tied, from its own program.
+
+The apply function is traced, not run; `propagation` reads the trace. So any
+Flax network works without a hand-written list of parents and children, which
+is what the paper's configurations hold (section 3.1 of arXiv 2010.15703).
+"""
+
+import collections
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pqf_jax.core import channels, trees
+from pqf_jax.discovery import axis_factors, propagation, self_check, tracing
+
+PyTree = Any
+
+
+class _Place(NamedTuple):
+  """Where a group occurs: an axis of a variable, and its place in the axis."""
+
+  path: str
+  dim: int
+  outer: int
+  inner: int
+
+
+def discover_channels(
+  apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
+) -> channels.ChannelAxes:
+  """Finds the groups of tied axes and checks them by permuting at random.
+
+  Args:
+    apply_fn: `apply_fn(variables, *inputs)` gives the outputs whose order must
+      not change, and nothing else: a network in inference mode.
+    variables: variable tree of arrays, as `apply_fn` takes it; of any library.
+    *inputs: a small example of what the network reads; it is run on them a
+      few times, in float64.
+
+  Returns:
+    The axes of every group that passes `channel_check.check_channels`, in the
+    order in which the network reads them. See `infer_channels` for the names.
+
+  Raises:
+    InputError: the apply function cannot be traced.
+  """
+  program = tracing.trace_program(apply_fn, variables, inputs)
+  axes = _infer(program, variables, inputs)
+  return self_check.check_program(
+    jax.random.key(0), program, variables, axes, inputs
+  )
+
+
+def infer_channels(
+  apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
+) -> channels.ChannelAxes:
+  """What `discover_channels` checks: the groups that follow from the trace.
+
+  A group is a set of two or more variable axes that the program ties to each
+  other, and neither to its inputs or outputs nor to anything that depends on
+  the order. It is named after the kernel it meets first, which is the one that
+  makes the channels: `layer1/0/conv1` for `params/layer1/0/conv1/kernel`; where
+  it makes several, with the number of the axis, as in `attention/query[1]`.
+
+  One axis can carry one group. Where several would fit (groups and channels
+  within a group of a GroupNorm, both of which may be permuted), the larger is
+  kept.
+
+  Args:
+    apply_fn: as in `discover_channels`.
+    variables: arrays or `jax.ShapeDtypeStruct`s.
+    *inputs: arrays or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    The axes, without any check. A warning names those that stay alone only
+    because the program has primitives without a rule.
+
+  Raises:
+    InputError: the apply function cannot be traced.
+  """
+  program = tracing.trace_program(apply_fn, variables, inputs)
+  return _infer(program, variables, inputs)
+
+
+def _infer(
+  program: tracing.Jaxpr, variables: PyTree, inputs: PyTree
+) -> channels.ChannelAxes:
+  walk = propagation.Propagation()
+  parameters = {
+    path: axis_factors.new_axes(np.shape(leaf))
+    for path, leaf in trees.flatten(variables).items()
+  }
+  examples = [
+    axis_factors.new_axes(np.shape(leaf), "input")
+    for leaf in jax.tree.leaves(inputs)
+  ]
+  for output in walk.run(program, [*parameters.values(), *examples]):
+    axis_factors.block_axes(output, "output")
+
+  first_read = {
+    path: min((walk.reads.get(id(axis), math.inf) for axis in row), default=0)
+    for path, row in parameters.items()
+  }
+  ordered = {
+    path: parameters[path] for path in sorted(parameters, key=first_read.get)
+  }
+  _warn_of_unknown(ordered, walk.unknown)
+  return _table(ordered, _groups(ordered))
+
+
+def _places(
+  parameters: Mapping[str, axis_factors.Axes],
+) -> Iterable[tuple[axis_factors.Factor, _Place]]:
+  for path, axes in parameters.items():
+    for dim, axis in enumerate(axes):
+      factors = axis_factors.find_factors(axis)
+      sizes = [factor.size for factor in factors]
+      for position, factor in enumerate(factors):
+        outer = math.prod(sizes[:position])
+        inner = math.prod(sizes[position + 1 :])
+        yield factor, _Place(path, dim, outer, inner)
+
+
+def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
+  """The free factors that tie axes; of those on one axis, the largest."""
+  places = collections.defaultdict(list)
+  for factor, place in _places(parameters):
+    if not factor.blocked_by:
+      places[factor].append(place)
+  tied = [factor for factor, found in places.items() if len(found) > 1]
+  kept, taken = [], set()
+  for factor in sorted(tied, key=lambda factor: -factor.size):
+    occupied = {(place.path, place.dim) for place in places[factor]}
+    # An axis of the products of all pairs of channels has the factor twice.
+    once = len(occupied) == len(places[factor])
+    if once and not occupied & taken:
+      kept.append(factor)
+      taken |= occupied
+  return [places[factor] for factor in tied if factor in kept]
+
+
+def _table(
+  parameters: Mapping[str, axis_factors.Axes], groups: list[list[_Place]]
+) -> channels.ChannelAxes:
+  rows: dict[str, list[channels.ChannelAxis | None]] = {
+    path: [None] * len(axes) for path, axes in parameters.items()
+  }
+  founders = [
+    next((place for place in group if len(rows[place.path]) > 1), group[0])
+    for group in groups
+  ]
+  for name, group in zip(_names(founders), groups, strict=True):
+    for path, dim, outer, inner in group:
+      rows[path][dim] = channels.ChannelAxis(name, outer, inner)
+  return {path: tuple(row) for path, row in rows.items() if any(row)}
+
+
+def _names(founders: list[_Place]) -> list[str]:
+  """For every group the shortest form of its founder that no other has."""
+
+  def forms(place: _Place) -> tuple[str, str, str]:
+    module, slash, _ = place.path.removeprefix("params/").rpartition("/")
+    module = module if slash else place.path
+    return module, f"{module}[{place.dim}]", f"{place.path}[{place.dim}]"
+
+  counts = collections.Counter(
+    form for place in founders for form in set(forms(place))
+  )
+  return [
+    next((form for form in forms(place) if counts[form] == 1), forms(place)[-1])
+    for place in founders
+  ]
+
+
+def _warn_of_unknown(
+  parameters: Mapping[str, axis_factors.Axes], unknown: set[str]
+) -> None:
+  lost, reasons = {}, set()
+  for factor, place in _places(parameters):
+    if factor.blocked_by and factor.blocked_by <= unknown:
+      lost[f"{place.path}[{place.dim}]"] = None
+      reasons |= factor.blocked_by
+  if lost:
+    warnings.warn(
+      f"axes left unpermuted only because discovery has no rule for the "
+      f"primitives {sorted(reasons)}: {', '.join(lost)}",
+      stacklevel=4,
+    )

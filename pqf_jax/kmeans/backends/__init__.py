@@ -1,0 +1,1 @@
+"""The steps of k-means as each platform takes them."""

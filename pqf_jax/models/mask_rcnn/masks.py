@@ -1,0 +1,228 @@
+"""Instance masks: cut out for training, pasted into the image for evaluation.
+
+A network's mask is a small square that covers a box. Masks of images are
+packed, eight pixels a byte, first pixel in the highest bit (`np.packbits`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pqf_jax.models.mask_rcnn import resize, roi_align
+
+# Boxes whose masks are unpacked at a time: 16 of 640 x 640 are 26 MB.
+NUM_UNPACKED = 16
+THRESHOLD = 0.5
+Array = Any
+"""A NumPy or JAX array."""
+
+
+def crop_masks(
+  packed: jax.Array,
+  objects: jax.Array,
+  boxes: jax.Array,
+  size: jax.Array,
+  scaled: jax.Array,
+  *,
+  num_bins: int,
+  longest: int,
+) -> jax.Array:
+  """What a network should say about the masks of the given boxes.
+
+  ROIAlign of the scaled mask, each bin the mean of as many bilinear samples as
+  it has pixels, rounded up, along each side; the values are not rounded to 0
+  and 1. The scaling (nearest) is part of the sampling: the large masks are
+  never made.
+
+  Args:
+    packed: uint8 [G, S, ceil(T / 8)], masks of the objects of an image, in
+      original pixels.
+    objects: int [R], the object of each box.
+    boxes: [R, 4], in scaled pixels.
+    size: int [2], height and width of the original image.
+    scaled: int [2], the same after scaling.
+    num_bins: P, bins along each side.
+    longest: bound of the sides of boxes, in scaled pixels (static).
+
+  Returns:
+    [R, P, P] of the boxes' type, from 0 to 1.
+  """
+  lengths = packed.shape[1], 8 * packed.shape[2]
+  settings = {"num_bins": num_bins, "num_samples": -(-longest // num_bins) + 1}
+  rows = _averages(boxes[:, 1::2], size[0], scaled[0], lengths[0], **settings)
+  columns = _averages(
+    boxes[:, 0::2], size[1], scaled[1], lengths[1], **settings
+  )
+
+  def crop(
+    arguments: tuple[jax.Array, jax.Array, jax.Array],
+  ) -> jax.Array:
+    index, row, column = arguments
+    mask = jnp.unpackbits(packed[index], axis=-1).astype(boxes.dtype)
+    return jnp.einsum(
+      "ph,hw,qw->pq", row, mask, column, precision=lax.Precision.HIGHEST
+    )
+
+  return lax.map(crop, (objects, rows, columns), batch_size=NUM_UNPACKED)
+
+
+def _averages(
+  ends: jax.Array,
+  length: jax.Array,
+  scaled: jax.Array,
+  buffer: int,
+  *,
+  num_bins: int,
+  num_samples: int,
+) -> jax.Array:
+  """[R, P, buffer]: the weight that each original row has in each bin."""
+  start = ends[:, 0, None, None]
+  side = jnp.maximum(ends[:, 1, None, None] - start, 1)
+  step = side / num_bins
+  count = jnp.ceil(step)
+  sample = jnp.arange(num_samples)[None, None].astype(ends.dtype)
+  place = jnp.arange(num_bins)[None, :, None].astype(ends.dtype)
+  position = start + place * step + (sample + 0.5) * step / count
+  inside, low, high, above = roi_align.neighbours(position, scaled)
+  share = jnp.where(inside & (sample < count), 1 / count, 0)
+  row = jnp.arange(ends.shape[0])[:, None, None]
+  column = jnp.arange(num_bins)[None, :, None]
+  matrix = jnp.zeros((ends.shape[0], num_bins, buffer), ends.dtype)
+  for index, weight in ((low, (1 - above) * share), (high, above * share)):
+    index = resize.nearest_source(index, length, scaled)
+    matrix = matrix.at[row, column, index].add(weight)
+  return matrix
+
+
+def paste_masks(
+  masks: np.ndarray,
+  boxes: np.ndarray,
+  height: int,
+  width: int,
+  *,
+  threshold: float = THRESHOLD,
+) -> np.ndarray:
+  """Puts masks into their boxes, on the host; equal to torchvision's.
+
+  Args:
+    masks: [N, P, P] probabilities.
+    boxes: [N, 4] in pixels of the image.
+    height: of the image.
+    width: of the image.
+    threshold: what a probability must exceed.
+
+  Returns:
+    bool [N, height, width].
+  """
+  masks, boxes = np.asarray(masks), np.asarray(boxes)
+  pasted = np.zeros((len(masks), height, width), bool)
+  padded, corners = _with_rim(masks, boxes)
+  for mask, corner, image in zip(padded, corners, pasted, strict=True):
+    left, top, right, bottom = map(int, corner)
+    inside = _inside(top, bottom, height), _inside(left, right, width)
+    rows = _stretch(inside[0], top, bottom, mask)
+    columns = _stretch(inside[1], left, right, mask)
+    image[inside] = rows @ mask @ columns.T > threshold
+  return pasted
+
+
+def paste_on_device(
+  masks: jax.Array,
+  boxes: jax.Array,
+  *,
+  canvas: tuple[int, int],
+  threshold: float = THRESHOLD,
+) -> jax.Array:
+  """`paste_masks` under jit: every image in a canvas of one size.
+
+  The canvas takes part in full, the host's form in what boxes cover of it.
+
+  Args:
+    masks: [N, P, P] probabilities.
+    boxes: [N, 4] in pixels of the image, which is the top left of the canvas.
+    canvas: height and width of the result; what lies outside of the image is
+      to be cut off.
+    threshold: as there.
+
+  Returns:
+    bool [N, *canvas].
+  """
+  padded, corners = _with_rim(masks, boxes)
+  bins = jnp.arange(padded.shape[1], dtype=jnp.int32).reshape(1, 1, -1)
+
+  def stretch(first: jax.Array, last: jax.Array, length: int) -> jax.Array:
+    pixels = jnp.arange(length, dtype=jnp.int32)[None] - first[:, None]
+    size = (last - first + 1)[:, None]
+    low, high, above = _sources(pixels, size, padded)
+    weights = jnp.where(bins == low[..., None], 1 - above[..., None], 0)
+    weights += jnp.where(bins == high[..., None], above[..., None], 0)
+    return jnp.where(((pixels >= 0) & (pixels < size))[..., None], weights, 0)
+
+  return (
+    jnp.einsum(
+      "nhp,npq,nwq->nhw",
+      stretch(corners[:, 1], corners[:, 3], canvas[0]),
+      padded,
+      stretch(corners[:, 0], corners[:, 2], canvas[1]),
+      precision=lax.Precision.HIGHEST,
+    )
+    > threshold
+  )
+
+
+def _with_rim(masks: Array, boxes: Array) -> tuple[Array, Array]:
+  """Masks with a rim of zeros, in boxes larger by as much: edges fade out.
+
+  Returns:
+    (masks [N, P + 2, P + 2], first and last pixels int [N, 4] as x1, y1, x2,
+    y2), of the arrays' own library.
+  """
+  numpy = masks.__array_namespace__()
+  bins = masks.shape[1]
+  half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((bins + 2) / bins)
+  center = (boxes[:, 2:] + boxes[:, :2]) * 0.5
+  corners = numpy.concatenate([center - half, center + half], axis=1)
+  # Toward zero, as torch rounds to integers.
+  corners = numpy.trunc(corners).astype(np.int32)
+  return numpy.pad(masks, ((0, 0), (1, 1), (1, 1))), corners
+
+
+def _sources(
+  pixels: Array, size: Array | int, mask: Array
+) -> tuple[Array, Array, Array]:
+  """What bilinear interpolation reads of a mask stretched to `size` pixels.
+
+  Returns:
+    (row before int, row behind int, weight of the latter) of every pixel.
+  """
+  numpy = mask.__array_namespace__()
+  count = mask.shape[-1]
+  ratio = numpy.asarray(count, mask.dtype) / numpy.maximum(size, 1).astype(
+    mask.dtype
+  )
+  source = numpy.maximum((pixels.astype(mask.dtype) + 0.5) * ratio - 0.5, 0)
+  low = numpy.minimum(source.astype(np.int32), count - 1)
+  above = source - low.astype(mask.dtype)
+  return low, numpy.minimum(low + 1, count - 1), above
+
+
+def _inside(first: int, last: int, length: int) -> slice:
+  """The pixels from first to last that an image has."""
+  start = min(max(first, 0), length)
+  return slice(start, max(min(last + 1, length), start))
+
+
+def _stretch(
+  inside: slice, first: int, last: int, mask: np.ndarray
+) -> np.ndarray:
+  """[pixels inside, P + 2]: bilinear weights of the mask's rows."""
+  pixels = np.arange(inside.start, inside.stop) - first
+  low, high, above = _sources(pixels, np.asarray(last - first + 1), mask)
+  matrix = np.zeros((len(pixels), len(mask)), mask.dtype)
+  row = np.arange(len(pixels))
+  matrix[row, low] += 1 - above
+  matrix[row, high] += above
+  return matrix

@@ -1,0 +1,288 @@
+"""What is in a box, where exactly, and which pixels it covers.
+
+The two heads of Mask R-CNN (arXiv 1703.06870) on ResNet-FPN.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.typing import DTypeLike
+
+from pqf_jax.models import layers
+from pqf_jax.models.mask_rcnn import boxes as box_ops
+from pqf_jax.models.mask_rcnn import fpn, matching, nms
+
+BOX_BINS = 7
+MASK_BINS = 14
+OFFSET_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+NMS_THRESHOLD = 0.5
+MIN_SIDE = 1e-2
+NUM_SAMPLES = 512
+MAX_POSITIVE = 128
+MATCHED_FROM = 0.5
+# How [R, 7, 7, C] becomes [R, 49 C], by the name of the layer that reads it:
+# weights in one order must not be taken for those in the other.
+FLATTEN = {
+  "fc6": lambda x: jnp.moveaxis(x, -1, 1).reshape(len(x), -1),
+  "fc6_hwc": lambda x: x.reshape(len(x), -1),
+}
+
+
+class Picked(NamedTuple):
+  """The final boxes of an image, in pixels of the network's input.
+
+  Attributes:
+    boxes: [K, 4], best first.
+    scores: [K].
+    labels: int32 [K], from 1.
+    valid: bool [K].
+  """
+
+  boxes: jax.Array
+  scores: jax.Array
+  labels: jax.Array
+  valid: jax.Array
+
+
+class Samples(NamedTuple):
+  """Boxes of an image to train on, those with an object first.
+
+  Attributes:
+    boxes: [R, 4] in pixels of the network's input.
+    labels: int32 [R], 0 for background.
+    objects: int32 [R], index of the matched object.
+    positive: bool [R]: has an object.
+    valid: bool [R]: not padding.
+    targets: [R, 4], offsets to the object where positive.
+  """
+
+  boxes: jax.Array
+  labels: jax.Array
+  objects: jax.Array
+  positive: jax.Array
+  valid: jax.Array
+  targets: jax.Array
+
+
+class BoxHead(nn.Module):
+  """Two dense layers.
+
+  The rows of the first run over (channel, row, column), as torch's do, where
+  it is named fc6: 16 consecutive ones are a sub-vector of the paper, and
+  `BlockSpec(16)` of the kernel. As fc6_hwc they run over (row, column,
+  channel): a sub-vector then holds 16 channels of one position.
+  """
+
+  first: str
+  features: int
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[R, 7, 7, C] -> [R, features]."""
+    x = FLATTEN[self.first](x)
+    for name in (self.first, "fc7"):
+      x = nn.relu(dense(self.features, dtype=self.dtype, name=name)(x))
+    return x
+
+
+class BoxPredictor(nn.Module):
+  """Class logits, and for every class offsets of its own."""
+
+  num_classes: int
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[R, features] -> [R, num_classes], [R, num_classes, 4]."""
+    settings = {"dtype": self.dtype}
+    logits = dense(self.num_classes, name="cls_score", **settings)(x)
+    offsets = dense(4 * self.num_classes, name="bbox_pred", **settings)(x)
+    return logits, offsets.reshape(len(x), self.num_classes, 4)
+
+
+class MaskHead(nn.Module):
+  """Four convolutions."""
+
+  features: int
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[R, 14, 14, C] -> [R, 14, 14, features]."""
+    for i in range(1, 5):
+      name = f"mask_fcn{i}"
+      x = nn.relu(
+        fpn.convolution(3, self.features, dtype=self.dtype, name=name)(x)
+      )
+    return x
+
+
+class Deconvolution(nn.Module):
+  """Transposed convolution of size 2 and stride 2: every position becomes four.
+
+  The kernel [2, 2, in, out] is torch's [in, out, 2, 2].
+  """
+
+  features: int
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[R, H, W, C] -> [R, 2 H, 2 W, features]."""
+    wide = layers.at_least_float32(self.dtype)
+    shape = (2, 2, x.shape[-1], self.features)
+    initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    kernel = self.param("kernel", initializer, shape, wide)
+    bias = self.param("bias", nn.initializers.zeros, shape[-1:], wide)
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    y = jnp.einsum("rhwc,abco->rhawbo", x, kernel)
+    y = y.reshape(len(x), 2 * x.shape[1], 2 * x.shape[2], self.features)
+    return y + bias.reshape(1, 1, 1, -1)
+
+
+class MaskPredictor(nn.Module):
+  """Mask logits for every class."""
+
+  num_classes: int
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[R, 14, 14, C] -> [R, 28, 28, num_classes]."""
+    x = Deconvolution(x.shape[-1], self.dtype, name="conv5_mask")(x)
+    name = "mask_fcn_logits"
+    return fpn.convolution(1, self.num_classes, dtype=self.dtype, name=name)(
+      nn.relu(x)
+    )
+
+
+class RoIHeads(nn.Module):
+  """Both heads; `first_dense` is a name in `FLATTEN`."""
+
+  num_classes: int
+  first_dense: str
+  box_features: int
+  mask_features: int
+  dtype: DTypeLike
+
+  def setup(self) -> None:
+    """Makes the layers, under torchvision's names."""
+    self.box_head = BoxHead(self.first_dense, self.box_features, self.dtype)
+    self.box_predictor = BoxPredictor(self.num_classes, self.dtype)
+    self.mask_head = MaskHead(self.mask_features, self.dtype)
+    self.mask_predictor = MaskPredictor(self.num_classes, self.dtype)
+
+  def classify(self, pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[R, 7, 7, C] -> logits [R, num_classes], offsets [R, num_classes, 4]."""
+    return self.box_predictor(self.box_head(pooled))
+
+  def segment(self, pooled: jax.Array, labels: jax.Array) -> jax.Array:
+    """[R, 14, 14, C], int [R] -> logits [R, 28, 28] of these classes."""
+    logits = self.mask_predictor(self.mask_head(pooled))
+    index = labels[:, None, None, None]
+    return jnp.take_along_axis(logits, index, axis=3)[..., 0]
+
+
+def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
+  """A dense layer of the heads."""
+  return nn.Dense(
+    features,
+    dtype=dtype,
+    param_dtype=layers.at_least_float32(dtype),
+    name=name,
+  )
+
+
+def pick(
+  logits: jax.Array,
+  offsets: jax.Array,
+  boxes: jax.Array,
+  valid: jax.Array,
+  scaled: jax.Array,
+  *,
+  score_threshold: float,
+  num_detections: int,
+) -> Picked:
+  """The final boxes of one image.
+
+  Args:
+    logits: [R, C] with background as class 0.
+    offsets: [R, C, 4].
+    boxes: [R, 4] that were looked at.
+    valid: bool [R].
+    scaled: int [2], height and width of the image.
+    score_threshold: what the probability of a class must exceed.
+    num_detections: K.
+  """
+  scores = nn.softmax(logits, axis=-1)[:, 1:]
+  moved = box_ops.decode(offsets, boxes[:, None], weights=OFFSET_WEIGHTS)
+  height, width = scaled.astype(boxes.dtype)
+  moved = box_ops.clip(moved, height, width)[:, 1:]
+  is_candidate = valid[:, None] & (scores > score_threshold)
+  is_candidate &= box_ops.has_sides(moved, MIN_SIDE)
+  scores = jnp.where(is_candidate, scores, -1).ravel()
+  # No more classes of a box than this can exceed the threshold.
+  most = min(logits.shape[1] - 1, int(1 / max(score_threshold, 1e-9)))
+  scores, index = lax.top_k(scores, len(boxes) * most)
+  labels = (index % (logits.shape[1] - 1) + 1).astype(jnp.int32)
+  moved = moved.reshape(-1, 4)[index]
+  kept, found = nms.best_boxes(
+    moved,
+    labels,
+    scores >= 0,
+    threshold=NMS_THRESHOLD,
+    num_best=num_detections,
+  )
+  return Picked(
+    jnp.where(found[:, None], moved[kept], 0),
+    jnp.where(found, scores[kept], 0),
+    jnp.where(found, labels[kept], 0),
+    found,
+  )
+
+
+def training_samples(
+  key: jax.Array,
+  boxes: jax.Array,
+  valid: jax.Array,
+  objects: jax.Array,
+  labels: jax.Array,
+  exists: jax.Array,
+) -> Samples:
+  """Samples proposals of one image, the objects themselves among them.
+
+  Args:
+    key: consumed.
+    boxes: proposals [K, 4].
+    valid: bool [K].
+    objects: boxes [G, 4].
+    labels: int [G].
+    exists: bool [G].
+  """
+  boxes = lax.stop_gradient(jnp.concatenate([boxes, objects]))
+  valid = jnp.concatenate([valid, exists])
+  samples, matched = matching.match_and_sample(
+    key,
+    objects,
+    exists,
+    boxes,
+    valid,
+    low=MATCHED_FROM,
+    high=MATCHED_FROM,
+    best_too=False,
+    num_samples=NUM_SAMPLES,
+    max_positive=MAX_POSITIVE,
+  )
+  boxes = boxes[samples.index]
+  return Samples(
+    boxes,
+    jnp.where(samples.positive, labels[matched], 0),
+    matched,
+    samples.positive,
+    samples.valid,
+    box_ops.encode(objects[matched], boxes, weights=OFFSET_WEIGHTS),
+  )

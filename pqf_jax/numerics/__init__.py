@@ -1,0 +1,1 @@
+"""Sums, products and gathers whose bits do not depend on order or hardware."""

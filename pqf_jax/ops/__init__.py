@@ -1,1 +1,0 @@
-"""Algorithms that take arrays and give arrays."""

@@ -1,1 +1,0 @@
-"""Kernels for one kind of hardware; the plain forms are their oracles."""

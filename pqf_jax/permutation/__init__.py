@@ -1,0 +1,1 @@
+"""Finds the order of a group's channels whose sub-vectors quantize best."""

@@ -1,0 +1,116 @@
+"""Reads a weights file, whichever of the known kinds it is."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pqf_jax import errors, models, pack
+from pqf_jax.core import trees, vq_array
+from pqf_jax.models import authors_files, torch_names
+from pqf_jax.pipeline.weights import hub, torch_files
+from pqf_jax.runtime import files
+
+PyTree = Any
+READERS = {
+  ".safetensors": torch_names.read_safetensors,
+  ".pth": torch_files.read,
+  ".pt": torch_files.read,
+}
+
+
+def read(
+  source: str, model_name: str, template: PyTree, *, norm_epsilon: float = 1e-5
+) -> PyTree:
+  """The variables in a file, checked against the model.
+
+  Args:
+    source: a file, here or in a bucket (gs://...), or of the Hugging Face hub,
+      `hf://OWNER/REPO[/FILE]`:
+      `.safetensors`, packed by this library (compressed or dense) or with
+      torch's names; or `.pth`, `.pt` of torch. Torch's names may also be those
+      of the authors' compressed networks, see `models.official`.
+    model_name: of the module under `pqf_jax.models` that knows torch's names.
+    template: the model's variables as `jax.ShapeDtypeStruct`s.
+    norm_epsilon: of the model's norms.
+
+  Raises:
+    InputError: no such file, damaged, or of another architecture: missing and
+      extra names are listed.
+  """
+  path, suffix = _locate(source)
+  packed = suffix == ".safetensors" and pack.read_header(path) is not None
+  content = pack.load(path) if packed else READERS[suffix](path)
+  try:
+    if packed:
+      _check_packed(content, template)
+      return content
+    model = models.get_model(model_name)
+    if not authors_files.is_official(content):
+      return model.load_torch(content, template)
+    if hasattr(model, "arrange"):
+      content = model.arrange(content)
+    return authors_files.from_official(
+      content, template, norm_epsilon=norm_epsilon
+    )
+  except errors.InputError as error:
+    raise errors.InputError(f"{source}: {error}") from error
+
+
+def read_backbone(
+  source: str, settings: Mapping[str, Any], template: PyTree
+) -> dict[str, Any]:
+  """{path: variable} of the layers that a network takes over from another.
+
+  Args:
+    source: a trained classifier; see `read`.
+    settings: name and arguments of the model around it, whose module says by
+      `backbone(**settings)` which classifier that is and where it belongs.
+    template: the model's variables as `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    InputError: the model has no backbone, or the file holds another one.
+  """
+  arguments = dict(settings)
+  name = arguments.pop("name")
+  model = models.get_model(name)
+  if not hasattr(model, "backbone"):
+    raise errors.InputError(
+      f"config.backbone is {source!r}, but {name} is not built around another "
+      "network; give --config.weights"
+    )
+  classifier, prefix = model.backbone(**arguments)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  shapes = jax.eval_shape(classifier.init, jax.random.key(0), images)
+  variables = read(
+    source, "resnet", shapes, norm_epsilon=classifier.norm_epsilon
+  )
+  found = {}
+  for path, leaf in trees.flatten(vq_array.decode_params(variables)).items():
+    collection, _, rest = path.partition("/")
+    found[f"{collection}/{prefix}/{rest}"] = leaf
+  wanted = trees.flatten(template)
+  return {path: leaf for path, leaf in found.items() if path in wanted}
+
+
+def _locate(source: str) -> tuple[str, str]:
+  """A file of a known kind: its path and the last part of its name."""
+  known = ", ".join(READERS)
+  fetch = hub.fetch if source.startswith(hub.SCHEME) else files.fetch
+  path = fetch(source)
+  suffix = os.path.splitext(path)[1]
+  if suffix not in READERS:
+    raise errors.InputError(
+      f"{source} is of no known kind; weights are files named {known}, or "
+      f"{hub.SCHEME}OWNER/REPO[/FILE]"
+    )
+  return path, suffix
+
+
+def _check_packed(variables: PyTree, template: PyTree) -> None:
+  torch_names.check_fit(
+    trees.flatten(variables, vq_array.is_vq),
+    {path: tuple(leaf.shape) for path, leaf in trees.flatten(template).items()},
+  )

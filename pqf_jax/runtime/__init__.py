@@ -1,0 +1,1 @@
+"""Processes, files, checkpoints, progress: what a run needs of its machine."""

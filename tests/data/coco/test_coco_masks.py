@@ -1,0 +1,91 @@
+import hypothesis
+import hypothesis.extra.numpy as arrays
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from pqf_jax.data.coco import masks as coco_masks
+from tests.data.coco import tiny_coco
+
+SHAPES = strategies.tuples(
+  strategies.integers(0, 4),
+  strategies.integers(1, 20),
+  strategies.integers(1, 20),
+)
+
+
+@hypothesis.given(arrays.arrays(bool, SHAPES))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_masks_survive_both_run_length_codes_and_the_packing(masks):
+  count, height, width = masks.shape
+  if count:
+    codes = coco_masks.encode(masks)
+    assert not any(coco_masks.fault(code, height, width) for code in codes)
+    for code, mask in zip(codes, masks, strict=True):
+      np.testing.assert_array_equal(
+        coco_masks.decode(code, height, width), mask
+      )
+      plain = {"size": [height, width], "counts": tiny_coco.runs(mask)}
+      assert coco_masks.fault(plain, height, width) == ""
+      np.testing.assert_array_equal(
+        coco_masks.decode(plain, height, width), mask
+      )
+  packed = coco_masks.pack(masks, count + 2, 21)
+  assert packed.shape == (count + 2, 21, 3)
+  assert packed.dtype == np.uint8
+  unpacked = coco_masks.unpack(packed, 21, 21)
+  np.testing.assert_array_equal(unpacked[:count, :height, :width], masks)
+  assert unpacked.sum() == masks.sum()
+
+
+def test_a_polygon_is_the_pixels_whose_centers_it_holds():
+  # A right triangle with legs of 8 pixels along the top and the left.
+  mask = coco_masks.decode([[0, 0, 8, 0, 0, 8]], 10, 10)
+  rows, columns = np.mgrid[:10, :10] + 0.5
+  inside = rows + columns < 8
+  on_the_edge = rows + columns == 8
+  np.testing.assert_array_equal(mask[~on_the_edge], inside[~on_the_edge])
+
+
+def test_two_polygons_are_one_mask():
+  first, second = [0, 0, 4, 0, 4, 4, 0, 4], [6, 6, 9, 6, 9, 9, 6, 9]
+  both = coco_masks.decode([first, second], 10, 10)
+  parts = [coco_masks.decode([part], 10, 10) for part in (first, second)]
+  np.testing.assert_array_equal(both, parts[0] | parts[1])
+  assert both.sum() == 16 + 9
+
+
+def test_polygons_of_two_corners_have_no_area():
+  good = [0, 0, 4, 0, 4, 4]
+  assert coco_masks.clean([[1, 1, 5, 5], good]) == [good]
+  assert coco_masks.fault(coco_masks.clean([[1, 1, 5, 5]]), 9, 9) == (
+    "has no mask (its segmentation is missing or empty)"
+  )
+
+
+@pytest.mark.parametrize(
+  ("segmentation", "message"),
+  [
+    (None, "no mask"),
+    ([], "no mask"),
+    ({}, "no mask"),
+    ("52203", "type str"),
+    ([[1, 2, 3, 4, 5, 6, 7]], "polygon of 7 numbers"),
+    ([[1, 2, 3, None, 5, 6]], "no list of numbers"),
+    ([[1, 2, 3, float("nan"), 5, 6]], "no list of numbers"),
+    ([7], "no list of numbers"),
+    (
+      {"size": [4, 5], "counts": [20]},
+      r"size \[4, 5\], but its image \[4, 4\]",
+    ),
+    ({"size": [4, 4]}, "without counts"),
+    ({"size": [4, 4], "counts": [3, 4]}, "7 pixels in all.* 4 x 4 = 16"),
+    ({"size": [4, 4], "counts": [3, 40]}, "43 pixels"),
+    ({"size": [4, 4], "counts": [20, -4]}, "not whole numbers"),
+    ({"size": [4, 4], "counts": [8.5, 7.5]}, "not whole numbers"),
+    ({"size": [4, 4], "counts": "hello"}, "cannot be read"),
+  ],
+)
+def test_what_is_wrong_with_a_mask_is_said(segmentation, message):
+  with pytest.raises(AssertionError, match=message):
+    raise AssertionError(coco_masks.fault(segmentation, 4, 4))

@@ -1,0 +1,312 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import coco as coco_api
+
+from pqf_jax import errors
+from pqf_jax.data import coco
+from tests.data.coco import tiny_coco
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return tiny_coco.write(tmp_path / "tiny")
+
+
+def load(folder, **settings):
+  settings = {"num_classes": 4, "with_train": True} | settings
+  return coco.load(str(folder), **settings)
+
+
+def test_objects_and_pixels_are_those_that_were_written(folder):
+  dataset = load(folder)
+  assert (len(dataset.train), len(dataset.test)) == (3, 3)
+  for index in range(3):
+    assert dataset.train.images[index].id == 10 + index
+    np.testing.assert_array_equal(
+      dataset.train.pixels(index), tiny_coco.pixels(index)
+    )
+    targets = dataset.train.targets(index)
+    assert targets.labels.tolist() == [1, 1, 2]
+    np.testing.assert_array_equal(targets.masks[:2], tiny_coco.masks_of(index))
+    for box, mask in zip(targets.boxes[:2], targets.masks, strict=False):
+      x, y, width, height = tiny_coco.box_of(mask)
+      assert box.tolist() == [x, y, x + width, y + height]
+    assert (targets.boxes.dtype, targets.labels.dtype, targets.masks.dtype) == (
+      np.float32,
+      np.int32,
+      bool,
+    )
+
+
+def test_sizes_are_derived_from_the_data(folder):
+  dataset = load(folder)
+  assert (dataset.side, dataset.num_objects, dataset.num_classes) == (96, 3, 4)
+  given = load(folder, image_size=70, num_objects=9)
+  assert (given.side, given.num_objects) == (70, 9)
+
+
+def test_labels_are_numbered_or_the_ids_themselves(folder):
+  numbered = load(folder).labels
+  assert numbered.category_ids == (0, 3, 7, 12)
+  assert numbered.names == ("", "disc", "bar", "never seen")
+  ids = load(folder, num_classes=13)
+  assert ids.labels.category_ids == (0, 0, 0, 3, 0, 0, 0, 7, 0, 0, 0, 0, 12)
+  assert ids.train.targets(0).labels.tolist() == [3, 3, 7]
+  with pytest.raises(errors.InputError, match="is 5, but .* give 4, or 13"):
+    load(folder, num_classes=5)
+
+
+def test_labels_without_annotations_are_ids():
+  labels = coco.unnamed_labels(3)
+  assert labels == coco.Labels((0, 1, 2), ("", "", ""))
+
+
+def test_coco_with_91_classes_has_torchvisions_labels(shared_data):
+  dataset = load(shared_data / "coco_sample", num_classes=91, with_train=False)
+  assert dataset.labels.names[:3] == ("", "person", "bicycle")
+  # https://pytorch.org/vision: twelve ids are N/A, of them 12 and 83.
+  assert dataset.labels.names[90] == "toothbrush"
+  assert dataset.labels.names[12] == dataset.labels.names[83] == ""
+  assert (dataset.side, len(dataset.test)) == (640, 64)
+  contiguous = load(
+    shared_data / "coco_sample", num_classes=81, with_train=False
+  )
+  assert contiguous.labels.names[80] == "toothbrush"
+
+
+def test_masks_of_real_annotations_are_pycocotools(shared_data):
+  path = shared_data / "coco_sample"
+  split = load(path, num_classes=91, with_train=False).test
+  api = coco_api.COCO(str(path / "annotations/instances_val2017.json"))
+  for index in range(0, 64, 4):
+    targets = split.targets(index)
+    ids = api.getAnnIds([split.images[index].id], iscrowd=False)
+    expected = api.loadAnns(ids)
+    assert targets.labels.tolist() == [a["category_id"] for a in expected]
+    for mask, annotation in zip(targets.masks, expected, strict=True):
+      np.testing.assert_array_equal(mask, api.annToMask(annotation))
+
+
+def test_what_cannot_be_trained_on_is_left_out_and_counted(folder):
+  def change(content):
+    boxes = {a["id"]: a for a in content["annotations"]}
+    boxes[0]["bbox"] = [5, 5, 0, 10]  # no area
+    boxes[1]["bbox"] = [20, 20, -4, 10]  # negative
+    boxes[2]["bbox"] = [900, 2, 5, 5]  # outside
+    boxes[4]["bbox"] = [60, -3, 90, 10]  # partly outside
+    for number in (8, 9, 10):  # hardly any
+      boxes[number]["bbox"] = [5, 5, 1, 10]
+
+  tiny_coco.edit(folder, change)
+  dataset = load(folder)
+  assert [image.id for image in dataset.train.images] == [11]
+  assert dataset.notes == (
+    "instances_train2017.json: 2 images without an object to train on left "
+    "out of the training",
+    "instances_train2017.json: 3 crowd annotations left out of the training",
+    "instances_train2017.json: 4 boxes without area left out of the training",
+  )
+  assert dataset.train.targets(0).labels.tolist() == [1, 2]
+  assert len(dataset.test) == 3
+
+
+def test_boxes_are_clipped_to_the_image(folder):
+  def change(content):
+    content["annotations"][4]["bbox"] = [30.5, -3, 90, 10]
+
+  tiny_coco.edit(folder, change)
+  box = load(folder).train.targets(1).boxes[0]
+  assert box.tolist() == [30.5, 0, 40, 7]
+
+
+def test_ground_truth_has_every_annotation_and_no_id_0(folder):
+  truth = load(folder).test.ground_truth()
+  assert len(truth["annotations"]) == 12
+  assert sum(a["iscrowd"] for a in truth["annotations"]) == 3
+  assert [a["id"] for a in truth["annotations"]] == list(range(1, 13))
+
+
+def test_area_and_crowd_may_be_left_out(folder):
+  def change(content):
+    for annotation in content["annotations"]:
+      del annotation["area"], annotation["iscrowd"]
+
+  tiny_coco.edit(folder, change, "val2017")
+  truth = load(folder, with_train=False).test.ground_truth()
+  areas = [mask.sum() for i in range(3) for mask in tiny_coco.masks_of(i)]
+  found = [a["area"] for a in truth["annotations"]]
+  assert [a for i, a in enumerate(found) if i % 4 < 2] == areas
+  assert {a["iscrowd"] for a in truth["annotations"]} == {0}
+
+
+def test_an_image_of_one_pixel(folder):
+  def change(content):
+    content["images"][0] |= {"height": 1, "width": 1}
+    for annotation in content["annotations"][8:]:
+      annotation["bbox"] = [0, 0, 1, 1]
+      annotation["segmentation"] = {"size": [1, 1], "counts": [0, 1]}
+
+  for split in ("train2017", "val2017"):
+    tiny_coco.edit(folder, change, split)
+    Image.new("L", (1, 1), 200).save(folder / split / "12.png")
+  dataset = load(folder)
+  # A pixel is no object to train on, but the image is evaluated.
+  assert [image.id for image in dataset.train.images] == [10, 11]
+  assert dataset.test.pixels(2).tolist() == [[[200, 200, 200]]]
+  assert dataset.test.targets(2).masks.shape == (3, 1, 1)
+
+
+def test_an_image_too_large_for_the_buffer_is_refused(folder):
+  with pytest.raises(
+    errors.InputError, match=r"10.png .* 48 x 70 .*image_size 64; give 70"
+  ):
+    load(folder, image_size=64)
+
+
+def test_an_image_of_ten_thousand_pixels_is_only_taken_on_demand(folder):
+  def change(content):
+    content["images"][0] |= {"height": 10_000, "width": 9_000}
+    del content["annotations"][8:]
+
+  tiny_coco.edit(folder, change)
+  with pytest.raises(
+    errors.InputError, match=r"12.png .* 10000 x 9000 .*image_size=10000"
+  ):
+    load(folder)
+  assert load(folder, image_size=10_000).side == 10_000
+
+
+def test_more_objects_than_are_padded_to_are_refused(folder):
+  def change(content):
+    content["annotations"].append(content["annotations"][0] | {"id": 99})
+
+  tiny_coco.edit(folder, change)
+  assert load(folder).num_objects == 4
+  with pytest.raises(
+    errors.InputError, match=r"10.png .* 4 objects, .*num_objects 3; give 4"
+  ):
+    load(folder, num_objects=3)
+
+
+def first(content, name):
+  return content[name][0]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda c: c.update(images=[]), "lists no images"),
+    (lambda c: c.pop("annotations"), "has no list 'annotations'"),
+    (
+      lambda c: first(c, "images").pop("height"),
+      r"images\[0\] has no 'height'",
+    ),
+    (lambda c: first(c, "images").update(width=0), r"images\[0\] has width 0"),
+    (lambda c: first(c, "images").update(id="x"), r"images\[0\] has id 'x'"),
+    (lambda c: first(c, "images").update(id=10), r"images\[2\] has id 10, as"),
+    (
+      lambda c: first(c, "annotations").update(image_id=77),
+      r"annotations\[0\] \(id 0\) belongs to image 77",
+    ),
+    (
+      lambda c: first(c, "annotations").update(category_id=5),
+      r"annotations\[0\] \(id 0\) has category 5, but .* 3, 7, 12",
+    ),
+    (
+      lambda c: first(c, "annotations").pop("segmentation"),
+      r"annotations\[0\] \(id 0\) of 10.png has no mask",
+    ),
+    (
+      lambda c: first(c, "annotations").update(bbox=[1, 2, 3]),
+      r"annotations\[0\] has bbox \[1, 2, 3\]",
+    ),
+    (
+      lambda c: first(c, "annotations").update(bbox=[1, 2, 3, float("nan")]),
+      "has bbox .*nan",
+    ),
+    (lambda c: c["annotations"].insert(0, 7), r"annotations\[0\] is 7, not"),
+    (lambda c: c.update(annotations=[]), "none of its 3 images has an object"),
+    (
+      lambda c: c["categories"].append({"id": 0, "name": "zero"}),
+      "list different categories",
+    ),
+    (
+      lambda c: first(c, "images").update(file_name="lost.png"),
+      r"train2017/lost.png is missing \(image 12 .* 1 of 3 image files",
+    ),
+  ],
+)
+def test_bad_annotations_are_refused(folder, change, message):
+  tiny_coco.edit(folder, change)
+  with pytest.raises(errors.InputError, match=message) as caught:
+    load(folder)
+  assert "instances_train2017.json" in str(caught.value)
+
+
+def test_the_background_is_no_category(folder):
+  def change(content):
+    content["categories"].append({"id": 0, "name": "zero"})
+
+  tiny_coco.edit(folder, change, "val2017")
+  with pytest.raises(errors.InputError, match="'zero' has 0"):
+    load(folder, with_train=False)
+
+
+@pytest.mark.parametrize("content", ["", '{"images": [', "\x00", "[1, 2]"])
+def test_a_damaged_file_is_refused(folder, content):
+  path = folder / "annotations/instances_val2017.json"
+  path.write_text(content)
+  with pytest.raises(errors.InputError, match="instances_val2017.json .*"):
+    load(folder)
+
+
+def test_missing_folders_are_refused(folder, tmp_path):
+  with pytest.raises(errors.InputError, match="needs data_dir"):
+    coco.load("", num_classes=4, with_train=True)
+  with pytest.raises(errors.InputError, match="instances_.* is missing: data_"):
+    load(tmp_path / "nothing")
+  (folder / "val2017").rename(folder / "elsewhere")
+  with pytest.raises(errors.InputError, match="val2017 is missing, the images"):
+    load(folder, with_train=False)
+
+
+def test_only_the_test_images_are_needed_to_evaluate(folder):
+  (folder / "annotations/instances_train2017.json").unlink()
+  dataset = load(folder, with_train=False)
+  assert dataset.train is None
+  assert len(dataset.test) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_a_damaged_image_is_refused_when_it_is_read(folder, content):
+  path = folder / "val2017/11.png"
+  dataset = load(folder)
+  path.write_bytes(path.read_bytes()[:200] if content is None else content)
+  with pytest.raises(errors.InputError, match="11.png is not an image"):
+    dataset.test.pixels(1)
+
+
+def test_an_image_of_16_bits_is_refused(folder):
+  pixels = np.full((64, 40), 40_000, np.uint16)
+  Image.fromarray(pixels).save(folder / "val2017/11.png")
+  with pytest.raises(errors.InputError, match="11.png .* more than 8 bits"):
+    load(folder).test.pixels(1)
+
+
+def test_an_image_of_another_size_than_annotated_is_refused(folder):
+  Image.new("RGB", (41, 64)).save(folder / "val2017/11.png")
+  with pytest.raises(
+    errors.InputError, match="11.png has 64 x 41 pixels, .* says 64 x 40"
+  ):
+    load(folder).test.pixels(1)
+
+
+def test_categories_survive_json(folder):
+  def change(content):
+    content["info"] = {"year": 2017}
+
+  tiny_coco.edit(folder, change)
+  assert json.dumps(load(folder).test.ground_truth())

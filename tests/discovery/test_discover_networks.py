@@ -1,0 +1,332 @@
+"""Discovery on networks: the authors' groups, and the layers of Flax."""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from pqf_jax.core import channels, trees
+from pqf_jax.discovery import discover
+from pqf_jax.models import resnet
+
+# A group that failed the self-check, or an unknown primitive, is a warning.
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
+Places = set[tuple[str, int]]
+Net = Callable[..., Any]
+
+
+def make_variables(module: nn.Module, *inputs: Any) -> Any:
+  """Random variables; compiling the initializers would take seconds."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  return jax.tree.map(
+    lambda leaf: rng.uniform(-0.3, 0.7, leaf.shape).astype(leaf.dtype) ** 2,
+    shapes,
+  )
+
+
+def list_groups(axes: channels.ChannelAxes) -> set[frozenset[Any]]:
+  """The axes of every group, whatever its name."""
+  groups: dict[str, Places] = {}
+  for path, row in axes.items():
+    for dim, axis in enumerate(row):
+      if axis is not None:
+        assert (axis.outer, axis.inner) == (1, 1), path
+        groups.setdefault(axis.group, set()).add((path, dim))
+  return set(map(frozenset, groups.values()))
+
+
+def as_places(
+  parents: list[str], children: list[str], flat: trees.FlatTree
+) -> frozenset[Any]:
+  """The axes that torch's names stand for: outputs and inputs of modules."""
+  outputs = {
+    (path, leaf.ndim - 1)
+    for path, leaf in flat.items()
+    if re.sub(r"^\w+/|/\w+$", "", path).replace("/", ".") in parents
+  }
+  kernels = [f"params/{name.replace('.', '/')}/kernel" for name in children]
+  return frozenset(outputs | {(path, flat[path].ndim - 2) for path in kernels})
+
+
+def expected_resnet(depth: int, flat: trees.FlatTree) -> set[frozenset[Any]]:
+  """The groups of section 3.1 of the paper, from the shape of the network."""
+  blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
+  last = {18: 2, 50: 3}[depth]
+  inside = [
+    ([f"{block}.conv{i}", f"{block}.bn{i}"], [f"{block}.conv{i + 1}"])
+    for stage, length in enumerate(blocks, start=1)
+    for block in (f"layer{stage}.{j}" for j in range(length))
+    for i in range(1, last)
+  ]
+  streams = [(["conv1", "bn1"], [])]
+  for stage, length in enumerate(blocks, start=1):
+    for j in range(length):
+      block = f"layer{stage}.{j}"
+      streams[-1][1].append(f"{block}.conv1")
+      if f"params/{block.replace('.', '/')}/downsample/0/kernel" in flat:
+        streams[-1][1].append(f"{block}.downsample.0")
+        streams.append(([f"{block}.downsample.0", f"{block}.downsample.1"], []))
+      streams[-1][0].extend([f"{block}.conv{last}", f"{block}.bn{last}"])
+  streams[-1][1].append("fc")
+  return {as_places(*group, flat) for group in inside + streams}
+
+
+def test_finds_the_groups_of_the_paper_in_resnet_18():
+  module = resnet.make(depth=18, num_classes=10, stem="small")
+  images = jnp.zeros((1, 32, 32, 3))
+  variables = make_variables(module, images)
+  axes = discover.discover_channels(module.apply, variables, images)
+  expected = expected_resnet(18, trees.flatten(variables))
+  assert len(expected) == 12
+  assert list_groups(axes) == expected
+  assert list(channels.group_sizes(variables, axes))[:3] == [
+    "conv1",
+    "layer1/0/conv1",
+    "layer1/1/conv1",
+  ]
+
+
+def test_finds_the_groups_of_the_paper_in_resnet_50():
+  module = resnet.make(depth=50, num_classes=1000)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), images)
+  axes = discover.infer_channels(module.apply, variables, images)
+  expected = expected_resnet(50, trees.flatten(variables))
+  assert len(expected) == 37
+  assert list_groups(axes) == expected
+
+
+@pytest.mark.parametrize(("depth", "count"), [(18, 12), (50, 37)])
+def test_equals_the_published_list(shared_data, depth, count):
+  text = (shared_data / "pqf_official/permutation_groups.json").read_text()
+  published = json.loads(text)[f"resnet{depth}"]
+  module = resnet.make(depth=depth, num_classes=10)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  variables = jax.eval_shape(module.init, jax.random.key(0), images)
+  flat = trees.flatten(variables)
+  axes = discover.infer_channels(module.apply, variables, images)
+  expected = {as_places(g["parents"], g["children"], flat) for g in published}
+  assert len(expected) == count
+  assert list_groups(axes) == expected == expected_resnet(depth, flat)
+
+
+class ViT(nn.Module):
+  """Two blocks of a vision transformer with a class token."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(24, (4, 4), (4, 4), name="patches")(x)
+    x = x.reshape(len(x), -1, 24)
+    token = self.param("token", nn.initializers.normal(), (1, 1, 24))
+    x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 24)), x], axis=1)
+    x = x + self.param("positions", nn.initializers.normal(), (1, 5, 24))
+    for i in range(2):
+      y = nn.LayerNorm(name=f"norm{i}a")(x)
+      x = x + nn.MultiHeadDotProductAttention(4, name=f"attention{i}")(y)
+      y = nn.Dense(40, name=f"up{i}")(nn.LayerNorm(name=f"norm{i}b")(x))
+      x = x + nn.Dense(24, name=f"down{i}")(nn.gelu(y))
+    return nn.Dense(5, name="head")(nn.LayerNorm(name="norm")(x)[:, 0])
+
+
+class MobileNet(nn.Module):
+  """Inverted residuals: expand, depthwise, project (MobileNetV2)."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    norm = functools.partial(nn.BatchNorm, use_running_average=True)
+    x = nn.relu6(norm(name="bn0")(nn.Conv(8, (3, 3), 2, name="stem")(x)))
+    for i, features in enumerate((12, 12)):
+      y = nn.Conv(6 * 8, (1, 1), use_bias=False, name=f"expand{i}")(x)
+      y = nn.relu6(norm(name=f"bn{i}a")(y))
+      y = nn.Conv(
+        48, (3, 3), feature_group_count=48, use_bias=False, name=f"deep{i}"
+      )(y)
+      y = nn.relu6(norm(name=f"bn{i}b")(y))
+      y = nn.Conv(features, (1, 1), use_bias=False, name=f"project{i}")(y)
+      y = norm(name=f"bn{i}c")(y)
+      x = x + y if x.shape == y.shape else y
+    return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class Upsampling(nn.Module):
+  """Transposed convolutions of both conventions, as in a mask head."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.relu(nn.Conv(6, (3, 3), name="conv")(x))
+    x = nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2), name="up0")(x))
+    flipped = nn.ConvTranspose(
+      10, (3, 3), (2, 2), transpose_kernel=True, name="up1"
+    )
+    return nn.Conv(3, (1, 1), name="masks")(nn.relu(flipped(x)))
+
+
+class Grouped(nn.Module):
+  """Grouped convolution, group norm, flattened features, shuffled channels."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.relu(nn.Conv(20, (1, 1), name="conv0")(x))
+    x = nn.relu(nn.Conv(12, (3, 3), feature_group_count=2, name="conv1")(x))
+    x = nn.Conv(24, (1, 1), name="conv2")(x)
+    x = nn.relu(nn.GroupNorm(2, name="norm")(x))
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h, w, 2, 12).swapaxes(3, 4).reshape(b, h, w, 24)
+    x = nn.Conv(7, (1, 1), name="conv3")(x)
+    x = nn.max_pool(x, (2, 2), (2, 2)).reshape(b, -1)
+    return nn.Dense(5, name="fc2")(nn.relu(nn.Dense(9, name="fc1")(x)))
+
+
+class DenselyConnected(nn.Module):
+  """Unequal numbers of channels side by side: only the inner ones move."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(8, (3, 3), name="stem")(x)
+    for i in range(2):
+      y = nn.relu(nn.Conv(12, (1, 1), name=f"narrow{i}")(x))
+      x = jnp.concatenate([x, nn.Conv(4, (3, 3), name=f"wide{i}")(y)], axis=-1)
+    return nn.Dense(5, name="head")(nn.relu(x).mean((1, 2)))
+
+
+class Recurrent(nn.Module):
+  """Embedding, LSTM, layers stacked by `nn.scan`, and tied output weights."""
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    table = nn.Embed(11, 6, name="table")
+    x = nn.RNN(nn.LSTMCell(10))(table(tokens))
+    stack = nn.scan(
+      nn.remat(Residual),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=3,
+    )
+    x, _ = stack(name="stack")(x, None)
+    return table.attend(nn.Dense(6, name="out")(x))
+
+
+class Residual(nn.Module):
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    y = nn.tanh(nn.Dense(14, name="up")(x))
+    return x + nn.Dense(x.shape[-1], name="down")(y), None
+
+
+IMAGES = jnp.zeros((2, 8, 8, 3))
+LINEN = [
+  (
+    ViT(),
+    IMAGES,
+    {"patches": 24}
+    | {
+      f"attention{i}/{name}": size
+      for i in range(2)
+      for name, size in (("query[1]", 4), ("query[2]", 6), ("value", 6))
+    }
+    | {"up0": 40, "up1": 40},
+  ),
+  (
+    MobileNet(),
+    IMAGES,
+    {"stem": 8, "expand0": 48, "project0": 12, "expand1": 48},
+  ),
+  (Upsampling(), IMAGES, {"conv": 6, "up0": 8, "up1": 10}),
+  (
+    Grouped(),
+    IMAGES,
+    {"conv0": 10, "conv1": 6, "conv2": 12, "conv3": 7, "fc1": 9},
+  ),
+  (DenselyConnected(), IMAGES, {"narrow0": 12, "narrow1": 12}),
+  (
+    Recurrent(),
+    jnp.arange(12).reshape(2, 6) % 11,
+    {"table": 6, "LSTMCell_0/ii": 10, "stack/up": 14},
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  ("module", "inputs", "sizes"),
+  LINEN,
+  ids=[type(module).__name__ for module, *_ in LINEN],
+)
+def test_finds_and_checks_the_groups_of_linen_networks(module, inputs, sizes):
+  variables = make_variables(module, inputs)
+  axes = discover.discover_channels(module.apply, variables, inputs)
+  assert channels.group_sizes(variables, axes) == sizes
+
+
+def test_heads_and_their_channels_are_permuted_apart():
+  variables = make_variables(ViT(), IMAGES)
+  axes = discover.infer_channels(ViT().apply, variables, IMAGES)
+  heads, queries, values = (
+    channels.ChannelAxis(f"attention0/{name}")
+    for name in ("query[1]", "query[2]", "value")
+  )
+  stream = channels.ChannelAxis("patches")
+  for name, last in (("query", queries), ("key", queries), ("value", values)):
+    layer = f"params/attention0/{name}"
+    assert axes[f"{layer}/kernel"] == (stream, heads, last)
+    assert axes[f"{layer}/bias"] == (heads, last)
+  assert axes["params/attention0/out/kernel"] == (heads, values, stream)
+  assert axes["params/positions"] == (None, None, stream)
+
+
+def test_transposed_convolutions_have_their_axes_the_right_way_round():
+  variables = make_variables(Upsampling(), IMAGES)
+  axes = discover.infer_channels(Upsampling().apply, variables, IMAGES)
+  assert [axis and axis.group for axis in axes["params/up0/kernel"]] == [
+    None,
+    None,
+    "conv",
+    "up0",
+  ]
+  assert [axis and axis.group for axis in axes["params/up1/kernel"]] == [
+    None,
+    None,
+    "up1",
+    "up0",
+  ]
+
+
+class NnxNetwork(nnx.Module):
+  """A convolution with batch norm, then attention over the positions."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.conv = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(16, use_running_average=True, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(
+      2, 16, decode=False, deterministic=True, rngs=rngs
+    )
+    self.head = nnx.Linear(16, 7, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nnx.relu(self.norm(self.conv(x))).reshape(len(x), -1, 16)
+    return self.head((x + self.attention(x)).mean(1))
+
+
+def test_finds_and_checks_the_groups_of_an_nnx_network():
+  graph, state = nnx.split(NnxNetwork(nnx.Rngs(0)))
+
+  def run(variables: Any, x: jax.Array) -> jax.Array:
+    return nnx.merge(graph, nnx.State(variables))(x)
+
+  variables = nnx.to_pure_dict(state)
+  axes = discover.discover_channels(run, variables, IMAGES)
+  assert channels.group_sizes(variables, axes) == {
+    "conv": 16,
+    "attention/query[1]": 2,
+    "attention/query[2]": 8,
+    "attention/value": 8,
+  }

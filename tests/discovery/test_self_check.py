@@ -1,0 +1,200 @@
+"""The self-check has to see every wrong tie, and only those."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from pqf_jax import errors
+from pqf_jax.core import channels, trees
+from pqf_jax.discovery import discover, self_check
+
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
+KEY = jax.random.key(7)
+IMAGES = jnp.zeros((1, 6, 6, 3))
+
+
+class Small(nn.Module):
+  """A residual network with everything that can carry channels."""
+
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Conv(6, (3, 3), dtype=self.dtype, name="stem")(x)
+    y = nn.Conv(8, (3, 3), dtype=self.dtype, use_bias=False, name="conv1")(x)
+    y = nn.relu(nn.BatchNorm(True, dtype=self.dtype, name="norm")(y))
+    x = x + nn.ConvTranspose(6, (3, 3), dtype=self.dtype, name="conv2")(y)
+    x = nn.max_pool(x, (3, 3), (3, 3))
+    x = nn.Dense(10, dtype=self.dtype, name="fc1")(x.reshape(len(x), -1))
+    return nn.Dense(4, dtype=self.dtype, name="fc2")(nn.tanh(x))
+
+
+@pytest.fixture(scope="module", name="fresh")
+def fresh_variables() -> Any:
+  """As initialised: scales and variances one, biases and means zero."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(Small().init, jax.random.key(0), IMAGES)
+  starts = {"kernel": rng.standard_normal, "scale": np.ones, "var": np.ones}
+  return trees.nest(
+    {
+      path: starts.get(path.rpartition("/")[2], np.zeros)(leaf.shape)
+      for path, leaf in trees.flatten(shapes).items()
+    }
+  )
+
+
+@pytest.fixture(scope="module", name="axes")
+def small_axes(fresh: Any) -> channels.ChannelAxes:
+  return discover.infer_channels(Small().apply, fresh, IMAGES)
+
+
+def ties(axes: channels.ChannelAxes) -> list[tuple[str, int]]:
+  return [
+    (path, dim)
+    for path, row in axes.items()
+    for dim, axis in enumerate(row)
+    if axis is not None
+  ]
+
+
+def drop(
+  axes: channels.ChannelAxes, path: str, dim: int
+) -> channels.ChannelAxes:
+  row = list(axes[path])
+  row[dim] = None
+  return {**axes, path: tuple(row)}
+
+
+def test_right_axes_pass_unchanged(fresh, axes):
+  sizes = channels.group_sizes(fresh, axes)
+  assert sizes == {"stem": 6, "conv1": 8, "fc1": 10}
+  assert len(ties(axes)) == 15
+  before = jax.tree.map(np.array, fresh)
+  checked = self_check.check_channels(KEY, Small().apply, fresh, axes, IMAGES)
+  assert checked == axes
+  assert jax.tree.all(jax.tree.map(np.array_equal, before, fresh))
+
+
+def test_every_dropped_tie_is_noticed_and_named(fresh, axes):
+  program = jax.make_jaxpr(Small().apply)(fresh, IMAGES)
+  for path, dim in ties(axes):
+    group = axes[path][dim].group
+    with pytest.warns(UserWarning, match=rf"\['{group}'\] changes the outputs"):
+      kept = self_check.check_program(
+        KEY, program, fresh, drop(axes, path, dim), (IMAGES,)
+      )
+    assert channels.group_sizes(fresh, kept).keys() == (
+      channels.group_sizes(fresh, axes).keys() - {group}
+    )
+
+
+def test_a_network_of_little_precision_is_checked_in_float64(fresh, axes):
+  """A tolerance fit for bfloat16 would let a forgotten bias through."""
+  with jax.numpy_dtype_promotion("standard"):
+    program = jax.make_jaxpr(Small(jnp.bfloat16).apply)(fresh, IMAGES)
+  arguments = (KEY, program, fresh)
+  checked = self_check.check_program(*arguments, axes, (IMAGES,))
+  assert checked == axes
+  wrong = drop(axes, "params/norm/bias", 0)
+  with pytest.warns(UserWarning, match=r"\['conv1'\] changes the outputs"):
+    self_check.check_program(*arguments, wrong, (IMAGES,))
+
+
+def test_transposed_axes_of_a_transposed_convolution_are_noticed(fresh, axes):
+  row = axes["params/conv2/kernel"]
+  swapped = {**axes, "params/conv2/kernel": (None, None, row[3], row[2])}
+  with pytest.raises(errors.InputError, match="params/conv2/kernel"):
+    self_check.check_channels(KEY, Small().apply, fresh, swapped, IMAGES)
+
+
+def test_wrong_order_of_flattened_features_is_noticed(fresh, axes):
+  flattened, features = axes["params/fc1/kernel"]
+  assert (flattened.outer, flattened.inner) == (4, 1)
+  row = (flattened._replace(outer=1, inner=4), features)
+  wrong = {**axes, "params/fc1/kernel": row}
+  with pytest.warns(UserWarning, match=r"\['stem'\]"):
+    kept = self_check.check_channels(KEY, Small().apply, fresh, wrong, IMAGES)
+  assert list(channels.group_sizes(fresh, kept)) == ["conv1", "fc1"]
+
+
+def test_groups_of_two_are_really_permuted():
+  params = {"first": np.eye(2), "second": np.eye(2)}
+  axes = {"first": (None, channels.ChannelAxis("hidden"))}
+  for seed in range(8):
+    with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
+      assert not self_check.check_channels(
+        jax.random.key(seed),
+        lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
+        params,
+        axes,
+        jnp.ones((1, 2)),
+      )
+
+
+@pytest.mark.parametrize(
+  "apply_fn",
+  [
+    lambda p, x: jnp.nan * (x @ p["first"] @ p["second"]),
+    lambda p, x: x @ p["first"] @ p["second"] > 1e9,
+    lambda p, x: jnp.zeros((0, 3)) @ (x @ p["first"] @ p["second"]).T,
+  ],
+  ids=["nan", "constant", "empty"],
+)
+def test_a_check_that_saw_nothing_says_so(apply_fn):
+  hidden = channels.ChannelAxis("hidden")
+  params = {"first": np.ones((3, 5)), "second": np.ones((5, 3))}
+  axes = {"first": (None, hidden), "second": (hidden, None)}
+  with pytest.warns(UserWarning, match="saw nothing"):
+    assert axes == self_check.check_channels(
+      KEY, apply_fn, params, axes, jnp.ones((1, 3))
+    )
+
+
+def test_whole_numbers_of_the_output_have_to_agree_exactly():
+  params = {"first": np.ones((3, 8))}
+  axes = {"first": (None, channels.ChannelAxis("hidden"))}
+  with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
+    assert not self_check.check_channels(
+      KEY,
+      lambda p, x: jnp.argsort((x @ p["first"])[0]),
+      params,
+      axes,
+      jnp.ones((1, 3)),
+    )
+
+
+def test_what_cannot_run_in_float64_is_checked_in_its_own_precision():
+  def run(p: Any, x: jax.Array) -> jax.Array:
+    x = lax.bitcast_convert_type(x @ p["first"], jnp.uint32) >> 8 << 8
+    return lax.bitcast_convert_type(x, jnp.float32) @ p["second"]
+
+  rng = np.random.default_rng(0)
+  params = {
+    name: rng.standard_normal(shape).astype(np.float32)
+    for name, shape in (("first", (3, 5)), ("second", (5, 3)))
+  }
+  hidden = channels.ChannelAxis("hidden")
+  axes = {"first": (None, hidden), "second": (hidden, None)}
+  with pytest.warns(UserWarning, match="cannot be run in float64") as caught:
+    assert axes == self_check.check_channels(
+      KEY, run, params, axes, jnp.ones((1, 3))
+    )
+  assert len(caught) == 1
+  wrong = drop(axes, "second", 0)
+  with (
+    pytest.warns(UserWarning, match="cannot be run in float64"),
+    pytest.warns(UserWarning, match=r"\['hidden'\] changes"),
+  ):
+    self_check.check_channels(KEY, run, params, wrong, jnp.ones((1, 3)))
+
+
+def test_bad_tables_are_refused(fresh, axes):
+  wrong = {**axes, "params/none/kernel": (None,)}
+  with pytest.raises(errors.InputError, match="params/none/kernel"):
+    self_check.check_channels(KEY, Small().apply, fresh, wrong, IMAGES)

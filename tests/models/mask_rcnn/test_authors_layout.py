@@ -1,0 +1,112 @@
+"""The authors' layout of a compressed Mask R-CNN, made up: theirs is lost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import mask_rcnn as recipe
+from pqf_jax import errors
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
+from pqf_jax.models import authors_files, mask_rcnn
+from pqf_jax.pipeline import weights
+
+DECONVOLUTION = "roi_heads.mask_predictor.conv5_mask"
+
+
+@functools.cache
+def shapes(channels=1, layout="chw"):
+  """Compressed variables of the network for COCO, as shapes."""
+  model = mask_rcnn.make(num_classes=91, fc6_layout=layout)
+  template = jax.eval_shape(
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8),
+    jax.ShapeDtypeStruct((1, 2), jnp.int32),
+  )
+  rules = [plans.Rule(*rule) for rule in recipe.RULES]
+  assert rules[-1].pattern.endswith("conv5_mask/kernel")
+  rules[-1] = rules[-1]._replace(channels=channels)
+  plan = plans.make_plan(rules, template)
+  return template, plans.compressed_shapes(plan, template)
+
+
+def drawn(target):
+  """Values for shapes, such as packing leaves them."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    if np.issubdtype(leaf.dtype, np.integer):
+      # All layers but one have 256 codewords; that one has 128.
+      return jnp.asarray(rng.integers(0, 128, leaf.shape), leaf.dtype)
+    name = path[-1]
+    if getattr(name, "key", "") == "mean":
+      return jnp.zeros(leaf.shape)
+    if getattr(name, "key", "") == "var":
+      return jnp.ones(leaf.shape)
+    values = rng.standard_normal(leaf.shape, np.float32)
+    return jnp.asarray(values.astype(np.float16).astype(np.float32))
+
+  return jax.tree_util.tree_map_with_path(draw, target)
+
+
+@pytest.fixture(scope="module")
+def written():
+  template, target = shapes()
+  variables = drawn(target)
+  return template, variables, mask_rcnn.to_official(variables)
+
+
+def test_it_has_the_published_size(written):
+  """6.645 MiB: codes of log2(K) bits, the rest as it is stored."""
+  _, _, state_dict = written
+  size = 0
+  for name, array in state_dict.items():
+    if name.endswith(authors_files.CODES):
+      codebook = state_dict[
+        name.replace(authors_files.CODES, authors_files.CODEBOOK)
+      ]
+      size += array.size * int(np.log2(len(codebook))) // 8
+    else:
+      size += array.nbytes
+  assert size == 6_967_876
+  assert sum(name.endswith(authors_files.CODES) for name in state_dict) == 70
+
+
+def test_what_is_written_is_read_back(written, tmp_path):
+  template, variables, state_dict = written
+  file = tmp_path / "mask_rcnn.safetensors"
+  safetensors.numpy.save_file(state_dict, file)
+  read = weights.read(str(file), "mask_rcnn", template, norm_epsilon=0.0)
+  found, expected = trees.flatten(read), trees.flatten(variables)
+  assert found.keys() == expected.keys()
+  for path, array in found.items():
+    scale = path.endswith("/scale")
+    np.testing.assert_allclose(array, expected[path], rtol=1e-6 * scale)
+
+
+def test_the_transposed_convolution_is_cut_as_torch_has_it(written):
+  """Theirs: weight [in, out, 2, 2] in rows of one input, four taps a code."""
+  _, variables, state_dict = written
+  codes = state_dict[DECONVOLUTION + authors_files.CODES]
+  codebook = state_dict[DECONVOLUTION + authors_files.CODEBOOK]
+  weight = codebook[codes].reshape(256, 256, 2, 2)
+  path = f"params/{DECONVOLUTION.replace('.', '/')}/kernel"
+  node = trees.flatten(variables, vq_array.is_vq)[path]
+  np.testing.assert_array_equal(
+    weight.transpose(2, 3, 0, 1), node.decode().astype(np.float16)
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [((2, "chw"), "one channel"), ((1, "hwc"), "use 'chw'")],
+)
+def test_what_it_cannot_hold_is_refused(arguments, message):
+  _, target = shapes(*arguments)
+  with pytest.raises(errors.InputError, match=message):
+    mask_rcnn.to_official(drawn(target))

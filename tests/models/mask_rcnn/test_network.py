@@ -1,0 +1,152 @@
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pqf_jax import errors, models
+from pqf_jax.core import trees
+from pqf_jax.models import mask_rcnn
+from pqf_jax.models.mask_rcnn import masks as mask_ops
+from tests.models.mask_rcnn import mask_rcnn_cases as cases
+from tests.oracles import mask_rcnn_weights
+
+GOLDEN = np.load(
+  pathlib.Path(__file__).parents[2] / "goldens" / "mask_rcnn.npz"
+)
+NUM_PARAMETERS = 44_401_393  # of torchvision's file
+
+
+def full():
+  with jax.numpy_dtype_promotion("standard"):
+    return cases.shapes(mask_rcnn.make(num_classes=91), jnp.float32)
+
+
+def test_names_shapes_and_size_are_torchvisions():
+  template = full()
+  expected = mask_rcnn_weights.shapes(50, 91)
+  weights = {name: np.zeros(shape) for name, shape in expected.items()}
+  variables = mask_rcnn.load_torch(weights, template)
+  assert trees.shapes(variables) == template
+  params = jax.tree.leaves(template["params"])
+  norms = sum(leaf.size for leaf in jax.tree.leaves(template["batch_stats"]))
+  # torchvision's frozen norms are no parameters: two vectors a norm less.
+  assert sum(leaf.size for leaf in params) - norms == NUM_PARAMETERS
+
+
+def test_paths_are_torchvisions_first_names_with_slashes():
+  paths = trees.flatten(full())
+  assert {
+    "params/backbone/body/layer1/0/conv1/kernel",
+    "batch_stats/backbone/body/layer4/2/bn3/var",
+    "params/backbone/fpn/inner_blocks/0/kernel",
+    "params/backbone/fpn/layer_blocks/3/bias",
+    "params/rpn/head/conv/kernel",
+    "params/roi_heads/box_head/fc6/kernel",
+    "params/roi_heads/mask_head/mask_fcn4/kernel",
+    "params/roi_heads/mask_predictor/conv5_mask/kernel",
+  } <= paths.keys()
+
+
+def test_both_generations_of_names_give_the_same_variables():
+  weights = cases.weights(18, 5)
+  renamed = mask_rcnn_weights.rename(weights)
+  assert "roi_heads.mask_head.0.0.weight" in renamed
+  assert len(renamed.keys() - weights.keys()) == 2 * (8 + 1 + 4)
+  template = cases.shapes(
+    cases.make(mask_rcnn_weights.SMALL, jnp.float32), jnp.float32
+  )
+  first, second = (
+    mask_rcnn.load_torch(w, template) for w in (weights, renamed)
+  )
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("name", ["small", "deep"])
+def test_detections_are_those_that_torchvision_gave_image_by_image(name):
+  case = {"small": mask_rcnn_weights.SMALL, "deep": mask_rcnn_weights.DEEP}[
+    name
+  ]
+  found = cases.detect(case)
+  for i, (height, width) in enumerate(case.sizes):
+    expected = {
+      entry: GOLDEN[f"{name}/{i}/{entry}"]
+      for entry in ("boxes", "scores", "labels", "masks")
+    }
+    valid = found.valid[i]
+    assert valid.sum() == len(expected["labels"]) >= 20
+    np.testing.assert_array_equal(found.labels[i][valid], expected["labels"])
+    boxes = found.boxes[i][valid]
+    np.testing.assert_allclose(boxes, expected["boxes"], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+      found.scores[i][valid], expected["scores"], rtol=0, atol=1e-10
+    )
+    pasted = mask_ops.paste_masks(found.masks[i][valid], boxes, height, width)
+    expected = np.unpackbits(expected["masks"], axis=-1, count=width)
+    np.testing.assert_array_equal(pasted, expected)
+    assert 0.005 < expected.mean() < 0.5
+
+
+def test_the_golden_file_is_what_torchvision_gives():
+  try:
+    from tests.oracles import torchvision_mask_rcnn
+  except (ImportError, RuntimeError):  # the latter of mismatched versions
+    pytest.skip("no working torchvision")
+  case = mask_rcnn_weights.SMALL
+  model = torchvision_mask_rcnn.build(case)
+  images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
+  for i, (height, width) in enumerate(sizes):
+    found = torchvision_mask_rcnn.detect(model, images[i, :height, :width])
+    masks = np.packbits(found.pop("masks") > 0.5, axis=-1)
+    np.testing.assert_array_equal(masks, GOLDEN[f"small/{i}/masks"])
+    for name, array in found.items():
+      np.testing.assert_allclose(array, GOLDEN[f"small/{i}/{name}"], atol=1e-9)
+
+
+def test_float32_finds_the_same_and_zeros_where_there_is_no_more():
+  case = mask_rcnn_weights.SMALL
+  with jax.numpy_dtype_promotion("standard"):
+    model = cases.make(case, jnp.float32, score_threshold=0.85)
+    images, sizes = mask_rcnn_weights.batch(case.sizes[:1], case.buffer)
+    variables = cases.variables(model, jnp.float32)
+    found = jax.device_get(jax.jit(model.apply)(variables, images, sizes))
+  scores = GOLDEN["small/0/scores"]
+  valid = found.valid[0]
+  count = (scores > 0.85).sum()
+  assert valid.sum() == count < case.num_detections
+  np.testing.assert_allclose(found.scores[0][valid], scores[:count], atol=5e-4)
+  np.testing.assert_allclose(
+    found.boxes[0][valid], GOLDEN["small/0/boxes"][:count], atol=2e-2
+  )
+  for leaf in (found.boxes, found.scores, found.labels, found.masks):
+    assert not leaf[0][~valid].any()
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"num_classes": 0}, "num_classes=0"),
+    ({"depth": 20}, "depth=20"),
+    ({"canvas": (800, 1333)}, r"canvas=\(800, 1333\).*multiples of 32"),
+    ({"anchor_sizes": ((32,), (64,))}, "anchor_sizes"),
+    ({"dtype": jnp.int32}, "dtype"),
+  ],
+)
+def test_other_settings_are_refused(settings, message):
+  with pytest.raises(errors.InputError, match=message):
+    mask_rcnn.make(**{"num_classes": 91} | settings)
+
+
+def test_weights_of_another_network_are_refused_with_names_and_shapes():
+  weights = cases.weights(18, 5)
+  with pytest.raises(errors.InputError) as caught:
+    mask_rcnn.load_torch(weights, full())
+  message = str(caught.value)
+  assert "165 missing (backbone.body.layer1.0.bn3.bias" in message
+  assert "backbone.body.layer1.0.conv1.weight is (64, 64, 3, 3)" in message
+
+
+def test_it_is_found_by_the_name_of_its_file():
+  assert models.get_model("mask_rcnn") is mask_rcnn
+  assert not {"rpn", "fpn", "roi_heads", "detector"} & set(models.list_models())
