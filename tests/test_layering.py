@@ -16,6 +16,7 @@ MODULES = sorted(
 # its own room. Every module may import pqf_jax.errors and runtime.files.
 ALLOWED = {
   "errors": (),
+  "registry": (),
   "runtime": (),
   "numerics": (),
   "core": ("numerics",),
@@ -27,10 +28,10 @@ ALLOWED = {
   "finetune": ("core",),
   "pack": ("core",),
   "compression": ("permute", "quantize", "core", "discovery"),
-  "models": ("core",),
-  "data": (),
+  "models": ("core", "registry"),
+  "data": ("registry",),
   "data.prepare": ("data", "runtime.progress"),
-  "tasks": ("data", "core", "models.mask_rcnn"),
+  "tasks": ("data", "core", "models.mask_rcnn", "registry"),
   "report": ("core",),
   "pipeline": ("",),
   "preflight": ("",),
