@@ -155,7 +155,8 @@ class Ours:
         kernels,
         is_leaf=lambda leaf: leaf is None,
       )
-      return loss_fn({"params": merged, "batch_stats": norms}, batch)
+      variables = {"params": merged, "batch_stats": norms}
+      return loss_fn(variables, batch, jax.random.key(0))
 
     params = self.variables["params"]
 

@@ -111,8 +111,14 @@ def training(*, epochs: int) -> ml_collections.ConfigDict:
   # If not 0, both learning rates are for batches of this size and grow in
   # proportion for larger ones (arXiv 1706.02677).
   settings.base_batch_size = 0
+  # 'adam', 'adamw' or 'sgd'. The rate rises from 0 during the warm-up, then
+  # falls along a cosine.
+  settings.optimizer = "adam"
   settings.learning_rate = 1e-3
   settings.final_learning_rate = 1e-6
+  settings.warmup_epochs = 0.0
+  settings.weight_decay = 0.0  # of 'adamw' and 'sgd'; spares norms and biases
+  settings.momentum = 0.0  # of 'sgd'
   return settings
 
 

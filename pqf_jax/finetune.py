@@ -1,36 +1,41 @@
-"""Stage 3: training the leaves that stay continuous; the codes are frozen."""
+"""Stage 3: trains codebooks and the other continuous leaves, not the codes."""
 
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax, sharding
 
+from pqf_jax import errors
 from pqf_jax.core import vq_array
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-LossFn = Callable[[PyTree, Batch], tuple[jax.Array, tuple[PyTree, Metrics]]]
-"""(variables, batch) -> (loss, (updated collections, metrics)).
+LossFn = Callable[
+  [PyTree, Batch, jax.Array], tuple[jax.Array, tuple[PyTree, Metrics]]
+]
+"""(variables, batch, key) -> (loss, (updated collections, metrics)).
 
-The updated collections, such as `{"batch_stats": ...}`, replace those of the
-variables after the step; `{}` where nothing of the kind exists."""
+The key is another one in every step, device and microbatch, for dropout and
+random samples. The updated collections, such as `{"batch_stats": ...}`, replace
+those of the variables after the step; `{}` where the network updates none."""
 
 
 class FinetuneState(NamedTuple):
-  """All that a training step changes.
+  """Everything that a training step changes.
 
   Attributes:
     step: int32 [], steps taken.
     trainable: codebooks, stem, norm scale and bias, biases; None elsewhere.
     frozen: codes and norm statistics; None elsewhere.
-    opt_state: of the optimizer, over `trainable` only.
+    opt_state: state of the optimizer, over `trainable` only.
   """
 
   step: jax.Array
@@ -39,7 +44,16 @@ class FinetuneState(NamedTuple):
   opt_state: optax.OptState
 
 
-Step = Callable[[FinetuneState, Batch], tuple[FinetuneState, Metrics]]
+class Step(Protocol):
+  """A jitted training step; `lower` compiles it ahead of time."""
+
+  def __call__(
+    self, state: FinetuneState, batch: Batch, /
+  ) -> tuple[FinetuneState, Metrics]:
+    """Returns the state after the step, and its metrics."""
+
+  def lower(self, state: Any, batch: Any, /) -> jax.stages.Lowered:
+    """Traces the step for arguments of these shapes."""
 
 
 def init_state(
@@ -47,13 +61,14 @@ def init_state(
   optimizer: optax.GradientTransformation,
   frozen: Sequence[str] = (),
 ) -> FinetuneState:
-  """The state before the first step.
+  """Builds the state before the first step.
 
   Args:
-    variables: with `VQArray`s, or dense (then every parameter is trained).
-    optimizer: of the step that will be taken.
-    frozen: patterns of the paths that stay as they are, besides codes and
-      statistics.
+    variables: a tree with `VQArray`s, or a dense one, of which every parameter
+      is trained.
+    optimizer: the one that the step will use.
+    frozen: patterns (full-match regex) of paths that no step changes, besides
+      codes and statistics.
   """
 
   def is_trainable(path: str, leaf: jax.Array) -> bool:
@@ -66,47 +81,165 @@ def init_state(
 
 
 def state_variables(state: FinetuneState) -> PyTree:
-  """The variable tree of a state, as `model.apply` takes it."""
+  """Returns the variable tree of a state, as `model.apply` takes it."""
   return vq_array.merge_trainable(state.trainable, state.frozen)
+
+
+class OptimizerSettings(NamedTuple):
+  """What `make_optimizer` builds an optimizer from.
+
+  Attributes:
+    name: 'adam', 'adamw' or 'sgd'.
+    learning_rate: at the end of the warm-up.
+    final_learning_rate: at step `num_steps` and after.
+    num_steps: steps of the whole schedule, warm-up included.
+    warmup_steps: steps in which the rate rises linearly from 0.
+    weight_decay: of kernels and codebooks, not of norms and biases.
+    momentum: of 'sgd'.
+  """
+
+  name: str
+  learning_rate: float
+  final_learning_rate: float
+  num_steps: int
+  warmup_steps: int = 0
+  weight_decay: float = 0.0
+  momentum: float = 0.0
+
+
+def make_optimizer(
+  settings: OptimizerSettings,
+) -> optax.GradientTransformation:
+  """Builds the optimizer that the settings describe.
+
+  The learning rate falls along a cosine, a step at a time (section 4.1 of arXiv
+  2010.15703). Weight decay leaves out leaves of fewer than two axes, which are
+  norms and biases; of a `VQArray` it decays the codebook.
+
+  Raises:
+    InputError: an unknown optimizer, a setting that it does not have, or a
+      value out of range.
+  """
+  _check_optimizer(settings)
+  schedule = _cosine(settings)
+  if settings.name == "adam":
+    return optax.adam(schedule)
+  if settings.name == "adamw":
+    return optax.adamw(
+      schedule, weight_decay=settings.weight_decay, mask=_decayed
+    )
+  return optax.chain(
+    optax.add_decayed_weights(settings.weight_decay, mask=_decayed),
+    optax.sgd(schedule, momentum=settings.momentum or None),
+  )
+
+
+# The settings of `OptimizerSettings` that each optimizer has beyond its rates.
+OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
+  "adam": (),
+  "adamw": ("weight_decay",),
+  "sgd": ("weight_decay", "momentum"),
+}
 
 
 def cosine_adam(
   *, learning_rate: float, final_learning_rate: float, num_steps: int
 ) -> optax.GradientTransformation:
-  """Adam with a cosine schedule per step (section 4.1 of arXiv 2010.15703).
+  """Builds the paper's optimizer: Adam, the rate falling along a cosine.
 
   Args:
     learning_rate: at step 0.
     final_learning_rate: at step `num_steps` and after.
     num_steps: length of the schedule.
+
+  Raises:
+    InputError: a rate out of range.
   """
-  schedule = optax.cosine_decay_schedule(
-    learning_rate, num_steps, alpha=final_learning_rate / learning_rate
+  return make_optimizer(
+    OptimizerSettings("adam", learning_rate, final_learning_rate, num_steps)
   )
-  return optax.adam(schedule)
+
+
+def _check_optimizer(settings: OptimizerSettings) -> None:
+  name = settings.name
+  if name not in OPTIMIZERS:
+    raise errors.InputError(
+      f"optimizer is {name!r}; it must be one of {tuple(OPTIMIZERS)}"
+    )
+  for setting in ("weight_decay", "momentum"):
+    value = getattr(settings, setting)
+    if value and setting not in OPTIMIZERS[name]:
+      having = [n for n, known in OPTIMIZERS.items() if setting in known]
+      raise errors.InputError(
+        f"optimizer {name!r} has no {setting}, which is {value:g}; set it to 0 "
+        f"or choose {' or '.join(map(repr, having))}"
+      )
+    if not 0 <= value < 1:
+      raise errors.InputError(f"{setting} is {value:g}; give 0 <= value < 1")
+  first, last = settings.learning_rate, settings.final_learning_rate
+  if not 0 < first < float("inf") or not 0 <= last <= first:
+    raise errors.InputError(
+      f"learning_rate is {first:g} and final_learning_rate {last:g}; the first "
+      "must be positive and the last not above it"
+    )
+  if not 0 <= settings.warmup_steps < max(1, settings.num_steps):
+    raise errors.InputError(
+      f"the warm-up takes {settings.warmup_steps} of {settings.num_steps} "
+      "steps; it must end before the training does"
+    )
+
+
+def _cosine(settings: OptimizerSettings) -> optax.Schedule:
+  if settings.warmup_steps:
+    return optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=settings.learning_rate,
+      warmup_steps=settings.warmup_steps,
+      decay_steps=settings.num_steps,
+      end_value=settings.final_learning_rate,
+    )
+  return optax.cosine_decay_schedule(
+    settings.learning_rate,
+    settings.num_steps,
+    alpha=settings.final_learning_rate / settings.learning_rate,
+  )
+
+
+def _decayed(trainable: PyTree) -> PyTree:
+  """Marks the leaves that weight decay applies to."""
+  return jax.tree.map(lambda leaf: leaf.ndim > 1, trainable)
 
 
 def make_finetune_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
   *,
+  key: jax.Array | None = None,
   mesh: sharding.Mesh | None = None,
   microbatches: int = 1,
+  after_update: Callable[[FinetuneState], FinetuneState] | None = None,
 ) -> Step:
-  """Makes the jitted step of equation 9 of arXiv 2010.15703.
+  """Builds the jitted step of equation 9 of arXiv 2010.15703.
 
   Args:
     loss_fn: see `LossFn`.
     optimizer: any optax transformation.
+    key: random number generator key of all steps: `loss_fn` gets one that is
+      derived from it, the step, the device and the microbatch. None: the key of
+      seed 0.
     mesh: devices that share every batch along the mesh's one axis. `loss_fn`
       then sees the rows of one device under `jax.shard_map`, and the step
-      follows the mean of what all of them give; what depends on the whole
-      batch, such as a norm's statistics, has to use the axis itself. The
-      gradient of a codebook is summed on each device, and only then sent.
-      None: `loss_fn` sees the whole batch; if it is spread over devices, they
-      exchange gradients of the dense kernels.
-    microbatches: the rows of a device are taken in so many parts, one after the
-      other, of which the step follows the mean: less memory for activations.
+      follows the mean over all devices; what depends on the whole batch, such
+      as a norm's statistics, has to use the axis itself. The gradient of a
+      codebook is summed on each device, and only then sent. None: `loss_fn`
+      sees the whole batch; if it is spread over devices, they exchange
+      gradients of the dense kernels.
+    microbatches: parts into which a device cuts its rows; it takes them one
+      after the other and the step follows their mean: less memory for
+      activations.
+    after_update: a pure function of the state that ends every step, inside the
+      jitted program. It may replace any leaf by one of the same shape and type,
+      frozen ones and codes included: re-assignment, averages of weights.
 
   Returns:
     step(state, batch) -> (state, metrics); the state's buffers are donated.
@@ -115,10 +248,18 @@ def make_finetune_step(
   learn = functools.partial(_mean_of_parts, loss_fn, microbatches)
   if mesh is not None:
     learn = _mean_of_devices(learn, mesh)
+  first_key = jax.random.key(0) if key is None else key
+  # Bits on the host, since an array of one process cannot enter a program of
+  # several.
+  bits = np.asarray(jax.random.key_data(first_key))
+  kind = jax.random.key_impl(first_key)
 
   def step(state: FinetuneState, batch: Batch) -> tuple[FinetuneState, Metrics]:
     gradients, collections, metrics = learn(
-      state.trainable, state.frozen, batch
+      state.trainable,
+      state.frozen,
+      batch,
+      jax.random.fold_in(jax.random.wrap_key_data(bits, impl=kind), state.step),
     )
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.trainable
@@ -126,9 +267,13 @@ def make_finetune_step(
     trainable = optax.apply_updates(state.trainable, updates)
     frozen = {**state.frozen, **collections}
     new_state = FinetuneState(state.step + 1, trainable, frozen, opt_state)
-    return new_state, metrics
+    return (after_update or _unchanged)(new_state), metrics
 
   return jax.jit(step, donate_argnums=0)
+
+
+def _unchanged(state: FinetuneState) -> FinetuneState:
+  return state
 
 
 Learned = tuple[PyTree, PyTree, Metrics]
@@ -136,15 +281,19 @@ Learned = tuple[PyTree, PyTree, Metrics]
 
 
 def _learn(
-  loss_fn: LossFn, trainable: PyTree, frozen: PyTree, batch: Batch
+  loss_fn: LossFn,
+  trainable: PyTree,
+  frozen: PyTree,
+  batch: Batch,
+  key: jax.Array,
 ) -> Learned:
   def loss_of(trainable: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
     variables = vq_array.merge_trainable(trainable, frozen)
-    loss, (collections, metrics) = loss_fn(variables, batch)
+    loss, (collections, metrics) = loss_fn(variables, batch, key)
     return loss, (collections, {"loss": loss, **metrics})
 
-  gradients, told = jax.grad(loss_of, has_aux=True)(trainable)
-  return gradients, *told
+  gradients, (collections, metrics) = jax.grad(loss_of, has_aux=True)(trainable)
+  return gradients, collections, metrics
 
 
 def _mean_of_parts(
@@ -153,19 +302,23 @@ def _mean_of_parts(
   trainable: PyTree,
   frozen: PyTree,
   batch: Batch,
+  key: jax.Array,
 ) -> Learned:
-  """What is learned of each part of the rows, one after the other."""
+  """Returns the mean over the parts of the rows, taken one after the other."""
   learn = functools.partial(_learn, loss_fn, trainable, frozen)
   if microbatches == 1:  # a loop of one would take longer to compile
-    return learn(batch)
+    return learn(batch, key)
   parts = jax.tree.map(
     lambda rows: rows.reshape(microbatches, -1, *rows.shape[1:]), batch
   )
-  shapes = jax.eval_shape(learn, jax.tree.map(lambda rows: rows[0], parts))
+  keys = jax.random.split(key, microbatches)
+  shapes = jax.eval_shape(
+    learn, jax.tree.map(lambda rows: rows[0], parts), keys[0]
+  )
   sums, _ = lax.scan(
-    lambda sums, part: (jax.tree.map(jnp.add, sums, learn(part)), None),
+    lambda sums, part: (jax.tree.map(jnp.add, sums, learn(*part)), None),
     jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
-    parts,
+    (parts, keys),
   )
   return jax.tree.map(lambda total: total / microbatches, sums)
 
@@ -173,13 +326,20 @@ def _mean_of_parts(
 def _mean_of_devices(
   learn: Callable[..., Learned], mesh: sharding.Mesh
 ) -> Callable[..., Learned]:
-  """What is learned by each device of its rows, exchanged all at once."""
+  """Returns `learn` over the rows of all devices, exchanged all at once."""
   axis = tuple(mesh.axis_names)
   whole, rows = sharding.PartitionSpec(), sharding.PartitionSpec(axis)
+
+  def learn_share(
+    trainable: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+  ) -> Learned:
+    key = jax.random.fold_in(key, lax.axis_index(axis))
+    return lax.pmean(learn(trainable, frozen, batch, key), axis)
+
   return jax.shard_map(
-    lambda *shares: lax.pmean(learn(*shares), axis),
+    learn_share,
     mesh=mesh,
-    in_specs=(whole, whole, rows),
+    in_specs=(whole, whole, rows, whole),
     out_specs=whole,
     # It would ask the loops of every network to tell what varies.
     check_vma=False,

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from pqf_jax import finetune
+from pqf_jax import errors, finetune
 from pqf_jax.core import blocks, vq_array
 
 
@@ -29,7 +29,8 @@ def _variables():
   }
 
 
-def _loss(variables, batch):
+def _loss(variables, batch, key):
+  del key
   fc = variables["params"]["fc"]
   outputs = batch["x"] @ fc["kernel"].decode() + fc["bias"][None]
   mean = variables["batch_stats"]["bn"]["mean"]
@@ -126,3 +127,119 @@ def test_the_schedule_goes_from_the_first_rate_to_the_last():
     rates.append(-float(update[0]))
   expected = 1e-6 + (1e-3 - 1e-6) * (1 + np.cos(np.pi * np.arange(11) / 10)) / 2
   np.testing.assert_allclose(rates, expected, rtol=1e-3)
+
+
+def test_the_loss_gets_another_key_in_every_step_and_part():
+  def loss(variables, batch, key):
+    value, (updated, _) = _loss(variables, batch, key)
+    drawn = jax.random.uniform(key)
+    return value, (updated, {"mean": drawn, "square": jnp.square(drawn)})
+
+  optimizer = optax.sgd(0.1)
+
+  def draws(microbatches, seed=0):
+    step = finetune.make_finetune_step(
+      loss, optimizer, key=jax.random.key(seed), microbatches=microbatches
+    )
+    state = finetune.init_state(_variables(), optimizer)
+    drawn = []
+    for _ in range(3):
+      state, metrics = step(state, BATCH)
+      drawn.append((float(metrics["mean"]), float(metrics["square"])))
+    return drawn
+
+  one = draws(1)
+  assert len(set(one)) == 3
+  assert one == draws(1) and one != draws(1, seed=1)
+  for mean, square in draws(4):
+    assert square - mean**2 > 1e-4, "all parts drew the same"
+
+
+def test_a_hook_after_the_update_may_replace_codes():
+  optimizer = optax.sgd(0.1)
+
+  def rotate(state):
+    variables = finetune.state_variables(state)
+    node = variables["params"]["fc"]["kernel"]
+    moved = {"fc": {"kernel": node.replace(codes=(node.codes + 1) % 4)}}
+    _, frozen = vq_array.split_trainable({"params": moved})
+    codes = frozen["params"]["fc"]["kernel"]
+    params = {"fc": {**state.frozen["params"]["fc"], "kernel": codes}}
+    return state._replace(frozen={**state.frozen, "params": params})
+
+  def after(hook):
+    step = finetune.make_finetune_step(_loss, optimizer, after_update=hook)
+    state = finetune.init_state(_variables(), optimizer)
+    for _ in range(2):
+      state, _ = step(state, BATCH)
+    return finetune.state_variables(state)["params"]["fc"]["kernel"]
+
+  plain, moved = after(None), after(rotate)
+  np.testing.assert_array_equal(moved.codes, (plain.codes + 2) % 4)
+  assert not np.allclose(moved.codebook, plain.codebook)
+
+
+SETTINGS = finetune.OptimizerSettings("adam", 1e-2, 1e-4, 20)
+
+
+def _updates(settings, num_steps, params):
+  """Updates of a constant gradient of ones."""
+  optimizer = finetune.make_optimizer(settings)
+  state, updates = optimizer.init(params), []
+  for _ in range(num_steps):
+    gradient = jax.tree.map(jnp.ones_like, params)
+    update, state = optimizer.update(gradient, state, params)
+    updates.append(jax.tree.map(np.asarray, update))
+  return updates
+
+
+def test_a_warm_up_rises_from_zero_to_the_rate():
+  settings = SETTINGS._replace(warmup_steps=4)
+  updates = _updates(settings, 6, jnp.ones(1))
+  rates = [-float(update[0]) for update in updates]
+  np.testing.assert_allclose(
+    rates[:5], [0, 2.5e-3, 5e-3, 7.5e-3, 1e-2], rtol=1e-3, atol=1e-8
+  )
+  assert rates[5] < rates[4]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_spares_norms_and_biases(name):
+  params = {"codebook": jnp.full((4, 2), 3.0), "bias": jnp.full(3, 3.0)}
+  decayed, plain = (
+    _updates(SETTINGS._replace(name=name, weight_decay=decay), 1, params)[0]
+    for decay in (0.5, 0.0)
+  )
+  np.testing.assert_allclose(decayed["bias"], plain["bias"])
+  # The decay of a step is rate * decay * weight.
+  np.testing.assert_allclose(
+    decayed["codebook"] - plain["codebook"], -1e-2 * 0.5 * 3, rtol=1e-5
+  )
+
+
+def test_momentum_adds_up_the_gradients():
+  settings = SETTINGS._replace(
+    name="sgd", momentum=0.5, final_learning_rate=1e-2
+  )
+  updates = _updates(settings, 3, jnp.ones(1))
+  found = [-float(update[0]) for update in updates]
+  np.testing.assert_allclose(found, [1e-2, 1.5e-2, 1.75e-2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"name": "lion"}, "'lion'; it must be one of"),
+    ({"weight_decay": 0.1}, "'adam' has no weight_decay.*'adamw' or 'sgd'"),
+    ({"name": "adamw", "momentum": 0.9}, "'adamw' has no momentum.*'sgd'"),
+    ({"name": "sgd", "momentum": 1.0}, "momentum is 1;"),
+    ({"name": "sgd", "weight_decay": -1.0}, "weight_decay is -1;"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ({"final_learning_rate": 1.0}, "final_learning_rate 1;"),
+    ({"warmup_steps": 20}, "takes 20 of 20 steps"),
+    ({"warmup_steps": -1}, "takes -1 of 20 steps"),
+  ],
+)
+def test_an_optimizer_that_cannot_be_built_is_refused(changed, message):
+  with pytest.raises(errors.InputError, match=message):
+    finetune.make_optimizer(SETTINGS._replace(**changed))

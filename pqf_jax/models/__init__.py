@@ -1,51 +1,58 @@
-"""Networks, one file an architecture, found by the name of the file.
+"""Networks, one module an architecture, found by the name of the module.
 
-A model is a module with two functions:
-
-    make(**settings) -> flax.linen.Module
-    load_torch(state_dict, template) -> variables
+A module here is a model (`contract.Model`) unless `_PARTS` names it. Models
+from outside of this package join by `register` or by an entry point of the
+group `pqf_jax.models`.
 """
 
-import difflib
-import importlib
 import pkgutil
-import types
+from typing import Any
 
-from pqf_jax import errors
+from pqf_jax import errors, registry
+from pqf_jax.models.contract import Model as Model
+
+_PARTS = ("authors_files", "contract", "layers", "torch_names")
+_REGISTRY = registry.Registry(
+  "model",
+  {
+    entry.name: f"{__name__}.{entry.name}"
+    for entry in pkgutil.iter_modules(__path__)
+    if entry.name not in _PARTS
+  },
+  entry_points="pqf_jax.models",
+)
 
 
-def list_models() -> list[str]:
-  """Names of the modules of this package that are models, in order."""
-  names = sorted(entry.name for entry in pkgutil.iter_modules(__path__))
-  return [name for name in names if _is_model(_import(name))]
+def register(name: str, model: Model | str) -> None:
+  """Adds a model, or the 'package.module' to import it from.
+
+  Raises:
+    InputError: another model has the name.
+  """
+  _REGISTRY.register(name, model)
 
 
-def get_model(name: str) -> types.ModuleType:
-  """The module `pqf_jax.models.<name>`.
+def get_model(name: str) -> Any:
+  """Returns the model that `config.model.name` names.
 
   Args:
     name: as listed by `list_models`, such as 'resnet'.
 
   Returns:
-    The module, whose `make` builds the network and whose `load_torch` maps
-    weights with torch's names to its variables. Where torch's layout differs
-    in more than names, `arrange` brings a state dict into the common one.
+    A `contract.Model`, which may have optional members.
 
   Raises:
-    InputError: there is no such model; the message lists those that exist.
+    InputError: there is no such model, or it cannot make a network.
   """
-  if name not in (known := list_models()):
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+  model = _REGISTRY.get(name)
+  if not hasattr(model, "make"):
     raise errors.InputError(
-      f"no model is named {name!r}: {hint}there are {', '.join(known)}"
+      f"model {name!r} has no function make(**settings); see "
+      "pqf_jax.models.contract"
     )
-  return _import(name)
+  return model
 
 
-def _import(name: str) -> types.ModuleType:
-  return importlib.import_module(f"{__name__}.{name}")
-
-
-def _is_model(module: types.ModuleType) -> bool:
-  return hasattr(module, "make") and hasattr(module, "load_torch")
+def list_models() -> list[str]:
+  """Returns the names of all models in alphabetical order."""
+  return _REGISTRY.names()

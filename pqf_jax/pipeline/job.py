@@ -1,4 +1,4 @@
-"""What the stages of one run share, resolved and checked before any work."""
+"""Resolves and checks what the stages of one run share, before any work."""
 
 import time
 import zlib
@@ -7,19 +7,23 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from flax import linen as nn
 
-from pqf_jax import errors, models, pack, report
+from pqf_jax import errors, finetune, models, pack, report, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
+from pqf_jax.models import contract
 from pqf_jax.permutation import search
-from pqf_jax.pipeline import summary, tasks, weights, workspace
+from pqf_jax.pipeline import summary, training, weights, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
 Record = checkpoint.Record
+# The values of `config.dtype`; float16 would need its losses scaled.
+DTYPES = ("float32", "bfloat16")
 # The stages that train; a config has settings of each.
 TRAININGS = ("train", "finetune")
-# What `config.permute.search` may name.
+# The values of `config.permute.search`.
 SEARCHES = {
   "assignment": search.search_permutation,
   "paper": search.search_like_authors,
@@ -32,29 +36,37 @@ class Job(NamedTuple):
 
   Attributes:
     config: the recipe.
-    files: of this run.
-    module: the Flax module.
+    files: the workdir of this run.
+    network: the Flax module.
     template: its dense variables, as shapes.
     plan: what is compressed, and how.
     weights: dense variables read from `config.weights`, or None where the
       network is trained first.
     backbone: {path: variable} that stage 0 begins with.
-    task: its data, loss and evaluation.
+    task: loss, metrics and sample of the network.
+    loaded: the task on the data of the config.
   """
 
   config: ml_collections.ConfigDict
   files: workspace.Workspace
-  module: Any
+  network: nn.Module
   template: PyTree
   plan: plans.CompressionPlan
   weights: PyTree | None
   backbone: dict[str, Any]
   task: tasks.Task
+  loaded: tasks.LoadedTask
 
   def key(self, stage: str) -> jax.Array:
-    """The stage's own random key, whatever ran before."""
+    """Returns the stage's own random key, whatever ran before."""
     key = jax.random.key(self.config.seed)
     return jax.random.fold_in(key, zlib.crc32(stage.encode()))
+
+  def evaluated(
+    self, variables: PyTree, **record: Any
+  ) -> tuple[PyTree, Record]:
+    """Returns the variables, and the record with their evaluation."""
+    return variables, record | {"evaluation": self.loaded.evaluate(variables)}
 
   def run(
     self,
@@ -62,7 +74,7 @@ class Job(NamedTuple):
     target: PyTree,
     compute: Callable[[], tuple[PyTree, Record]],
   ) -> tuple[PyTree, Record]:
-    """A stage from its checkpoint, or computed, timed and saved."""
+    """Restores a stage from its checkpoint, or computes, times and saves it."""
 
     def timed() -> tuple[PyTree, Record]:
       start = time.perf_counter()
@@ -76,17 +88,25 @@ class Job(NamedTuple):
 def prepare(
   config: ml_collections.ConfigDict, files: workspace.Workspace
 ) -> Job:
-  """Resolves everything that can be refused before any long work."""
-  check_choice("task", config.task, tasks.TASKS)
+  """Resolves everything that can be refused before any long work.
+
+  Raises:
+    InputError: see the functions that it calls.
+  """
+  task = tasks.get(config.task)
+  task.check_settings(config)
   check_choice("pack", config.pack, ("last", "best"))
   check_choice("permute.search", config.permute.search, SEARCHES)
-  module, template = build_model(config)
+  stages = [stage for stage in TRAININGS if config[stage].epochs]
+  check_batches(config, stages)
+  network, template = build_network(config)
+  task.check_network(config, network, template, num_devices=jax.device_count())
   plan = make_plan(config, template)
   print_plan(plan, template)
   variables = None
   if config.weights:
-    stored = read_weights(config, module, template)
-    variables = vq_array.decode_params(stored)  # of a file packed before
+    stored = read_weights(config, network, template)
+    variables = vq_array.decode_params(stored)  # it may be compressed already
   elif not config.train.epochs:
     raise errors.InputError(
       "nothing to compress: give --config.weights=FILE.safetensors, or train "
@@ -97,11 +117,20 @@ def prepare(
     if config.backbone
     else {}
   )
-  check_batches(config, [s for s in TRAININGS if config[s].epochs])
-  task = tasks.load(config, module)
-  _check_training(config, task.num_train)
+  loaded = task.load(config, network)
+  check_training(config, stages, loaded.num_train)
   files.claim()
-  return Job(config, files, module, template, plan, variables, backbone, task)
+  return Job(
+    config,
+    files,
+    network,
+    template,
+    plan,
+    variables,
+    backbone,
+    task,
+    loaded,
+  )
 
 
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
@@ -116,29 +145,40 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     )
 
 
-def _check_training(config: ml_collections.ConfigDict, num_images: int) -> None:
-  if not 0 <= config.distillation <= 1:
-    raise errors.InputError(
-      f"config.distillation is {config.distillation:g}; it is a share, 0 to 1"
-    )
-  for stage in TRAININGS:
+def check_training(
+  config: ml_collections.ConfigDict, stages: Iterable[str], num_train: int
+) -> None:
+  """Refuses a training that cannot be run on so many images.
+
+  Args:
+    config: the recipe.
+    stages: those of 'train' and 'finetune' that will run.
+    num_train: training images.
+
+  Raises:
+    InputError: names the setting, its value and those that fit.
+  """
+  for stage in stages:
     settings = config[stage]
-    if settings.epochs and not 0 < settings.batch_size <= num_images:
+    if not 0 < settings.batch_size <= num_train:
       raise errors.InputError(
         f"config.{stage}.batch_size is {settings.batch_size}, but there are "
-        f"{num_images} training images; choose 1 to {num_images}"
+        f"{num_train} training images; choose 1 to {num_train}"
       )
     if settings.evaluation_epochs < 1:
       raise errors.InputError(
         f"config.{stage}.evaluation_epochs is {settings.evaluation_epochs}; "
         "give 1 to evaluate after every epoch, N after every N-th"
       )
-    rates = settings.learning_rate, settings.final_learning_rate
-    if not rates[0] >= rates[1] >= 0 or not rates[0]:
-      raise errors.InputError(
-        f"config.{stage} has learning rates {rates[0]:g} to {rates[1]:g}; the "
-        "first must be positive and the last not above it"
-      )
+    schedule = training.make_schedule(
+      settings,
+      num_train=num_train,
+      checkpoint_steps=config.checkpoint_steps,
+    )
+    try:
+      finetune.make_optimizer(schedule.optimizer_settings)
+    except errors.InputError as error:
+      raise errors.InputError(f"config.{stage}: {error}") from error
 
 
 def check_batches(
@@ -157,8 +197,8 @@ def check_batches(
   Raises:
     InputError: names the setting, and of batches the nearest that fit.
   """
-  check_choice("norm_statistics", config.norm_statistics, tasks.NORM_AXES)
-  check_choice("dtype", config.dtype, tasks.DTYPES)
+  check_choice("norm_statistics", config.norm_statistics, ("batch", "device"))
+  check_choice("dtype", config.dtype, DTYPES)
   count = jax.device_count() if num_devices is None else num_devices
   distributed.check_divides(
     "config.eval_batch_size", config.eval_batch_size, count
@@ -177,36 +217,45 @@ def check_batches(
     )
 
 
-def build_model(config: ml_collections.ConfigDict) -> tuple[Any, PyTree]:
-  """(module, its variables as shapes)."""
+def build_network(
+  config: ml_collections.ConfigDict,
+) -> tuple[nn.Module, PyTree]:
+  """Returns the network of the config, and its variables as shapes.
+
+  Raises:
+    InputError: no such model, or a network whose norms cannot be folded.
+  """
   arguments = dict(config.model)
-  module = models.get_model(arguments.pop("name")).make(**arguments)
-  sample = tasks.sample(config)
-  return module, jax.eval_shape(module.init, jax.random.key(0), *sample)
+  name = arguments.pop("name")
+  network = models.get_model(name).make(**arguments)
+  sample = tasks.get(config.task).sample(config)
+  template = jax.eval_shape(network.init, jax.random.key(0), *sample)
+  contract.check_norms(name, network, template)
+  return network, template
 
 
 def read_weights(
-  config: ml_collections.ConfigDict, module: Any, template: PyTree
+  config: ml_collections.ConfigDict, network: nn.Module, template: PyTree
 ) -> PyTree:
-  """The variables in `config.weights`, compressed or dense."""
+  """Reads the variables in `config.weights`, compressed or dense."""
   return weights.read(
     config.weights,
     config.model.name,
     template,
-    norm_epsilon=module.norm_epsilon,
+    norm_epsilon=contract.norm_epsilon(network),
   )
 
 
 def write_packed(
   config: ml_collections.ConfigDict,
-  module: Any,
+  network: nn.Module,
   files: workspace.Workspace,
   variables: PyTree,
 ) -> pack.PackedModel:
   """Packs the variables into the run's file, which all processes then see."""
   packed = pack.pack_model(
     variables,
-    norm_epsilon=module.norm_epsilon,
+    norm_epsilon=contract.norm_epsilon(network),
     architecture=dict(config.model),
   )
   if distributed.is_lead():
@@ -218,7 +267,7 @@ def write_packed(
 def make_plan(
   config: ml_collections.ConfigDict, template: PyTree
 ) -> plans.CompressionPlan:
-  """The plan of the config's rules."""
+  """Makes the plan of the config's rules."""
   rules = [plans.Rule(*rule) for rule in config.rules]
   return plans.make_plan(rules, template)
 
@@ -226,7 +275,7 @@ def make_plan(
 def print_plan(
   plan: plans.CompressionPlan, template: PyTree
 ) -> plans.SizeReport:
-  """Shows what will be done and how large the result will be."""
+  """Shows what will be compressed and how large the file will be."""
   size = plans.predict_size(plan, template)
   progress.show(report.plan_table(summary.plan_rows(size)))
   return size

@@ -1,8 +1,7 @@
 """Runs the stages in order: load or train, permute, quantize, fine-tune, pack.
 
-With `job`, the only module that knows all others. Every stage is restored from
-its checkpoint if an earlier run finished it, so the same command goes on where
-it stopped.
+Every stage is restored from its checkpoint if an earlier run finished it, so
+the same command goes on where it stopped.
 """
 
 import time
@@ -17,7 +16,7 @@ from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import summary, tasks, training, workspace
+from pqf_jax.pipeline import summary, training, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -25,7 +24,7 @@ Staged = tuple[PyTree, checkpoint.Record]
 
 
 def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
-  """The whole job, from wherever an earlier run of it stopped."""
+  """Runs the whole job, from wherever an earlier run of it stopped."""
   files = workspace.Workspace(workdir or f"runs/{config.name}", config)
   results = files.results()
   if results:
@@ -47,14 +46,14 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 
 def dense_stage(job: jobs.Job) -> Staged:
-  """The trained network: read from a file, or trained here."""
+  """Returns the trained network: read from a file, or trained here."""
 
   def take() -> Staged:
-    return job.weights, job.task.evaluate(job.weights)
+    return job.evaluated(job.weights)
 
   def train() -> Staged:
-    sample = tasks.sample(job.config)
-    variables = jax.jit(job.module.init)(job.key("init"), *sample)
+    sample = job.task.sample(job.config)
+    variables = jax.jit(job.network.init)(job.key("init"), *sample)
     variables = trees.replace(variables, job.backbone)
     fitted, record = fit(job, "train", variables, job.config.train)
     return fitted.last, record
@@ -67,12 +66,12 @@ def dense_stage(job: jobs.Job) -> Staged:
 
 
 def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
-  """The same function with its channels in a better order."""
+  """Reorders the channels; the function stays the same."""
   settings = job.config.permute
 
   def compute() -> Staged:
     axes = discover.discover_channels(
-      job.module.apply, dense, *tasks.sample(job.config)
+      job.network.apply, dense, *job.task.sample(job.config)
     )
     num_groups = len(channels.group_sizes(dense, axes))
     with progress.track("permute", num_groups, unit="groups") as bar:
@@ -87,21 +86,22 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         gather=distributed.merge,
         on_group=lambda group: bar.advance(),
       )
-    record = {
-      "groups": [group._asdict() for group in groups],
-      "permutations": {
+    rows = [group._asdict() for group in groups]
+    progress.show(report.permutation_table(rows))
+    return job.evaluated(
+      variables,
+      groups=rows,
+      permutations={
         group: permutation.tolist()
         for group, permutation in permutations.items()
       },
-    }
-    progress.show(report.permutation_table(record["groups"]))
-    return variables, record | job.task.evaluate(variables)
+    )
 
   return job.run("permute", job.template, compute)
 
 
 def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
-  """Codebooks and codes."""
+  """Replaces the planned kernels by codebooks and codes."""
   target = plans.compressed_shapes(job.plan, job.template)
   target_nodes = trees.flatten(target, vq_array.is_vq)
 
@@ -123,14 +123,13 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
     distortion = distributed.merge(
       {path: layer.distortion for path, layer in layers.items()}
     )
-    variables = trees.replace(permuted, nodes)
-    return variables, {"distortion": distortion} | job.task.evaluate(variables)
+    return job.evaluated(trees.replace(permuted, nodes), distortion=distortion)
 
   return job.run("quantize", target, compute)
 
 
 def finetune_stage(job: jobs.Job, dense: PyTree, quantized: PyTree) -> Staged:
-  """Trained codebooks, norms and biases."""
+  """Trains codebooks, norms and biases."""
 
   def compute() -> Staged:
     teacher = dense if job.config.distillation else None
@@ -148,27 +147,28 @@ def fit(
   settings: ml_collections.ConfigDict,
   teacher: PyTree | None = None,
 ) -> tuple[training.Fitted, checkpoint.Record]:
-  """`training.fit` with the settings of a config; no epochs, no change."""
+  """Runs `training.fit` with the settings of a config; 0 epochs do nothing."""
+  task = job.loaded
   if not settings.epochs:
-    return training.Fitted(variables, variables), job.task.evaluate(variables)
-  task = job.task
-  schedule = training.Schedule(
-    steps_per_epoch=task.num_train // settings.batch_size,
+    _, record = job.evaluated(variables)
+    return training.Fitted(variables, variables), record
+  schedule = training.make_schedule(
+    settings,
+    num_train=task.num_train,
     checkpoint_steps=job.config.checkpoint_steps,
-    **settings,
   )
 
   def batches(first_step: int) -> Iterator[Any]:
     job.files.resume_log(stage, first_step + 1)
-    found = task.train_batches(
+    global_batches = task.train_batches(
       batch_size=settings.batch_size,
       seed=job.config.seed,
       start_step=first_step,
       num_steps=schedule.num_steps - first_step,
     )
     if teacher is None:
-      return found
-    return map(task.make_teacher(teacher), found)
+      return global_batches
+    return map(task.make_teacher(teacher), global_batches)
 
   share = 0.0 if teacher is None else job.config.distillation
   return training.fit(
@@ -178,7 +178,8 @@ def fit(
     loss_fn=task.make_loss(share),
     batches=batches,
     evaluate=task.evaluate,
-    metric=task.metric,
+    metric=next(iter(job.task.metrics)),
+    key=job.key(f"{stage} steps"),
     frozen=job.config.frozen,
     checkpoints=job.files.checkpoints,
     on_metrics=job.files.log,
@@ -191,19 +192,23 @@ def finish(
   variables: PyTree,
   records: dict[str, checkpoint.Record],
 ) -> None:
-  """Packs, checks the file by evaluating it, and writes what came out."""
+  """Packs, evaluates the packed file, and writes results and report."""
   start = time.perf_counter()
   files = job.files
-  packed = jobs.write_packed(job.config, job.module, files, variables)
-  loaded = pack.load(files.packed_file)
-  accuracy = job.task.evaluate(loaded)
-  records["packed"] = accuracy | {"seconds": time.perf_counter() - start}
+  packed = jobs.write_packed(job.config, job.network, files, variables)
+  loaded, record = job.evaluated(pack.load(files.packed_file))
+  records["packed"] = record | {"seconds": time.perf_counter() - start}
   size = plans.predict_size(job.plan, job.template)
   results = summary.results(
-    job.config, size, packed.payload_bytes, files.packed_file, records
+    job.config,
+    job.task.metrics,
+    size,
+    packed.payload_bytes,
+    files.packed_file,
+    records,
   )
   if distributed.is_lead():
-    pictures = job.task.pictures({"dense": dense, "compressed": loaded})
+    pictures = job.loaded.pictures({"dense": dense, "compressed": loaded})
     write_report(job, size, records, results, pictures)
   files.write_results(results)
   files.close()
@@ -218,14 +223,14 @@ def write_report(
   results: dict[str, Any],
   pictures: list[bytes],
 ) -> None:
-  """report.html."""
+  """Writes report.html."""
   report.write_html(
     job.files.report_file,
     results,
     config=job.config.to_dict(),
     plan_rows=summary.plan_rows(size),
     layers=summary.layer_rows(size, records["quantized"]["distortion"]),
-    # Of the others no order changes a sub-vector.
+    # No order changes the sub-vectors of the other groups.
     groups=[row for row in records["permuted"]["groups"] if row["children"]],
     history=job.files.history(),
     pictures=pictures,

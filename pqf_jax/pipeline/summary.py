@@ -1,4 +1,4 @@
-"""The figures of a run as plain data, for results.json and the report."""
+"""Converts the figures of a run to plain data, for results.json and report."""
 
 import datetime
 import shlex
@@ -10,7 +10,6 @@ import jax
 import ml_collections
 from etils import epath
 
-from pqf_jax import report
 from pqf_jax.core import plan as plans
 from pqf_jax.runtime import checkpoint
 
@@ -18,7 +17,7 @@ Rows = list[dict[str, Any]]
 
 
 def plan_rows(size: plans.SizeReport) -> Rows:
-  """One row a stored variable; see `report.schema.PlanRow`."""
+  """Builds one row a stored variable; see `report.schema.PlanRow`."""
   return [
     {
       "path": layer.path,
@@ -35,7 +34,7 @@ def plan_rows(size: plans.SizeReport) -> Rows:
 
 
 def layer_rows(size: plans.SizeReport, distortion: Mapping[str, float]) -> Rows:
-  """One row a compressed kernel; see `report.schema.LayerRow`."""
+  """Builds one row a compressed kernel; see `report.schema.LayerRow`."""
   return [
     {
       "path": layer.path,
@@ -50,24 +49,28 @@ def layer_rows(size: plans.SizeReport, distortion: Mapping[str, float]) -> Rows:
 
 def results(
   config: ml_collections.ConfigDict,
+  metrics: Mapping[str, str],
   size: plans.SizeReport,
   payload_bytes: int,
   packed_file: epath.Path,
   records: Mapping[str, checkpoint.Record],
 ) -> dict[str, Any]:
-  """results.json; see `report.schema.Results`.
+  """Builds results.json; see `report.schema.Results`.
 
   Args:
     config: of the run.
+    metrics: of the task, {name: label}.
     size: predicted by the plan.
     payload_bytes: counted on the packed buffers.
-    packed_file: whose bytes on disk give the ratio.
-    records: {stage: accuracy and seconds}; 'packed' is the file, evaluated.
+    packed_file: its size on disk gives the ratio.
+    records: {stage: record with 'evaluation' and 'seconds'}; 'packed' is the
+      evaluation of the file.
   """
-  accuracy = {
-    f"{metric}_{stage}": value
+  figures = {
+    f"{name}_{stage}": value
     for stage, record in records.items()
-    for metric, value in report.metrics_of(record).items()
+    for name, value in record["evaluation"].items()
+    if name != "images"
   }
   file_bytes = packed_file.stat().length
   return {
@@ -76,8 +79,9 @@ def results(
     "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
     "seed": config.seed,
     "device": jax.devices()[0].device_kind,
-    "images": records["packed"]["images"],
-    **accuracy,
+    "images": records["packed"]["evaluation"]["images"],
+    "metrics": dict(metrics),
+    **figures,
     "dense_bytes": size.dense_bytes,
     "payload_bytes": payload_bytes,
     "file_bytes": file_bytes,

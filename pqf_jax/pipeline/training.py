@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from pqf_jax import errors, finetune, report
+from pqf_jax import errors, finetune
 from pqf_jax.core import trees
 from pqf_jax.runtime import checkpoint, distributed, preemption, progress
 
@@ -22,50 +22,90 @@ LOGS_PER_EPOCH = 20
 
 
 class Schedule(NamedTuple):
-  """How long and how fast.
+  """How long a training takes, and how fast it learns.
 
   Attributes:
     epochs: passes over the training images.
     steps_per_epoch: training steps in one.
-    learning_rate: of Adam, at the first step.
-    final_learning_rate: at the last.
     batch_size: images a step, over all devices.
     base_batch_size: the one that the learning rates are for; 0: any.
     microbatches: parts in which a device takes its images of a step.
     evaluation_epochs: passes between evaluations; the last is evaluated too.
     checkpoint_steps: steps between saves; an evaluated epoch is saved too.
+    optimizer: name; see `finetune.OptimizerSettings` for it and the rest.
+    learning_rate: at the end of the warm-up.
+    final_learning_rate: at the last step.
+    warmup_epochs: passes in which the rate rises; may be a fraction.
+    weight_decay: of kernels and codebooks.
+    momentum: of 'sgd'.
   """
 
   epochs: int
   steps_per_epoch: int
-  learning_rate: float
-  final_learning_rate: float
   batch_size: int
   base_batch_size: int
   microbatches: int
   evaluation_epochs: int
   checkpoint_steps: int
+  optimizer: str
+  learning_rate: float
+  final_learning_rate: float
+  warmup_epochs: float
+  weight_decay: float
+  momentum: float
 
   @property
   def num_steps(self) -> int:
-    """Training steps in all."""
+    """Counts the training steps."""
     return self.epochs * self.steps_per_epoch
 
   @property
-  def scale(self) -> float:
-    """Of the learning rates: linear in the batch (arXiv 1706.02677)."""
-    return self.batch_size / (self.base_batch_size or self.batch_size)
+  def optimizer_settings(self) -> finetune.OptimizerSettings:
+    """The optimizer; its rates grow with the batch (arXiv 1706.02677)."""
+    scale = self.batch_size / (self.base_batch_size or self.batch_size)
+    return finetune.OptimizerSettings(
+      self.optimizer,
+      scale * self.learning_rate,
+      scale * self.final_learning_rate,
+      num_steps=self.num_steps,
+      warmup_steps=round(self.warmup_epochs * self.steps_per_epoch),
+      weight_decay=self.weight_decay,
+      momentum=self.momentum,
+    )
 
   def evaluation_is_due(self, step: int) -> bool:
-    """Whether an epoch ends with it that is evaluated."""
+    """Whether an evaluated epoch ends with this step."""
     interval = self.evaluation_epochs * self.steps_per_epoch
     return step % interval == 0 or step == self.num_steps
 
   def save_is_due(self, step: int) -> bool:
-    """Whether progress is saved after it; the last step is the stage's own."""
+    """Whether progress is saved after this step.
+
+    After the last step the stage saves its result instead.
+    """
     return step < self.num_steps and (
       step % self.checkpoint_steps == 0 or self.evaluation_is_due(step)
     )
+
+
+def make_schedule(
+  settings: ml_collections.ConfigDict, *, num_train: int, checkpoint_steps: int
+) -> Schedule:
+  """Builds the schedule of `config.train` or `config.finetune`.
+
+  Args:
+    settings: see `configs.common.training`.
+    num_train: training images.
+    checkpoint_steps: see `Schedule`.
+  """
+  derived = {
+    "steps_per_epoch": num_train // settings.batch_size,
+    "checkpoint_steps": checkpoint_steps,
+  }
+  given = {
+    name: settings[name] for name in Schedule._fields if name not in derived
+  }
+  return Schedule(**given, **derived)
 
 
 class Fitted(NamedTuple):
@@ -80,19 +120,6 @@ class Fitted(NamedTuple):
   best: PyTree
 
 
-def trained(
-  config: ml_collections.ConfigDict, module: Any, **fields: Any
-) -> Any:
-  """The network as a training step applies it, computing in `config.dtype`.
-
-  Args:
-    config: the recipe.
-    module: with a field `dtype`.
-    fields: others of it that only a training step sets.
-  """
-  return module.clone(dtype=jnp.dtype(config.dtype), **fields)
-
-
 def fit(
   stage: str,
   variables: PyTree,
@@ -102,6 +129,7 @@ def fit(
   batches: Callable[[int], Iterator[finetune.Batch]],
   evaluate: Callable[[PyTree], dict[str, float]],
   metric: str,
+  key: jax.Array,
   frozen: Sequence[str] = (),
   checkpoints: checkpoint.Checkpoints,
   on_metrics: Callable[[dict[str, Any]], None],
@@ -115,7 +143,8 @@ def fit(
     loss_fn: see `finetune.LossFn`; it sees the images of one device.
     batches: first step -> global batches from that step on.
     evaluate: variables -> metrics, at the end of epochs.
-    metric: the one by which an epoch is the best.
+    metric: an epoch with the highest value of it is the best.
+    key: random number generator key of the steps.
     frozen: see `finetune.init_state`.
     checkpoints: where progress is saved.
     on_metrics: receives the records of `metrics.jsonl`.
@@ -124,14 +153,11 @@ def fit(
     InputError: the loss is no longer finite.
     Preempted: the process was asked to stop; all is saved.
   """
-  optimizer = finetune.cosine_adam(
-    learning_rate=schedule.scale * schedule.learning_rate,
-    final_learning_rate=schedule.scale * schedule.final_learning_rate,
-    num_steps=schedule.num_steps,
-  )
+  optimizer = finetune.make_optimizer(schedule.optimizer_settings)
   step_fn = finetune.make_finetune_step(
     loss_fn,
     optimizer,
+    key=key,
     mesh=distributed.mesh(),
     microbatches=schedule.microbatches,
   )
@@ -159,12 +185,12 @@ def fit(
       bar.advance(loss=metrics["loss"])
       if schedule.evaluation_is_due(step):
         current = finetune.state_variables(state)
-        accuracy = evaluate(current)
-        meter.epoch(step, accuracy)
-        if accuracy[metric] > record["best"]:
+        evaluation = evaluate(current)
+        meter.epoch(step, evaluation)
+        if evaluation[metric] > record["best"]:
           best = jax.tree.map(jnp.copy, current)
-          record |= {"best": accuracy[metric], "best_step": step}
-        record |= accuracy
+          record |= {"best": evaluation[metric], "best_step": step}
+        record["evaluation"] = evaluation
       stopped = stop.is_asked(step)
       if schedule.save_is_due(step) or stopped:
         meter.flush()
@@ -224,10 +250,10 @@ class _Meter:
       self.flush()
       self._unread = step, loss
 
-  def epoch(self, step: int, accuracy: dict[str, float]) -> None:
+  def epoch(self, step: int, evaluation: dict[str, float]) -> None:
     """Logs an evaluation."""
     self.flush()
-    self._emit(step, report.metrics_of(accuracy))
+    self._emit(step, evaluation)
     self._read = step, time.perf_counter()
 
   def flush(self) -> None:

@@ -1,20 +1,14 @@
-import sys
-
 import jax
 import ml_collections
 import pytest
 
+from pqf_jax import models
 from tests.pipeline import tiny
 
 
 @pytest.fixture(autouse=True)
-def _tiny_architecture(monkeypatch):
-  module = tiny.architecture()
-  monkeypatch.setitem(sys.modules, module.__name__, module)
-  monkeypatch.setattr(
-    "pqf_jax.models.get_model",
-    lambda name: sys.modules[f"pqf_jax.models.{name}"],
-  )
+def _tiny_model():
+  models.register("tiny", "tests.pipeline.tiny")
   # The training stack multiplies floats by integer steps.
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield

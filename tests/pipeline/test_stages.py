@@ -10,10 +10,11 @@ import orbax.checkpoint
 import pytest
 import safetensors.numpy
 
-from pqf_jax import errors, finetune, pack, permute, pipeline, report
+from pqf_jax import errors, pack, permute, pipeline, report
 from pqf_jax.models import torch_names
-from pqf_jax.pipeline import tasks
+from pqf_jax.pipeline import training
 from pqf_jax.runtime import files
+from pqf_jax.tasks.classification import task as classification_task
 from tests import bucket
 from tests.pipeline import tiny
 
@@ -144,27 +145,24 @@ def _killed(*arguments):
   raise Killed
 
 
-def test_settings_of_the_batch_reach_the_step(config, tmp_path, monkeypatch):
-  config.train.epochs = config.finetune.epochs = 1
-  config.finetune.microbatches, config.finetune.base_batch_size = 4, 32
-  rates, steps = [], []
-  make_optimizer, make_step = finetune.cosine_adam, finetune.make_finetune_step
-
-  def optimizer(**settings):
-    rates.append((settings["learning_rate"], settings["final_learning_rate"]))
-    return make_optimizer(**settings)
-
-  def step(*arguments, **settings):
-    steps.append(settings["microbatches"])
-    return make_step(*arguments, **settings)
-
-  monkeypatch.setattr("pqf_jax.finetune.cosine_adam", optimizer)
-  monkeypatch.setattr("pqf_jax.finetune.make_finetune_step", step)
-  results, _ = _run(config, tmp_path)
-  # The fine-tuning batch is 128, four times what its rates are for.
-  assert rates == [(1e-2, 1e-6), (4e-3, 4e-6)]
-  assert steps == [1, 4]
+def test_microbatches_follow_the_same_step(config, undisturbed, tmp_path):
+  config.finetune.microbatches = 4
+  results, data = _run(config, tmp_path)
+  # Norms see a microbatch, so the file is another one, but hardly worse.
+  assert data != undisturbed[1]
   assert results["top1_finetuned"] > results["top1_quantized"] - 0.05
+
+
+def test_rates_grow_with_the_batch(config):
+  config.finetune.base_batch_size = 32
+  schedule = training.make_schedule(
+    config.finetune, num_train=1280, checkpoint_steps=5
+  )
+  settings = schedule.optimizer_settings
+  # The batch is 128, four times what the rates are for.
+  assert settings.learning_rate == 4e-3
+  assert settings.final_learning_rate == 4e-6
+  assert settings.num_steps == 2 * 10
 
 
 @pytest.mark.parametrize(
@@ -172,7 +170,8 @@ def test_settings_of_the_batch_reach_the_step(config, tmp_path, monkeypatch):
 )
 def test_norms_average_over_what_the_config_says(config, statistics, axis):
   config.norm_statistics = statistics
-  assert tasks.trained_classifier(config, tiny.Tiny(10)).norm_axis == axis
+  apply = classification_task.training_apply(config, tiny.Tiny(10))
+  assert apply.__self__.norm_axis == axis
 
 
 def test_bfloat16_trains_float32_codebooks(config, tmp_path, monkeypatch):
@@ -307,7 +306,12 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
   ("name", "value", "message"),
   [
     ("finetune.batch_size", 5000, "5000, but there are 1437"),
-    ("finetune.learning_rate", -1.0, "learning rates -1 to 1e-06"),
+    ("finetune.learning_rate", -1.0, "finetune: learning_rate is -1 and"),
+    ("train.optimizer", "lion", "config.train: optimizer is 'lion'; it must"),
+    ("finetune.momentum", 0.9, "'adam' has no momentum.*choose 'sgd'"),
+    ("finetune.warmup_epochs", 2.0, "takes 22 of 22 steps"),
+    ("distillation", 1.5, "distillation is 1.5; it is a share"),
+    ("task", "clasification", "did you mean 'classification'"),
     ("finetune.evaluation_epochs", 0, "evaluation_epochs is 0; give 1"),
     ("finetune.microbatches", 0, "microbatches=0"),
     ("finetune.microbatches", 3, "128, .* in 3 microbatches; choose 126 or"),

@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 from configs import resnet18, resnet50
 from pqf_jax import errors, pack, pipeline
 from pqf_jax.core import trees
-from pqf_jax.models import authors_files, resnet, torch_names
+from pqf_jax.models import authors_files, torch_names
 from pqf_jax.pipeline import weights
 from tests.pipeline import tiny
 
@@ -337,9 +337,8 @@ def test_offline_only_the_cache_is_used(tmp_path):
   ],
 )
 def test_released_files_are_as_accurate_as_in_torch(
-  torch, shared_data, tmp_path, monkeypatch, recipe, name, top1, top5
+  torch, shared_data, tmp_path, recipe, name, top1, top5
 ):
-  monkeypatch.setattr("pqf_jax.models.get_model", {"resnet": resnet}.get)
   recipe.mode = "evaluate"
   recipe.weights = str(shared_data / "pqf_official" / f"{name}.pth")
   recipe.data.dir = str(shared_data / "tfds")

@@ -6,7 +6,6 @@ runs it as one process of a cluster; the tests of several processes start it.
 """
 
 import sys
-import types
 
 import flax.linen as nn
 import ml_collections
@@ -47,12 +46,11 @@ class Tiny(nn.Module):
     return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
 
 
-def architecture() -> types.ModuleType:
-  """Stands for the file that a new architecture is."""
-  module = types.ModuleType("pqf_jax.models.tiny")
-  module.make = lambda *, num_classes: Tiny(num_classes)
-  module.load_torch = torch_names.torch_to_flax
-  return module
+def make(*, num_classes):
+  return Tiny(num_classes)
+
+
+load_torch = torch_names.torch_to_flax
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -80,7 +78,7 @@ def main() -> None:
   workdir, *settings = sys.argv[1:]
   from pqf_jax import models, pipeline
 
-  models.get_model = lambda name: architecture()
+  models.register("tiny", "tests.pipeline.tiny")
   config = get_config()
   for setting in settings:
     name, _, value = setting.partition("=")

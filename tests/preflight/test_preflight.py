@@ -8,8 +8,14 @@ import sys
 import jax
 import pytest
 
-from pqf_jax import errors, preflight
-from pqf_jax.preflight import costs, gpu_compiler, hardware, table
+from pqf_jax import errors
+from pqf_jax.preflight import (
+  costs,
+  gpu_compiler,
+  hardware,
+  preflight,
+  table,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -146,11 +152,11 @@ def test_the_collective_of_a_compiled_program():
   # A product over rows that 8 devices share is summed by one all-reduce.
   told = _python(
     "import jax, jax.numpy as jnp\n"
-    "from pqf_jax import cluster\n"
-    "from pqf_jax.pipeline import costs\n"
-    "rows = cluster.sharded()\n"
+    "from pqf_jax.runtime import distributed\n"
+    "from pqf_jax.preflight import costs\n"
+    "rows = distributed.sharded()\n"
     "x = jax.ShapeDtypeStruct((64, 5), jnp.float32, sharding=rows)\n"
-    "f = jax.jit(lambda x: x.T @ x, out_shardings=cluster.replicated())\n"
+    "f = jax.jit(lambda x: x.T @ x, out_shardings=distributed.replicated())\n"
     "cost = costs.measure(f.lower(x).compile())\n"
     "print(*[tuple(c) for c in cost.collectives])\n"
     "print(cost.sent_bytes, cost.flops)\n"
@@ -178,7 +184,7 @@ def _preflight(*settings, before=""):
 def test_a_recipe_on_gpus_that_are_not_there():
   code, told = _preflight(
     "topology=h100:8",
-    before="from pqf_jax.pipeline import gpu_compiler\n"
+    before="from pqf_jax.preflight import gpu_compiler\n"
     "gpu_compiler.is_installed = lambda: False",
   )
   assert code == 0, told
@@ -247,8 +253,8 @@ def test_a_refusal_without_a_size_is_halved():
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_refused_by_the_largest_that_does():
   small = (
-    "from pqf_jax.pipeline import chips\n"
-    "chips.CHIPS['h100'] = chips.CHIPS['h100']._replace(hbm_bytes=400e3)"
+    "from pqf_jax.preflight import hardware\n"
+    "hardware.CHIPS['h100'] = hardware.CHIPS['h100']._replace(hbm_bytes=400e3)"
   )
   code, told = _preflight(
     "topology=h100:2", "finetune.batch_size=512", before=small

@@ -1,4 +1,4 @@
-"""Reads a weights file, whichever of the known kinds it is."""
+"""Reads a weights file of any known kind."""
 
 import os
 from collections.abc import Mapping
@@ -22,9 +22,13 @@ READERS = {
 
 
 def read(
-  source: str, model_name: str, template: PyTree, *, norm_epsilon: float = 1e-5
+  source: str,
+  model_name: str,
+  template: PyTree,
+  *,
+  norm_epsilon: float | None,
 ) -> PyTree:
-  """The variables in a file, checked against the model.
+  """Reads the variables in a file, checked against the model.
 
   Args:
     source: a file, here or in a bucket (gs://...), or of the Hugging Face hub,
@@ -34,11 +38,11 @@ def read(
       of the authors' compressed networks, see `models.official`.
     model_name: of the module under `pqf_jax.models` that knows torch's names.
     template: the model's variables as `jax.ShapeDtypeStruct`s.
-    norm_epsilon: of the model's norms.
+    norm_epsilon: of the network's norms; None: it has none.
 
   Raises:
-    InputError: no such file, damaged, or of another architecture: missing and
-      extra names are listed.
+    InputError: no such file, damaged, with torch's names where the model knows
+      none, or of another architecture: missing and extra names are listed.
   """
   path, suffix = _locate(source)
   packed = suffix == ".safetensors" and pack.read_header(path) is not None
@@ -48,13 +52,18 @@ def read(
       _check_packed(content, template)
       return content
     model = models.get_model(model_name)
+    if not hasattr(model, "load_torch"):
+      raise errors.InputError(
+        f"the file has torch's names, which model {model_name!r} has no "
+        "function load_torch to read; give a file that pqf_jax packed"
+      )
     if not authors_files.is_official(content):
       return model.load_torch(content, template)
     if hasattr(model, "arrange"):
       content = model.arrange(content)
-    return authors_files.from_official(
-      content, template, norm_epsilon=norm_epsilon
-    )
+    # A network that names no epsilon has no norms.
+    epsilon = 0.0 if norm_epsilon is None else norm_epsilon
+    return authors_files.from_official(content, template, norm_epsilon=epsilon)
   except errors.InputError as error:
     raise errors.InputError(f"{source}: {error}") from error
 
@@ -62,7 +71,7 @@ def read(
 def read_backbone(
   source: str, settings: Mapping[str, Any], template: PyTree
 ) -> dict[str, Any]:
-  """{path: variable} of the layers that a network takes over from another.
+  """Reads the layers that a network takes over from another one.
 
   Args:
     source: a trained classifier; see `read`.
@@ -78,8 +87,8 @@ def read_backbone(
   model = models.get_model(name)
   if not hasattr(model, "backbone"):
     raise errors.InputError(
-      f"config.backbone is {source!r}, but {name} is not built around another "
-      "network; give --config.weights"
+      f"config.backbone is {source!r}, but model {name!r} is not built around "
+      "another network; give --config.weights"
     )
   classifier, prefix = model.backbone(**arguments)
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
@@ -96,7 +105,7 @@ def read_backbone(
 
 
 def _locate(source: str) -> tuple[str, str]:
-  """A file of a known kind: its path and the last part of its name."""
+  """Fetches a file of a known kind; returns its path and suffix."""
   known = ", ".join(READERS)
   fetch = hub.fetch if source.startswith(hub.SCHEME) else files.fetch
   path = fetch(source)

@@ -45,7 +45,8 @@ def step():
     )
 
     def loss_of(params, statistics, batch):
-      return loss_fn({"params": params, "batch_stats": statistics}, batch)
+      key = jax.random.key(0)
+      return loss_fn({"params": params, "batch_stats": statistics}, batch, key)
 
     with cases.double():
       variables = cases.variables(model)

@@ -49,8 +49,8 @@ STATISTICS = (
 KINDS = (("bbox", "box", "segmentation"), ("segm", "mask", "bbox"))
 
 
-class Found(Protocol):
-  """What a network found in each image of a batch.
+class BatchDetections(Protocol):
+  """Outputs of a detector for a batch, padded to N objects an image.
 
   Attributes:
     boxes: [B, N, 4], x1, y1, x2, y2 in pixels of the original image.
@@ -68,7 +68,7 @@ class Found(Protocol):
 
 
 class Detections(NamedTuple):
-  """What was found in one image, on the host.
+  """The objects found in one image, on the host.
 
   Attributes:
     boxes: float32 [N, 4], x1, y1, x2, y2 in pixels.
@@ -83,18 +83,20 @@ class Detections(NamedTuple):
   masks: np.ndarray
 
 
-def image_detections(found: Found, row: int, size: np.ndarray) -> Detections:
-  """The detections of one image of a batch, with masks of the image's size.
+def image_detections(
+  outputs: BatchDetections, row: int, size: np.ndarray
+) -> Detections:
+  """Returns the detections of one image, with masks of the image's size.
 
   Args:
-    found: of the batch, on the host.
+    outputs: of the batch, on the host.
     row: of the image in the batch.
     size: its height and width, `size[row]` of the batch.
   """
-  valid = np.flatnonzero(found.valid[row])
+  valid = np.flatnonzero(outputs.valid[row])
   boxes, scores, labels, masks = (
     np.asarray(values[row])[valid]
-    for values in (found.boxes, found.scores, found.labels, found.masks)
+    for values in (outputs.boxes, outputs.scores, outputs.labels, outputs.masks)
   )
   height, width = map(int, size)
   pasted = mask_ops.paste_masks(masks, boxes, height, width)
@@ -102,7 +104,7 @@ def image_detections(found: Found, row: int, size: np.ndarray) -> Detections:
 
 
 def confident(detections: Detections, least_score: float) -> Detections:
-  """Those with this score or more, as pictures show them."""
+  """Returns the detections with this score or more."""
   kept = detections.scores >= least_score
   return Detections(*(values[kept] for values in detections))
 
@@ -110,7 +112,7 @@ def confident(detections: Detections, least_score: float) -> Detections:
 def to_results(
   detections: Detections, image_id: int, category_ids: Sequence[int]
 ) -> list[Result]:
-  """Detections of one image in COCO's result format.
+  """Converts the detections of one image to COCO's result format.
 
   Args:
     detections: of the image.
@@ -142,18 +144,18 @@ def to_results(
 
 
 def make_ground_truth(split: coco.Split) -> faster_coco_eval.COCO:
-  """The annotations of a split, crowds included, indexed."""
+  """Indexes the annotations of a split, crowds included."""
   return faster_coco_eval.COCO(split.ground_truth())
 
 
 def average_precision(
   ground_truth: faster_coco_eval.COCO, results: Sequence[Result]
 ) -> dict[str, float]:
-  """The 24 statistics of boxes and masks, from 0 to 1.
+  """Computes the 24 statistics of boxes and masks, from 0 to 1.
 
   Args:
-    ground_truth: of all images that were looked at.
-    results: of all of them, in any order.
+    ground_truth: of all images that were evaluated.
+    results: of all these images, in any order.
 
   Returns:
     {box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large}, -1 where
@@ -169,7 +171,7 @@ def average_precision(
       ground_truth, ground_truth.loadRes(kept), kind
     )
     evaluation.run()
-    # Beyond the twelve it has some of its own.
+    # It appends statistics of its own to COCO's twelve.
     values = map(float, evaluation.stats[: len(STATISTICS)])
     statistics |= {
       f"{name}_{statistic}": value
@@ -179,17 +181,19 @@ def average_precision(
 
 
 def make_evaluate(
-  detect: Callable[[PyTree, Batch], Found],
+  detect: Callable[[PyTree, Batch], BatchDetections],
   dataset: coco.DetectionDataset,
   *,
   gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Callable[[PyTree, Iterable[Batch]], dict[str, float]]:
-  """The statistics over exactly the test images.
+  """Builds the evaluation over exactly the test images.
 
   Args:
-    detect: (variables, batch) -> `Found`, on the device and not waited for.
+    detect: (variables, batch) -> `BatchDetections`, on the device and not
+      waited for.
     dataset: its `test` is the ground truth.
-    gather: JSON list of this process -> that of all which share the images.
+    gather: JSON list of this process -> the lists of all processes that share
+      the images, joined.
 
   Returns:
     evaluate(variables, batches) -> the statistics of `average_precision`, and
@@ -200,30 +204,30 @@ def make_evaluate(
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     results: list[Result] = []
-    seen: list[int] = []
-    for batch, found in _one_ahead(lambda b: detect(variables, b), batches):
+    image_ids: list[int] = []
+    for batch, outputs in _one_ahead(lambda b: detect(variables, b), batches):
       for row in np.flatnonzero(batch["mask"]).tolist():
         image_id = int(batch["image_id"][row])
-        detections = image_detections(found, row, batch["size"][row])
+        detections = image_detections(outputs, row, batch["size"][row])
         category_ids = dataset.labels.category_ids
         results += to_results(detections, image_id, category_ids)
-        seen.append(image_id)
-    results, seen = gather(results), gather(seen)
-    if set(seen) != expected:
+        image_ids.append(image_id)
+    results, image_ids = gather(results), gather(image_ids)
+    if set(image_ids) != expected:
       raise errors.InputError(
-        f"the batches held {len(set(seen))} of the {len(expected)} test images "
-        f"of {dataset.name}; evaluate all of them"
+        f"the batches held {len(set(image_ids))} of the {len(expected)} test "
+        f"images of {dataset.name}; evaluate all of them"
       )
-    return average_precision(ground_truth, results) | {"images": len(seen)}
+    return average_precision(ground_truth, results) | {"images": len(image_ids)}
 
   return evaluate
 
 
 def _one_ahead(
-  detect: Callable[[Batch], Found], batches: Iterable[Batch]
-) -> Iterator[tuple[Batch, Found]]:
-  """The device works on the next batch while the host pastes masks of this."""
-  waiting = None
+  detect: Callable[[Batch], BatchDetections], batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, BatchDetections]]:
+  """Runs the next batch on the device while the host pastes masks of this."""
+  waiting: tuple[Batch, BatchDetections] | None = None
   for batch in batches:
     started = batch, detect(batch)
     if waiting is not None:

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_rle
 from pqf_jax import errors
 from pqf_jax.data import coco
 from pqf_jax.data.coco import batches as detection_batches
-from pqf_jax.tasks import detection_metrics
+from pqf_jax.tasks.detection import average_precision
 from tests.data.coco import tiny_coco
 
 
@@ -32,17 +32,17 @@ def tiny(tmp_path) -> coco.DetectionDataset:
   return coco.load(str(folder), num_classes=4, with_train=False)
 
 
-def whole(targets) -> detection_metrics.Detections:
+def whole(targets) -> average_precision.Detections:
   """The targets themselves, found with certainty."""
   scores = np.ones(len(targets.labels), np.float32)
-  return detection_metrics.Detections(
+  return average_precision.Detections(
     targets.boxes, scores, targets.labels, targets.masks
   )
 
 
 def perturbed(
   dataset: coco.DetectionDataset, index: int
-) -> detection_metrics.Detections:
+) -> average_precision.Detections:
   """Objects jittered, dropped, relabelled and found twice; crowds hit too."""
   rng = np.random.default_rng(index)
   image = dataset.test.images[index]
@@ -72,7 +72,7 @@ def perturbed(
     labels[kept],
   )
   shift = tuple(rng.integers(-2, 3, 2))
-  return detection_metrics.Detections(
+  return average_precision.Detections(
     boxes,
     rng.random(len(boxes)).astype(np.float32),
     labels,
@@ -81,7 +81,7 @@ def perturbed(
 
 
 def official_statistics(
-  path: pathlib.Path, found: dict[int, detection_metrics.Detections], ids
+  path: pathlib.Path, found: dict[int, average_precision.Detections], ids
 ) -> dict[str, np.ndarray]:
   """pycocotools called on the files, as its own demonstration does."""
   statistics = {}
@@ -118,7 +118,7 @@ def annotation_file(folder: pathlib.Path) -> pathlib.Path:
 class Perturbed(NamedTuple):
   path: pathlib.Path
   dataset: coco.DetectionDataset
-  found: dict[int, detection_metrics.Detections]
+  found: dict[int, average_precision.Detections]
   results: list[dict]
   statistics: dict[str, float]
 
@@ -139,10 +139,10 @@ def sample() -> Perturbed:
   results = [
     result
     for image_id, one in found.items()
-    for result in detection_metrics.to_results(one, image_id, ids)
+    for result in average_precision.to_results(one, image_id, ids)
   ]
-  truth = detection_metrics.make_ground_truth(split)
-  statistics = detection_metrics.average_precision(truth, results)
+  truth = average_precision.make_ground_truth(split)
+  statistics = average_precision.average_precision(truth, results)
   return Perturbed(annotation_file(folder), dataset, found, results, statistics)
 
 
@@ -171,10 +171,10 @@ def test_drawn_images_have_the_official_statistics_too(tiny, tmp_path):
   results = [
     result
     for image_id, one in found.items()
-    for result in detection_metrics.to_results(one, image_id, ids)
+    for result in average_precision.to_results(one, image_id, ids)
   ]
-  truth = detection_metrics.make_ground_truth(split)
-  statistics = detection_metrics.average_precision(truth, results)
+  truth = average_precision.make_ground_truth(split)
+  statistics = average_precision.average_precision(truth, results)
   path = annotation_file(tmp_path / "tiny")
   # Its first annotation has the id 0, which pycocotools counts as not matched.
   tiny_coco.edit(tmp_path / "tiny", number_from_one, "val2017")
@@ -193,16 +193,16 @@ def number_from_one(content: dict) -> None:
 def test_names_of_the_statistics():
   ap = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
   ar = ["ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large"]
-  assert list(detection_metrics.STATISTICS) == ap + ar
+  assert list(average_precision.STATISTICS) == ap + ar
   parameters = cocoeval.Params(iouType="bbox")
-  assert parameters.maxDets == [1, 10, detection_metrics.MOST_DETECTIONS]
+  assert parameters.maxDets == [1, 10, average_precision.MOST_DETECTIONS]
 
 
 def results_of(dataset, indices) -> list[dict]:
   return [
     result
     for index in indices
-    for result in detection_metrics.to_results(
+    for result in average_precision.to_results(
       whole(dataset.test.targets(index)),
       dataset.test.images[index].id,
       dataset.labels.category_ids,
@@ -211,8 +211,8 @@ def results_of(dataset, indices) -> list[dict]:
 
 
 def test_perfect_detections_have_ap_1(tiny):
-  truth = detection_metrics.make_ground_truth(tiny.test)
-  statistics = detection_metrics.average_precision(
+  truth = average_precision.make_ground_truth(tiny.test)
+  statistics = average_precision.average_precision(
     truth, results_of(tiny, range(3))
   )
   assert len(statistics) == 24
@@ -223,8 +223,8 @@ def test_perfect_detections_have_ap_1(tiny):
 
 
 def test_what_is_not_found_counts(tiny):
-  truth = detection_metrics.make_ground_truth(tiny.test)
-  statistics = detection_metrics.average_precision(
+  truth = average_precision.make_ground_truth(tiny.test)
+  statistics = average_precision.average_precision(
     truth, results_of(tiny, [0, 1])
   )
   # Precision 1 up to recall 2/3 is 67 of 101 recall levels.
@@ -233,15 +233,15 @@ def test_what_is_not_found_counts(tiny):
 
 
 def test_no_detections_have_ap_0(tiny):
-  truth = detection_metrics.make_ground_truth(tiny.test)
-  statistics = detection_metrics.average_precision(truth, [])
+  truth = average_precision.make_ground_truth(tiny.test)
+  statistics = average_precision.average_precision(truth, [])
   assert statistics["box_ap"] == statistics["mask_ap"] == 0
 
 
 def test_the_ground_truth_is_not_used_up(tiny):
-  truth = detection_metrics.make_ground_truth(tiny.test)
+  truth = average_precision.make_ground_truth(tiny.test)
   first, second = (
-    detection_metrics.average_precision(truth, results_of(tiny, [1, 2]))
+    average_precision.average_precision(truth, results_of(tiny, [1, 2]))
     for _ in range(2)
   )
   assert first == second
@@ -265,7 +265,7 @@ def test_results_are_json_that_pycocotools_reads(tiny, tmp_path):
 def test_labels_that_no_category_has_are_left_out(tiny):
   detections = whole(tiny.test.targets(0))
   labels = np.array([1, 2, 3])
-  results = detection_metrics.to_results(
+  results = average_precision.to_results(
     detections._replace(labels=labels), 10, (0, 3, 0, 7)
   )
   assert [result["category_id"] for result in results] == [3, 7]
@@ -274,7 +274,7 @@ def test_labels_that_no_category_has_are_left_out(tiny):
 def test_pictures_show_what_is_confident(tiny):
   sure = whole(tiny.test.targets(0))
   scores = np.float32([0.4, 0.5, 0.9])
-  kept = detection_metrics.confident(sure._replace(scores=scores), 0.5)
+  kept = average_precision.confident(sure._replace(scores=scores), 0.5)
   np.testing.assert_array_equal(kept.boxes, sure.boxes[1:])
   np.testing.assert_array_equal(kept.masks, sure.masks[1:])
   assert kept.labels.tolist() == [1, 2]
@@ -323,7 +323,7 @@ def inside(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_evaluation_of_a_network_that_knows_the_answers(tiny, batch_size):
-  evaluate = detection_metrics.make_evaluate(as_network(tiny), tiny)
+  evaluate = average_precision.make_evaluate(as_network(tiny), tiny)
   batches = detection_batches.eval_batches(tiny, batch_size=batch_size)
   statistics = evaluate(0.7, batches)
   assert statistics["images"] == 3
@@ -334,7 +334,7 @@ def test_evaluation_of_a_network_that_knows_the_answers(tiny, batch_size):
 
 
 def test_an_image_that_is_not_evaluated_is_an_error(tiny):
-  evaluate = detection_metrics.make_evaluate(as_network(tiny), tiny)
+  evaluate = average_precision.make_evaluate(as_network(tiny), tiny)
   batches = list(detection_batches.eval_batches(tiny, batch_size=1))
   with pytest.raises(errors.InputError, match="2 of the 3 test images of tiny"):
     evaluate(0.7, batches[1:])

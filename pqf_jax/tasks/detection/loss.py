@@ -1,7 +1,7 @@
-"""Instance segmentation: the five losses of Mask R-CNN, as torchvision's.
+"""The five losses of Mask R-CNN, as torchvision's.
 
-They are normalized over the whole batch, so that its images weigh by what was
-sampled of them (arXiv 1506.01497, equation 1, and 1703.06870, section 3).
+Each is normalized over the whole batch, so that an image weighs by the number
+of its samples (arXiv 1506.01497, equation 1, and 1703.06870, section 3).
 """
 
 import functools
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+
+from pqf_jax import finetune
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -35,7 +37,7 @@ class _Boxes(Protocol):
 
 
 class Outputs(Protocol):
-  """What a model gives for sampled anchors and boxes, with their truth.
+  """Outputs of a model for sampled anchors and boxes, with their targets.
 
   Attributes:
     anchors: `logits`, `positive`, `valid` [B, N]; `offsets`, `targets`
@@ -58,23 +60,19 @@ class Outputs(Protocol):
 
 
 ForwardFn = Callable[[PyTree, Batch, jax.Array], Outputs]
-"""(variables, batch, key) -> outputs; the key draws the samples."""
+"""(variables, batch, key) -> outputs; samples are drawn with the key."""
 
 
 def make_loss(
   forward_fn: ForwardFn, *, axis: str | None = None
-) -> Callable[..., Any]:
-  """The sum of the five losses, norms in evaluation mode.
-
-  A `finetune.LossFn` gets no random key, so the samples are drawn by a key made
-  of the images and the variables: other ones in every step, the same ones where
-  a step is repeated.
+) -> finetune.LossFn:
+  """Builds the sum of the five losses, with norms in evaluation mode.
 
   Args:
     forward_fn: such as `functools.partial(model.apply,
       method="training_outputs")` of `models.mask_rcnn`.
     axis: along which devices share the batch, under a `shard_map`: the mean of
-      their losses is that of the whole batch. None: they do not.
+      their losses is that of the whole batch. None: they do not share it.
 
   Returns:
     A `finetune.LossFn` over batches as the model's method takes them. It also
@@ -82,12 +80,11 @@ def make_loss(
   """
 
   def loss_fn(
-    variables: PyTree, batch: Batch
-  ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
-    bits = _checksum((variables, batch["image"]))
-    key = jax.random.fold_in(jax.random.key(0), bits)
+    variables: PyTree, batch: Batch, key: jax.Array
+  ) -> tuple[jax.Array, tuple[PyTree, finetune.Metrics]]:
     losses = compute_losses(forward_fn(variables, batch, key), axis=axis)
-    return sum(losses.values()), ({}, losses)
+    total = functools.reduce(jnp.add, losses.values())
+    return total, ({}, losses)
 
   return loss_fn
 
@@ -95,7 +92,7 @@ def make_loss(
 def compute_losses(
   outputs: Outputs, *, axis: str | None = None
 ) -> dict[str, jax.Array]:
-  """{name, as torchvision's: loss}; 0 where nothing was sampled."""
+  """Returns {torchvision's name: loss}; 0 where nothing was sampled."""
   mean = functools.partial(_mean, axis=axis)
   anchors, boxes = outputs.anchors, outputs.boxes
   objectness = optax.sigmoid_binary_cross_entropy(
@@ -127,7 +124,7 @@ def compute_losses(
 
 
 def _smooth_l1(errors: jax.Array) -> jax.Array:
-  """Sum over the four offsets: [..., 4] -> [...]."""
+  """Returns the sum over the four offsets: [..., 4] -> [...]."""
   size = jnp.abs(errors)
   square = 0.5 * jnp.square(errors) / SMOOTH_BELOW
   linear = size - 0.5 * SMOOTH_BELOW
@@ -137,28 +134,13 @@ def _smooth_l1(errors: jax.Array) -> jax.Array:
 def _mean(
   values: jax.Array, mask: jax.Array, counted: jax.Array, *, axis: str | None
 ) -> jax.Array:
-  """Sum of the values where `mask` over the number of `counted`.
+  """Returns the sum of the values in `mask` over the number of `counted`.
 
-  With an axis the number is that of a device on average, so that the mean over
-  devices is the sum of all over the number of all.
+  With an axis the number is the average over devices, so that the mean over
+  devices is the sum of all values over the number of all.
   """
   total = jnp.where(mask, values, 0).sum()
   count = counted.sum().astype(total.dtype)
   if axis is not None:
     count = lax.pmean(count, axis)
   return total / jnp.where(count > 0, count, 1)
-
-
-def _checksum(tree: PyTree) -> jax.Array:
-  """A uint32 that changes with any entry; the order of sums is no matter."""
-
-  def bits(leaf: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-      wide = lax.stop_gradient(leaf).astype(jnp.float32)
-      leaf = lax.bitcast_convert_type(wide, jnp.uint32)
-    return leaf.astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-  total = jnp.zeros((), jnp.uint32)
-  for leaf in jax.tree.leaves(tree):
-    total = total + bits(leaf)
-  return total

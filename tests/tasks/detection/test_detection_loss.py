@@ -3,7 +3,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from pqf_jax.tasks import detection
 
@@ -137,26 +136,17 @@ def test_nothing_sampled_gives_zeros_and_finite_gradients():
     np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_samples_change_with_the_variables_and_with_the_images(dtype):
-  seen = []
+def test_the_key_of_the_step_draws_the_samples():
+  drawn = []
 
   def forward(variables, batch, key):
     del variables, batch
-    seen.append(int(jax.random.bits(key)))
+    drawn.append(jax.random.bits(key))
     return draw_outputs()
 
   loss_fn = detection.make_loss(forward)
-  weights = {"params": {"kernel": jnp.arange(6.0).astype(dtype)}}
-  other = {"params": {"kernel": weights["params"]["kernel"] * 1.01}}
-  image = jnp.zeros((1, 4, 4, 3), jnp.uint8)
-  for variables, batch in (
-    (weights, {"image": image}),
-    (other, {"image": image}),
-    (weights, {"image": image.at[0, 1, 2, 0].set(1)}),
-    (weights, {"image": image}),
-  ):
-    loss, (collections, metrics) = loss_fn(variables, batch)
+  for seed in (0, 1, 0):
+    loss, (collections, metrics) = loss_fn({}, {}, jax.random.key(seed))
     np.testing.assert_allclose(loss, sum(metrics.values()), rtol=1e-6)
     assert collections == {}
-  assert len(set(seen)) == 3 and seen[0] == seen[3]
+  assert drawn[0] == drawn[2] != drawn[1]

@@ -9,9 +9,10 @@ from scipy import special
 from pqf_jax.tasks import classification
 
 CLASSES = 7
+KEY = jax.random.key(0)
 
 
-def _apply(variables, images, train, mutable=()):
+def _apply(variables, images, train, mutable=(), rngs=None):
   logits = images.reshape(len(images), -1) @ variables["params"]["kernel"]
   return (logits, {"batch_stats": {"seen": 1}}) if train else logits
 
@@ -52,7 +53,7 @@ def test_loss_mixes_labels_and_teacher(student, batch, rng, share):
   with jax.enable_x64(True):
     taught = classification.make_teacher(_apply, _identity, teacher)(batch)
     loss_fn = classification.make_loss(_apply, _identity, distillation=share)
-    loss, (updated, _) = loss_fn(student, taught)
+    loss, (updated, _) = loss_fn(student, taught, KEY)
   hard = _cross_entropy(
     np.eye(CLASSES)[batch["label"]], _logits(student, batch)
   )
@@ -68,10 +69,10 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it(student, batch):
   batch["image"] = batch["image"].astype(np.float32)
   taught = classification.make_teacher(_apply, _identity, student)(batch)
   loss_fn = classification.make_loss(_apply, _identity, distillation=1.0)
-  gradient = jax.grad(lambda v: loss_fn(v, taught)[0])(student)
+  gradient = jax.grad(lambda v: loss_fn(v, taught, KEY)[0])(student)
   assert np.abs(gradient["params"]["kernel"]).max() < 1e-6
   by_label = classification.make_loss(_apply, _identity)
-  gradient = jax.grad(lambda v: by_label(v, taught)[0])(student)
+  gradient = jax.grad(lambda v: by_label(v, taught, KEY)[0])(student)
   assert np.abs(gradient["params"]["kernel"]).max() > 1e-3
 
 

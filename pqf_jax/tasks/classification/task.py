@@ -1,0 +1,190 @@
+"""The task object of image classification."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+
+from pqf_jax import data, errors, finetune
+from pqf_jax.models import contract as models
+from pqf_jax.runtime import distributed
+from pqf_jax.tasks import contract
+from pqf_jax.tasks.classification import evaluation
+from pqf_jax.tasks.classification import loss as losses
+
+PyTree = Any
+# Convolutional networks take any size; this one suits every stem and is cheap.
+SAMPLE_SIDE = 64
+# Side of an image where the config leaves it to the data set.
+IMAGE_SIDES = {"cifar10": 32, "digits": 32}
+USUAL_SIDE = 224
+
+
+class Classification:
+  """Networks that map images [B, H, W, 3] to logits [B, num_classes]."""
+
+  metrics = {"top1": "top-1", "top5": "top-5"}
+
+  def sample(self, config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
+    """See `contract.Task`."""
+    del config
+    return (jnp.zeros((1, SAMPLE_SIDE, SAMPLE_SIDE, 3)),)
+
+  def check_settings(self, config: ml_collections.ConfigDict) -> None:
+    """See `contract.Task`."""
+    if not 0 <= config.distillation <= 1:
+      raise errors.InputError(
+        f"config.distillation is {config.distillation:g}; it is a share, 0 to 1"
+      )
+    for field in ("mean", "std"):
+      values = tuple(config.data[field])
+      if len(values) not in (0, 3):
+        raise errors.InputError(
+          f"config.data.{field} is {values}; give one value in 0..1 for each "
+          "of red, green and blue, or none for those of the data set"
+        )
+
+  def check_network(
+    self,
+    config: ml_collections.ConfigDict,
+    network: nn.Module,
+    template: PyTree,
+    *,
+    num_devices: int,
+  ) -> None:
+    """See `contract.Task`."""
+    name = config.model.name
+    models.check_trainable(
+      name,
+      network,
+      template,
+      dtype=config.dtype,
+      norm_axis=_norm_axis(config) if num_devices > 1 else None,
+    )
+    outputs = jax.eval_shape(network.apply, template, *self.sample(config))
+    wanted = (1, config.model.num_classes)
+    if getattr(outputs, "shape", None) != wanted:
+      shapes = [leaf.shape for leaf in jax.tree.leaves(outputs)]
+      raise errors.InputError(
+        f"model {name!r} maps one image to outputs of shape "
+        f"{', '.join(map(str, shapes))}; classification needs logits {wanted}"
+      )
+
+  def load(
+    self, config: ml_collections.ConfigDict, network: nn.Module
+  ) -> contract.LoadedTask:
+    """See `contract.Task`."""
+    dataset = open_dataset(config)
+    preprocess = functools.partial(
+      data.normalize, mean=dataset.mean, std=dataset.std
+    )
+    infer = models.apply_function(network)
+    count = evaluation.make_evaluate(infer, preprocess)
+
+    def evaluate(variables: PyTree) -> dict[str, float]:
+      batches = data.eval_batches(
+        dataset, batch_size=config.eval_batch_size, **distributed.share()
+      )
+      return count(
+        distributed.replicate(variables), map(distributed.shard, batches)
+      )
+
+    def train_batches(**order: Any) -> Iterator[finetune.Batch]:
+      batches = data.train_batches(dataset, **order, **distributed.share())
+      return map(distributed.shard, batches)
+
+    return contract.LoadedTask(
+      num_train=len(dataset.train),
+      train_batches=train_batches,
+      make_loss=lambda share: losses.make_loss(
+        training_apply(config, network), preprocess, distillation=share
+      ),
+      make_teacher=lambda variables: losses.make_teacher(
+        infer, preprocess, distributed.replicate(variables)
+      ),
+      evaluate=evaluate,
+      pictures=lambda networks: [],
+    )
+
+  def abstract_programs(
+    self, config: ml_collections.ConfigDict, network: nn.Module
+  ) -> contract.AbstractPrograms:
+    """See `contract.Task`."""
+    # Constants of the program: their values cost nothing.
+    preprocess = functools.partial(
+      data.normalize, mean=(0.5,) * 3, std=(1,) * 3
+    )
+    usual = IMAGE_SIDES.get(config.data.name, USUAL_SIDE)
+    side = config.data.image_size or usual
+
+    def batch(size: int, fields: contract.Shapes) -> contract.Shapes:
+      image = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
+      label = jax.ShapeDtypeStruct((size,), jnp.int32)
+      return {"image": image, "label": label} | fields
+
+    def train_batch(size: int) -> contract.Shapes:
+      if not config.distillation:
+        return batch(size, {})
+      shape = size, config.model.num_classes
+      logits = jax.ShapeDtypeStruct(shape, jnp.float32)
+      return batch(size, {"teacher_logits": logits})
+
+    def eval_batch(size: int) -> contract.Shapes:
+      return batch(size, {"mask": jax.ShapeDtypeStruct((size,), jnp.float32)})
+
+    return contract.AbstractPrograms(
+      loss_fn=losses.make_loss(
+        training_apply(config, network),
+        preprocess,
+        distillation=config.distillation,
+      ),
+      train_batch=train_batch,
+      infer=evaluation.make_count(models.apply_function(network), preprocess),
+      eval_batch=eval_batch,
+    )
+
+
+TASK = Classification()
+
+
+def training_apply(
+  config: ml_collections.ConfigDict, network: nn.Module
+) -> losses.ApplyFn:
+  """Returns the network's `apply` in a training step of the config."""
+  trained = models.for_training(
+    network, dtype=config.dtype, norm_axis=_norm_axis(config)
+  )
+  return models.apply_function(trained)
+
+
+def open_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
+  """Opens the labelled images of `config.data`.
+
+  Raises:
+    InputError: they are missing or damaged, or have another number of classes.
+  """
+  dataset = data.get_dataset(
+    config.data.name,
+    data_dir=config.data.dir or None,
+    image_size=config.data.image_size or None,
+  )
+  if dataset.num_classes != config.model.num_classes:
+    raise errors.InputError(
+      f"config.model.num_classes is {config.model.num_classes}, but "
+      f"{config.data.name} has {dataset.num_classes} classes"
+    )
+  given = {
+    field: tuple(config.data[field])
+    for field in ("mean", "std")
+    if config.data[field]
+  }
+  return dataset._replace(**given)
+
+
+def _norm_axis(config: ml_collections.ConfigDict) -> str | None:
+  """Returns the axis over which norms average in training."""
+  return distributed.AXIS if config.norm_statistics == "batch" else None

@@ -1,0 +1,126 @@
+"""What a task must have; the stages and the preflight use nothing else."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_collections
+from etils import epath
+from flax import linen as nn
+
+from pqf_jax import finetune
+
+PyTree = Any
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class LoadedTask(NamedTuple):
+  """A task on the data of one config, for one network.
+
+  Attributes:
+    num_train: number of training images.
+    train_batches: (batch_size, seed, start_step, num_steps) -> global batches.
+    make_loss: share of distillation -> the loss of a training step.
+    make_teacher: dense variables -> a function that adds the teacher's outputs
+      to a batch.
+    evaluate: variables -> {metric: value} over all test images, with
+      `Task.metrics` and `images` among them.
+    pictures: {title: variables} -> PNG files for the report, that show what
+      these networks do; may be empty.
+  """
+
+  num_train: int
+  train_batches: Callable[..., Iterator[finetune.Batch]]
+  make_loss: Callable[[float], finetune.LossFn]
+  make_teacher: Callable[[PyTree], Callable[[Any], Any]]
+  evaluate: Callable[[PyTree], dict[str, float]]
+  pictures: Callable[[Mapping[str, PyTree]], list[bytes]]
+
+
+class AbstractPrograms(NamedTuple):
+  """The programs of a task without its data: shapes stand for images.
+
+  Attributes:
+    loss_fn: of the fine-tuning.
+    train_batch: batch size -> {field: shape} of its batches.
+    infer: (variables, batch) -> what the evaluation looks at.
+    eval_batch: batch size -> {field: shape} of its batches.
+  """
+
+  loss_fn: finetune.LossFn
+  train_batch: Callable[[int], Shapes]
+  infer: Callable[[PyTree, Any], Any]
+  eval_batch: Callable[[int], Shapes]
+
+
+class Task(Protocol):
+  """One kind of network.
+
+  Optional members:
+    predict(config, network, variables, folder) -> files written: what
+      `config.mode=predict` does for one image.
+
+  Attributes:
+    metrics: {name: label} of the figures that tables and charts show, in this
+      order. By the first one an epoch is the best. results.json has all figures
+      of an evaluation.
+  """
+
+  metrics: Mapping[str, str]
+
+  def sample(self, config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
+    """Returns small inputs of the network's `apply`."""
+
+  def check_settings(self, config: ml_collections.ConfigDict) -> None:
+    """Refuses settings that the task does not have.
+
+    Raises:
+      InputError: names the setting.
+    """
+
+  def check_network(
+    self,
+    config: ml_collections.ConfigDict,
+    network: nn.Module,
+    template: PyTree,
+    *,
+    num_devices: int,
+  ) -> None:
+    """Refuses a network that the task cannot train, before any work.
+
+    Args:
+      config: the recipe.
+      network: what the model made; see `pqf_jax.models.contract`.
+      template: its variables as shapes.
+      num_devices: that share a batch.
+
+    Raises:
+      InputError: names the model and what it lacks.
+    """
+
+  def load(
+    self, config: ml_collections.ConfigDict, network: nn.Module
+  ) -> LoadedTask:
+    """Opens the data of the config.
+
+    Raises:
+      InputError: the data are missing, damaged, or do not fit the network.
+    """
+
+  def abstract_programs(
+    self, config: ml_collections.ConfigDict, network: nn.Module
+  ) -> AbstractPrograms:
+    """Returns what a preflight compiles; needs no data."""
+
+
+class Predictor(Protocol):
+  """The optional member of a `Task`."""
+
+  def predict(
+    self,
+    config: ml_collections.ConfigDict,
+    network: nn.Module,
+    variables: PyTree,
+    folder: epath.Path,
+  ) -> list[epath.Path]:
+    """Writes what the network finds in `config.image`; returns the files."""

@@ -1,0 +1,167 @@
+"""The task object of detection and instance segmentation."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from flax import linen as nn
+
+from pqf_jax import errors, finetune
+from pqf_jax.data.coco import batches as detection_batches
+from pqf_jax.models import contract as models
+from pqf_jax.runtime import distributed, progress
+from pqf_jax.tasks import contract
+from pqf_jax.tasks.detection import average_precision, prediction
+from pqf_jax.tasks.detection import loss as losses
+
+PyTree = Any
+# The values of `config.mode` that read training images.
+TRAINING_MODES = ("compress", "train")
+# What a preflight assumes where the config leaves it to the data: the largest
+# side of an image of COCO, and more objects than any of its images has.
+IMAGE_SIDE = 640
+NUM_OBJECTS = 100
+
+
+class Detection:
+  """Networks that find objects, their boxes and their masks.
+
+  A network has, beside `apply(variables, images, sizes)`, a method
+  `training_outputs(batch, key)`; see `losses.Outputs`.
+  """
+
+  metrics = {"mask_ap": "mask AP", "box_ap": "box AP"}
+
+  def sample(self, config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
+    """See `contract.Task`."""
+    del config
+    # In zeros a detector finds nothing that a permutation could change.
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (1, 96, 128, 3), np.uint8)
+    return jnp.asarray(pixels), jnp.array([[96, 128]], jnp.int32)
+
+  def check_settings(self, config: ml_collections.ConfigDict) -> None:
+    """See `contract.Task`."""
+    if config.distillation:
+      raise errors.InputError(
+        f"config.distillation is {config.distillation:g}; detection has no "
+        "teacher, so give 0"
+      )
+
+  def check_network(
+    self,
+    config: ml_collections.ConfigDict,
+    network: nn.Module,
+    template: PyTree,
+    *,
+    num_devices: int,
+  ) -> None:
+    """See `contract.Task`."""
+    del num_devices  # norms are in evaluation mode
+    name = config.model.name
+    if not hasattr(network, "training_outputs"):
+      raise errors.InputError(
+        f"model {name!r} has no method training_outputs, which detection needs "
+        "for its losses; choose a detector such as 'mask_rcnn', or "
+        "config.task=classification"
+      )
+    models.check_trainable(
+      name, network, template, dtype=config.dtype, norm_axis=None
+    )
+
+  def load(
+    self, config: ml_collections.ConfigDict, network: nn.Module
+  ) -> contract.LoadedTask:
+    """See `contract.Task`."""
+    dataset = prediction.open_dataset(
+      config, with_train=config.mode in TRAINING_MODES
+    )
+    for note in dataset.notes:
+      progress.say(note)
+    detect = prediction.make_detect(network)
+    measure = average_precision.make_evaluate(
+      detect, dataset, gather=distributed.collect
+    )
+
+    def evaluate(variables: PyTree) -> dict[str, float]:
+      batches = detection_batches.eval_batches(
+        dataset, batch_size=config.eval_batch_size, **distributed.share()
+      )
+      return measure(prediction.place(variables), batches)
+
+    def train_batches(**order: Any) -> Iterator[finetune.Batch]:
+      for batch in detection_batches.train_batches(
+        dataset, **order, **distributed.share()
+      ):
+        del batch["image_id"]  # int64, which devices do not have
+        yield distributed.shard(batch)
+
+    return contract.LoadedTask(
+      num_train=len(dataset.train or ()),
+      train_batches=train_batches,
+      make_loss=lambda distillation: _loss(config, network),
+      make_teacher=lambda variables: lambda batch: batch,
+      evaluate=evaluate,
+      pictures=functools.partial(
+        prediction.pictures, detect, dataset, config.eval_batch_size
+      ),
+    )
+
+  def abstract_programs(
+    self, config: ml_collections.ConfigDict, network: nn.Module
+  ) -> contract.AbstractPrograms:
+    """See `contract.Task`."""
+    side = config.data.image_size or IMAGE_SIDE
+    objects = config.data.num_objects or NUM_OBJECTS
+
+    def eval_batch(size: int) -> contract.Shapes:
+      return {
+        "image": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((size, 2), jnp.int32),
+      }
+
+    def train_batch(size: int) -> contract.Shapes:
+      rows = size, objects
+      return eval_batch(size) | {
+        "boxes": jax.ShapeDtypeStruct((*rows, 4), jnp.float32),
+        "labels": jax.ShapeDtypeStruct(rows, jnp.int32),
+        "valid": jax.ShapeDtypeStruct(rows, jnp.bool_),
+        "masks": jax.ShapeDtypeStruct((*rows, side, -(-side // 8)), jnp.uint8),
+      }
+
+    return contract.AbstractPrograms(
+      loss_fn=_loss(config, network),
+      train_batch=train_batch,
+      infer=lambda variables, batch: network.apply(
+        variables, batch["image"], batch["size"]
+      ),
+      eval_batch=eval_batch,
+    )
+
+  def predict(
+    self,
+    config: ml_collections.ConfigDict,
+    network: nn.Module,
+    variables: PyTree,
+    folder: epath.Path,
+  ) -> list[epath.Path]:
+    """See `contract.Predictor`."""
+    return prediction.predict(config, network, variables, folder)
+
+
+TASK = Detection()
+
+
+def _loss(
+  config: ml_collections.ConfigDict, network: nn.Module
+) -> finetune.LossFn:
+  trained = models.for_training(network, dtype=config.dtype)
+  return losses.make_loss(
+    functools.partial(trained.apply, method="training_outputs"),
+    axis=distributed.AXIS,
+  )
