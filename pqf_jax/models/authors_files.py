@@ -30,12 +30,12 @@ ROOT = math.sqrt(1 + 1e-5)
 CODES, CODEBOOK = ".codes_matrix", ".codebook"
 
 
-def is_official(state_dict: Mapping[str, Any]) -> bool:
+def is_authors_layout(state_dict: Mapping[str, Any]) -> bool:
   """Whether a state dict has the codes of this layout."""
   return any(name.endswith(CODES) for name in state_dict)
 
 
-def from_official(
+def from_authors_layout(
   state_dict: Mapping[str, Any],
   template: PyTree,
   *,
@@ -90,10 +90,10 @@ def from_official(
   return trees.replace(template, trees.flatten(filled) | nodes)
 
 
-def to_official(
+def to_authors_layout(
   variables: PyTree, *, norm_epsilon: float = 1e-5
 ) -> torch_names.StateDict:
-  """The state dict of which `from_official` makes these variables.
+  """The state dict of which `from_authors_layout` makes these variables.
 
   Mean and variance are folded into weight and bias, codebooks rounded to
   float16; otherwise nothing is lost but the last bit of a norm's weight.

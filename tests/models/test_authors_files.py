@@ -91,7 +91,7 @@ def test_every_weight_is_its_codewords_entry(channels):
   rng = np.random.default_rng(0)
   state_dict = compressed("conv", 5, 4 // channels, channels * 6, 9, rng)
   codes, codebook = state_dict.values()
-  variables = authors_files.from_official(
+  variables = authors_files.from_authors_layout(
     state_dict, shape_of(conv=(3, 2, 4, 5))
   )
   kernel = vq_array.decode_params(variables)["params"]["conv"]["kernel"]
@@ -103,7 +103,7 @@ def test_every_weight_is_its_codewords_entry(channels):
 def test_rows_of_a_linear_layer_are_cut_the_same():
   state_dict = compressed("fc", 6, 2, 4, 300, np.random.default_rng(0))
   codes, codebook = state_dict.values()
-  variables = authors_files.from_official(state_dict, shape_of(fc=(8, 6)))
+  variables = authors_files.from_authors_layout(state_dict, shape_of(fc=(8, 6)))
   node = variables["params"]["fc"]["kernel"]
   np.testing.assert_array_equal(
     node.decode(), codebook[codes].reshape(6, 8).T.astype(np.float32)
@@ -115,7 +115,7 @@ def test_rows_of_a_linear_layer_are_cut_the_same():
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
 def test_norms_multiply_by_their_weight_over_the_root(epsilon):
   state_dict = made_up()
-  variables = authors_files.from_official(
+  variables = authors_files.from_authors_layout(
     state_dict, TEMPLATE, norm_epsilon=epsilon
   )
   kernel = state_dict["conv1.weight"].transpose(2, 3, 1, 0)
@@ -133,7 +133,7 @@ def test_norms_multiply_by_their_weight_over_the_root(epsilon):
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3, 0.3])
 def test_packing_and_loading_changes_no_bit(epsilon, tmp_path):
-  variables = authors_files.from_official(
+  variables = authors_files.from_authors_layout(
     made_up(), TEMPLATE, norm_epsilon=epsilon
   )
   pack.save(tmp_path / "m.safetensors", variables, norm_epsilon=epsilon)
@@ -159,7 +159,7 @@ def test_our_networks_survive_their_layout(channels, num_codes, seed):
     spec,
   )
   variables = {"params": {"conv": {"kernel": node, "bias": jnp.ones(6)}}}
-  state_dict = authors_files.to_official(variables)
+  state_dict = authors_files.to_authors_layout(variables)
   stored = state_dict["conv.codes_matrix"].dtype
   # The smallest of theirs, which are signed but for the smallest.
   assert stored == {1: np.uint8, 7: np.uint8, 256: np.uint8}.get(
@@ -174,21 +174,23 @@ def test_our_networks_survive_their_layout(channels, num_codes, seed):
     }
   }
   assert_bitwise_equal(
-    authors_files.from_official(state_dict, template), variables
+    authors_files.from_authors_layout(state_dict, template), variables
   )
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
 def test_norms_with_statistics_are_folded_into_two_vectors(epsilon):
-  variables = authors_files.from_official(made_up(), TEMPLATE)
+  variables = authors_files.from_authors_layout(made_up(), TEMPLATE)
   rng = np.random.default_rng(1)
   variables["batch_stats"] = jax.tree.map(
     lambda leaf: jnp.asarray(rng.uniform(0.5, 2, leaf.shape), leaf.dtype),
     variables["batch_stats"],
   )
-  state_dict = authors_files.to_official(variables, norm_epsilon=epsilon)
+  state_dict = authors_files.to_authors_layout(variables, norm_epsilon=epsilon)
   assert state_dict.keys() == made_up().keys()
-  back = authors_files.from_official(state_dict, TEMPLATE, norm_epsilon=epsilon)
+  back = authors_files.from_authors_layout(
+    state_dict, TEMPLATE, norm_epsilon=epsilon
+  )
   net = Net(epsilon)
   np.testing.assert_allclose(
     net.apply(back, IMAGES), net.apply(variables, IMAGES), rtol=2e-5, atol=2e-5
@@ -197,8 +199,8 @@ def test_norms_with_statistics_are_folded_into_two_vectors(epsilon):
 
 def test_their_files_survive_our_variables():
   state_dict = made_up()
-  variables = authors_files.from_official(state_dict, TEMPLATE)
-  back = authors_files.to_official(variables)
+  variables = authors_files.from_authors_layout(state_dict, TEMPLATE)
+  back = authors_files.to_authors_layout(variables)
   assert back.keys() == state_dict.keys()
   for name, array in state_dict.items():
     assert back[name].dtype == array.dtype
@@ -208,8 +210,8 @@ def test_their_files_survive_our_variables():
 
 
 def test_only_files_with_codes_are_of_this_layout():
-  assert authors_files.is_official(made_up())
-  assert not authors_files.is_official(
+  assert authors_files.is_authors_layout(made_up())
+  assert not authors_files.is_authors_layout(
     {"conv1.weight": 0, "bn1.running_mean": 0}
   )
 
@@ -221,7 +223,7 @@ def test_all_that_does_not_fit_is_in_one_message():
   state_dict["conv1.weight"] = np.full((8, 3, 3, 2), np.nan)
   state_dict["conv2.codes_matrix"] = np.zeros((12, 3), np.uint8)
   with pytest.raises(errors.InputError) as caught:
-    authors_files.from_official(state_dict, TEMPLATE)
+    authors_files.from_authors_layout(state_dict, TEMPLATE)
   message = str(caught.value)
   assert "2 missing (bn2.bias, fc.codebook)" in message
   assert "1 extra (bn1.running_mean)" in message
@@ -242,7 +244,7 @@ def test_all_that_does_not_fit_is_in_one_message():
 )
 def test_codes_and_codebooks_that_disagree_are_refused(name, value, message):
   with pytest.raises(errors.InputError, match=message):
-    authors_files.from_official(made_up() | {name: value}, TEMPLATE)
+    authors_files.from_authors_layout(made_up() | {name: value}, TEMPLATE)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_codebooks_that_cannot_cut_the_kernel_are_refused(
   rng = np.random.default_rng(0)
   state_dict = compressed("fc", shape[-1], m, block, 4, rng)
   with pytest.raises(errors.InputError, match=message):
-    authors_files.from_official(state_dict, shape_of(fc=shape))
+    authors_files.from_authors_layout(state_dict, shape_of(fc=shape))
 
 
 def test_what_their_layout_cannot_hold_is_refused():
@@ -270,13 +272,13 @@ def test_what_their_layout_cannot_hold_is_refused():
     blocks.BlockSpec(4),
   )
   with pytest.raises(errors.InputError, match="float16.*100000"):
-    authors_files.to_official({"params": {"fc": {"kernel": node}}})
+    authors_files.to_authors_layout({"params": {"fc": {"kernel": node}}})
   stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), node)
   with pytest.raises(errors.InputError, match="fc/kernel is stacked"):
-    authors_files.to_official({"params": {"fc": {"kernel": stacked}}})
+    authors_files.to_authors_layout({"params": {"fc": {"kernel": stacked}}})
   other = node.replace(spec=blocks.BlockSpec(4, in_axis=-1, out_axis=-2))
   with pytest.raises(errors.InputError, match="cut along other axes"):
-    authors_files.to_official({"params": {"fc": {"kernel": other}}})
+    authors_files.to_authors_layout({"params": {"fc": {"kernel": other}}})
 
 
 def in_torch(state_dict):
@@ -337,7 +339,7 @@ def test_a_made_up_resnet_gives_torchs_logits():
     elif not kind.startswith("running"):
       state_dict[name] = array.astype(np.float32)
   model = resnet.make(depth=18, num_classes=10, stem="small")
-  variables = authors_files.from_official(state_dict, template_of(model))
+  variables = authors_files.from_authors_layout(state_dict, template_of(model))
   images = resnet_weights.images(2, 16, 13, 3)
   np.testing.assert_allclose(
     jax.jit(model.apply)(variables, jnp.asarray(images, jnp.float32)),
@@ -354,7 +356,7 @@ def test_released_files_give_torchs_logits_before_and_after_packing(
   path = shared_data / "pqf_official" / f"{name}.pth"
   state_dict = torch_files.read(str(path))
   model = resnet.make(depth=depth, num_classes=1000)
-  variables = authors_files.from_official(state_dict, template_of(model))
+  variables = authors_files.from_authors_layout(state_dict, template_of(model))
   dataset = data.get_dataset("imagenet2012", data_dir=str(shared_data / "tfds"))
   batch = next(data.eval_batches(dataset, batch_size=32))
   images = np.asarray(data.normalize(batch["image"], dataset.mean, dataset.std))
@@ -372,7 +374,7 @@ def test_released_files_give_torchs_logits_before_and_after_packing(
   np.testing.assert_array_equal(
     apply(loaded, jnp.asarray(images, jnp.float32)), logits
   )
-  again = authors_files.to_official(loaded)
+  again = authors_files.to_authors_layout(loaded)
   assert again.keys() == state_dict.keys()
   for entry, array in state_dict.items():
     assert again[entry].dtype == array.dtype
@@ -392,4 +394,6 @@ def test_a_released_file_of_another_depth_is_refused(
   path = shared_data / "pqf_official" / f"{name}.pth"
   model = resnet.make(depth=depth, num_classes=1000)
   with pytest.raises(errors.InputError, match=f"{message}.*another shape"):
-    authors_files.from_official(torch_files.read(str(path)), template_of(model))
+    authors_files.from_authors_layout(
+      torch_files.read(str(path)), template_of(model)
+    )

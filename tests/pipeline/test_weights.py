@@ -108,7 +108,7 @@ def test_safetensors_are_read_with_torchs_names_and_packed(tmp_path):
 
 def test_the_authors_layout_is_recognised_in_every_kind_of_file(tmp_path):
   state_dict = official_state_dict()
-  expected = authors_files.from_official(
+  expected = authors_files.from_authors_layout(
     state_dict, TEMPLATE, norm_epsilon=1e-3
   )
   safetensors.numpy.save_file(state_dict, tmp_path / "w.safetensors")

@@ -4,4 +4,6 @@ from pqf_jax.models.mask_rcnn.network import arrange as arrange
 from pqf_jax.models.mask_rcnn.network import backbone as backbone
 from pqf_jax.models.mask_rcnn.network import load_torch as load_torch
 from pqf_jax.models.mask_rcnn.network import make as make
-from pqf_jax.models.mask_rcnn.network import to_official as to_official
+from pqf_jax.models.mask_rcnn.network import (
+  to_authors_layout as to_authors_layout,
+)

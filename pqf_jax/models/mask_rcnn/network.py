@@ -159,12 +159,12 @@ def arrange(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   return arranged
 
 
-def to_official(
+def to_authors_layout(
   variables: PyTree, *, norm_epsilon: float = 0.0
 ) -> torch_names.StateDict:
-  """The state dict of the authors' layout; see `official.to_official`.
+  """The state dict of the authors' layout; see `official.to_authors_layout`.
 
-  `arrange` and `official.from_official` read it back. Their released file
+  `arrange` and `official.from_authors_layout` read it back. Their released file
   could not be had: names, shapes and sizes are those of their configuration,
   and what their code makes of them is not tested.
 
@@ -176,7 +176,9 @@ def to_official(
   Raises:
     InputError: a kernel that the layout cannot hold.
   """
-  arranged = authors_files.to_official(variables, norm_epsilon=norm_epsilon)
+  arranged = authors_files.to_authors_layout(
+    variables, norm_epsilon=norm_epsilon
+  )
   codes = arranged.get(DECONVOLUTION + authors_files.CODES)
   codebook = arranged.get(DECONVOLUTION + authors_files.CODEBOOK)
   if codes is not None and codebook.shape[1] != DECONVOLUTION_TAPS:

@@ -35,7 +35,7 @@ def read(
       `hf://OWNER/REPO[/FILE]`:
       `.safetensors`, packed by this library (compressed or dense) or with
       torch's names; or `.pth`, `.pt` of torch. Torch's names may also be those
-      of the authors' compressed networks, see `models.official`.
+      of the authors' compressed networks, see `models.authors_files`.
     model_name: of the module under `pqf_jax.models` that knows torch's names.
     template: the model's variables as `jax.ShapeDtypeStruct`s.
     norm_epsilon: of the network's norms; None: it has none.
@@ -57,13 +57,15 @@ def read(
         f"the file has torch's names, which model {model_name!r} has no "
         "function load_torch to read; give a file that pqf_jax packed"
       )
-    if not authors_files.is_official(content):
+    if not authors_files.is_authors_layout(content):
       return model.load_torch(content, template)
     if hasattr(model, "arrange"):
       content = model.arrange(content)
     # A network that names no epsilon has no norms.
     epsilon = 0.0 if norm_epsilon is None else norm_epsilon
-    return authors_files.from_official(content, template, norm_epsilon=epsilon)
+    return authors_files.from_authors_layout(
+      content, template, norm_epsilon=epsilon
+    )
   except errors.InputError as error:
     raise errors.InputError(f"{source}: {error}") from error
 

@@ -58,7 +58,7 @@ def drawn(target):
 def written():
   template, target = shapes()
   variables = drawn(target)
-  return template, variables, mask_rcnn.to_official(variables)
+  return template, variables, mask_rcnn.to_authors_layout(variables)
 
 
 def test_it_has_the_published_size(written):
@@ -109,4 +109,4 @@ def test_the_transposed_convolution_is_cut_as_torch_has_it(written):
 def test_what_it_cannot_hold_is_refused(arguments, message):
   _, target = shapes(*arguments)
   with pytest.raises(errors.InputError, match=message):
-    mask_rcnn.to_official(drawn(target))
+    mask_rcnn.to_authors_layout(drawn(target))
