@@ -22,12 +22,11 @@ def plan_rows(size: plans.SizeReport) -> Rows:
     {
       "path": layer.path,
       "shape": layer.shape,
-      "block": layer.block,
+      "length": layer.length,
       "num_codes": layer.num_codes,
-      "codes": layer.codes,
+      "num_subvectors": layer.num_subvectors,
       "bytes": layer.payload_bytes,
       "bits_per_weight": layer.bits_per_weight,
-      "kept": "codebook + codes" if layer.num_codes else "dense",
     }
     for layer in size.layers
   ]

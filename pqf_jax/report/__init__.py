@@ -1,6 +1,13 @@
-"""What is left of a run to read: tables, files, a page, curves.
+"""Files and tables that a run produces.
 
-Takes plain data, whose fields `schema` lists; draws and writes, never computes.
+tables       tables on the terminal
+records      results.json, config.json and metrics.jsonl
+html         report.html, with the data of `charts` and the `templates`
+tensorboard  the same curves for TensorBoard
+drawings     images with their objects
+schema       the plain data that all of them take;  text  formats its figures
+
+This package draws and writes; it computes nothing.
 """
 
 from pqf_jax.report.html import write_html as write_html
@@ -8,7 +15,6 @@ from pqf_jax.report.records import append_metric as append_metric
 from pqf_jax.report.records import read_metrics as read_metrics
 from pqf_jax.report.records import resume_metrics as resume_metrics
 from pqf_jax.report.records import write_json as write_json
-from pqf_jax.report.schema import metrics_of as metrics_of
 from pqf_jax.report.tables import closing_table as closing_table
 from pqf_jax.report.tables import permutation_table as permutation_table
 from pqf_jax.report.tables import plan_table as plan_table

@@ -1,16 +1,17 @@
 """Charts as plain data: bars in percent of the width, curves in a unit box.
 
-The template draws them and decides how they look; here is only what is true.
+The template draws them and decides how they look; this module decides what they
+show.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pqf_jax.report import schema, text
 
-MOST_POINTS = 240
-ROWS_SHOWN = 24
+MAX_POINTS = 240
+MAX_ROWS = 24
 STAGE_TITLES = {"train": "Training", "finetune": "Fine-tuning"}
 
 Point = tuple[float, float]
@@ -20,17 +21,17 @@ class Row(NamedTuple):
   """One line of a bar chart.
 
   Attributes:
-    label: what it is about;  full: the same, unabridged.
+    label: short name of the layer, group or stage;  full: its whole name.
     widths: of its bars, 0..100.
-    figure: what the bars show, in words.
-    counts: whether what it shows was taken into the result.
+    figure: the values of the bars as text.
+    accepted: False draws it pale, as a change that was not applied.
   """
 
   label: str
   full: str
   widths: tuple[float, ...]
   figure: str
-  counts: bool = True
+  accepted: bool = True
 
 
 class Bars(NamedTuple):
@@ -38,8 +39,8 @@ class Bars(NamedTuple):
 
   Attributes:
     title: short;  caption: how to read it.
-    legend: one name a bar of a row, or none where there is one bar.
-    rows: at most `ROWS_SHOWN`;  more: those that are folded away.
+    legend: one name a bar of a row; empty where a row has one bar.
+    rows: the first `MAX_ROWS` at most;  more: the other rows, folded away.
   """
 
   title: str
@@ -63,7 +64,7 @@ class Curve(NamedTuple):
     title: short;  caption: how to read it;  summary: the curve in words.
     points: of an SVG polyline in a box of 100 x 100, y downwards.
     x_ticks, y_ticks: marks, in percent from the left and from the bottom.
-    reference: height of a level to compare with in percent, or None.
+    reference: height of the dense network's level in percent, or None.
   """
 
   title: str
@@ -76,9 +77,9 @@ class Curve(NamedTuple):
 
 
 def score_charts(results: schema.Results) -> list[Bars]:
-  """Each metric by stage; the whole width is 100 %."""
+  """Draws each metric by stage; the whole width is 100 %."""
   charts = []
-  for metric, rows in schema.scores(results).items():
+  for label, rows in schema.scores(results).items():
     bars = []
     for row in rows:
       figure = text.percent(row.value)
@@ -86,34 +87,33 @@ def score_charts(results: schema.Results) -> list[Bars]:
         figure += f" ({text.points(row.gap)})"
       name = schema.STAGES[row.stage]
       bars.append(Row(name, name, (100 * row.value,), figure))
-    title = f"{schema.METRICS[metric]} by stage"
     caption = ""
     if any("(" in bar.figure for bar in bars):
       caption = "In parentheses: percentage points from the dense network."
-    charts.append(_bars(title[0].upper() + title[1:], caption, bars))
+    charts.append(_bars(f"{text.capitalize(label)} by stage", caption, bars))
   return charts
 
 
 def size_chart(
   rows: Sequence[schema.PlanRow] | Sequence[schema.LayerRow],
 ) -> Bars:
-  """Bytes of each kernel, dense and compressed."""
-  rows = [row for row in rows if len(row["shape"]) >= 2]
-  full = max(map(schema.dense_bytes, rows), default=1)
+  """Draws the bytes of each kernel, dense and compressed."""
+  kernels = [row for row in rows if len(row["shape"]) >= 2]
+  largest = max(map(schema.dense_bytes, kernels), default=1)
   bars = [
     _layer_row(
       row["path"],
-      (100 * schema.dense_bytes(row) / full, 100 * row["bytes"] / full),
+      (100 * schema.dense_bytes(row) / largest, 100 * row["bytes"] / largest),
       f"{text.size(schema.dense_bytes(row))} → {text.size(row['bytes'])}",
     )
-    for row in rows
+    for row in kernels
   ]
   caption = "A kernel in float32, and its codes and codebook in the file."
   return _bars("Bytes by layer", caption, bars, ("float32", "compressed"))
 
 
 def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
-  """Distortion of each quantized kernel, next to the worst of them."""
+  """Draws the distortion of each quantized kernel, relative to the largest."""
   worst = max((row["distortion"] for row in rows), default=0) or 1
   bars = [
     _layer_row(
@@ -131,16 +131,16 @@ def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
 
 
 def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
-  """What the order of each channel group gained: log-determinant and error.
+  """Draws what permuting each channel group gained: log-determinant and error.
 
-  The error is that of a short k-means and drawn where any group has one.
+  The error is the error of a short k-means; it is drawn where any group has it.
   """
   drops = [row["log_det_before"] - row["log_det_after"] for row in groups]
-  most = max(drops, default=0)
+  largest = max(drops, default=0)
   bars = [
     _group_row(
       row,
-      (100 * max(drop, 0) / most if most > 0 else 0,),
+      (100 * max(drop, 0) / largest if largest > 0 else 0,),
       f"{row['log_det_before']:.1f} → {row['log_det_after']:.1f}",
     )
     for row, drop in zip(groups, drops, strict=True)
@@ -150,41 +150,45 @@ def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
     "the bar is the drop. The lower it is, the fewer bits the same error "
     "costs. A group is named by the first kernel that reads it."
   )
-  errors = _permutation_errors(groups)
-  found = [_bars("Log-determinant by channel group", caption, bars), errors]
-  return [chart for chart in found if chart.rows]
+  charts = [
+    _bars("Log-determinant by channel group", caption, bars),
+    _permutation_errors(groups),
+  ]
+  return [chart for chart in charts if chart.rows]
 
 
 def _permutation_errors(groups: Sequence[schema.GroupRow]) -> Bars:
-  """Error of a short k-means in both orders of the groups that have one."""
-  judged = [row for row in groups if row.get("error_before")]
-  worst = max(
-    (max(row["error_before"], row["error_after"]) for row in judged), default=1
-  )
+  """Draws the error of a short k-means before and after, where it is known."""
+  measured = [
+    (row, (row["error_before"], row["error_after"]))
+    for row in groups
+    if row.get("error_before")
+  ]
+  worst = max((max(errors) for _, errors in measured), default=1)
   bars = [
     _group_row(
       row,
-      tuple(100 * row[f"error_{when}"] / worst for when in ("before", "after")),
-      f"{text.percent(row['error_before'])} → "
-      f"{text.percent(row['error_after'])}",
+      tuple(100 * error / worst for error in errors),
+      " → ".join(map(text.percent, errors)),
     )
-    for row in judged
+    for row, errors in measured
   ]
   caption = (
-    "Squared error of a short k-means in both orders, over the mean square of "
-    "the weights. An order is taken only if it lowers this as well."
+    "Squared error of a short k-means, over the mean square of the weights. A "
+    "permutation is applied only if it lowers this error as well."
   )
-  legend = ("as it was", "as found")
+  legend = ("before", "permuted")
   return _bars("Error of a short k-means", caption, bars, legend)
 
 
 def curves(
-  history: Sequence[schema.MetricRecord], results: schema.Results
+  history: Sequence[schema.Record], results: schema.Results
 ) -> list[Curve]:
-  """Loss and evaluations of each stage that has two points or more."""
-  found = []
+  """Draws loss and metrics of each stage that have at least two points."""
+  drawn = []
+  labels = {"loss": "loss", **schema.labels(results)}
   for stage, title in STAGE_TITLES.items():
-    for name in ("loss", *schema.METRICS):
+    for name, label in labels.items():
       scale = 1 if name == "loss" else 100
       points = [
         (record["epoch"], scale * record[name])
@@ -194,10 +198,9 @@ def curves(
       dense = results.get(f"{name}_dense") if stage == "finetune" else None
       level = None if dense is None else 100 * dense
       if len(points) > 1:
-        label = schema.METRICS.get(name, name)
         unit = "" if name == "loss" else ", %"
-        found.append(_curve(f"{title}: {label}{unit}", points, level))
-  return found
+        drawn.append(_curve(f"{title}: {label}{unit}", points, level))
+  return drawn
 
 
 def _curve(title: str, points: Sequence[Point], level: float | None) -> Curve:
@@ -206,7 +209,7 @@ def _curve(title: str, points: Sequence[Point], level: float | None) -> Curve:
   x_axis = _axis(min(xs), max(xs))
   y_axis = _axis(min(levels), max(levels), widen=True)
   drawn = (
-    f"{_along(x, x_axis):.2f},{100 - _along(y, y_axis):.2f}"
+    f"{_percent_along(x, x_axis):.2f},{100 - _percent_along(y, y_axis):.2f}"
     for x, y in _thin(points)
   )
   summary = (
@@ -220,29 +223,29 @@ def _curve(title: str, points: Sequence[Point], level: float | None) -> Curve:
     caption,
     summary,
     " ".join(drawn),
-    [Tick(_along(x, x_axis), f"{x:g}") for x in x_axis[2]],
-    [Tick(_along(y, y_axis), f"{y:g}") for y in y_axis[2]],
-    None if level is None else _along(level, y_axis),
+    [Tick(_percent_along(x, x_axis), f"{x:g}") for x in x_axis.marks],
+    [Tick(_percent_along(y, y_axis), f"{y:g}") for y in y_axis.marks],
+    None if level is None else _percent_along(level, y_axis),
   )
 
 
 def _bars(
   title: str, caption: str, rows: list[Row], legend: tuple[str, ...] = ()
 ) -> Bars:
-  return Bars(title, caption, legend, rows[:ROWS_SHOWN], rows[ROWS_SHOWN:])
+  return Bars(title, caption, legend, rows[:MAX_ROWS], rows[MAX_ROWS:])
 
 
 def _group_row(
   row: schema.GroupRow, widths: tuple[float, ...], figure: str
 ) -> Row:
-  """A row about a channel group, named by the first kernel that reads it."""
+  """Returns a channel group's row, named by the first kernel that reads it."""
   names = [text.short_path(path) for path in row["children"]]
   label = names[0] if names else row["group"]
   label += f" +{len(names) - 1}" if len(names) > 1 else ""
   full = f"{row['group']}: {row['size']} channels read by {', '.join(names)}"
   note = row.get("note")
   full += f" ({note})" if note else ""
-  figure += "" if row["accepted"] else " (not taken)"
+  figure += "" if row["accepted"] else " (not applied)"
   return Row(label, full, widths, figure, row["accepted"])
 
 
@@ -250,29 +253,37 @@ def _layer_row(path: str, widths: tuple[float, ...], figure: str) -> Row:
   return Row(text.short_path(path), path, widths, figure)
 
 
-def _thin(points: Sequence[Point]) -> Iterable[Point]:
-  """Means of runs of points, so that a long run does not make a long page."""
-  length = math.ceil(len(points) / MOST_POINTS)
+def _thin(points: Sequence[Point]) -> Iterator[Point]:
+  """Yields means of runs of points: `MAX_POINTS` at most, however long the run.
+
+  A page would otherwise grow with the training.
+  """
+  length = math.ceil(len(points) / MAX_POINTS)
   for start in range(0, len(points), length):
-    part = points[start : start + length]
-    yield tuple(sum(axis) / len(part) for axis in zip(*part, strict=True))
+    xs, ys = zip(*points[start : start + length], strict=True)
+    yield sum(xs) / len(xs), sum(ys) / len(ys)
 
 
-def _axis(
-  low: float, high: float, *, widen: bool = False
-) -> tuple[float, float, list[float]]:
-  """Ends of an axis and its marks at steps of 1, 2 or 5 times a power of 10."""
+class _Axis(NamedTuple):
+  """Ends of an axis, and marks at steps of 1, 2 or 5 times a power of 10."""
+
+  low: float
+  high: float
+  marks: Sequence[float]
+
+
+def _axis(low: float, high: float, *, widen: bool = False) -> _Axis:
+  """Chooses the marks; `widen` moves the ends to the first and last mark."""
   high = high if high > low else low + (abs(low) or 1)
-  wanted = (high - low) / 5 * (1 - 1e-9)
-  power = 10.0 ** math.floor(math.log10(wanted))
-  step = next(power * m for m in (1, 2, 5, 10) if power * m >= wanted)
+  least = (high - low) / 5 * (1 - 1e-9)
+  power = 10.0 ** math.floor(math.log10(least))
+  step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
   first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
   marks = [round(index * step, 12) for index in range(first, last + 1)]
   if widen:
-    return marks[0], marks[-1], marks
-  return low, high, [mark for mark in marks if low <= mark <= high]
+    return _Axis(marks[0], marks[-1], marks)
+  return _Axis(low, high, [mark for mark in marks if low <= mark <= high])
 
 
-def _along(value: float, axis: tuple[float, float, list[float]]) -> float:
-  low, high, _ = axis
-  return 100 * (value - low) / (high - low)
+def _percent_along(value: float, axis: _Axis) -> float:
+  return 100 * (value - axis.low) / (axis.high - axis.low)

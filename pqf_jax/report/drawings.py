@@ -1,4 +1,4 @@
-"""Pictures of images with their objects, one beside the other."""
+"""Draws images with their objects, side by side."""
 
 import io
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Colors that differ in hue and are bright on dark images and dark on bright
-# ones; the objects of an image take turns.
+# Colors of the objects of an image, in turn: they differ in hue, and stand out
+# on dark and on bright images.
 COLORS = (
   (230, 25, 75),
   (60, 180, 75),
@@ -19,8 +19,8 @@ COLORS = (
   (240, 50, 230),
 )
 TINT = 0.45
-# Smaller images are enlarged, so that outlines and captions can be told apart.
-LEAST_SIDE = 512
+# Smaller images are enlarged, so that outlines and captions are legible.
+MIN_SIDE = 512
 MARGIN, FONT_SIZE = 8, 12
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 
@@ -28,12 +28,12 @@ PAPER, INK = (255, 255, 255), (30, 30, 30)
 def captions(
   labels: Sequence[int], names: Sequence[str], scores: Sequence[float] = ()
 ) -> list[str]:
-  """Name and score of each object, such as `cat 0.97`.
+  """Returns name and score of each object, such as `cat 0.97`.
 
   Args:
     labels: [N].
-    names: by label; '' where there is none.
-    scores: [N], or nothing for ground truth.
+    names: by label; '' where the label has no name.
+    scores: [N], or empty for ground truth.
   """
   texts = [names[label] or str(label) for label in labels]
   if not len(scores):
@@ -49,23 +49,23 @@ def draw_objects(
   masks: np.ndarray,
   texts: Sequence[str],
 ) -> np.ndarray:
-  """An image with tinted masks, outlined boxes and captions.
+  """Draws an image with tinted masks, outlined boxes and captions.
 
   Args:
     pixels: uint8 [H, W, 3].
     boxes: [N, 4], x1, y1, x2, y2 in pixels.
     masks: bool [N, H, W].
-    texts: [N]; those that are wider than their box are left out.
+    texts: [N]; a text that is wider than its box is left out.
 
   Returns:
-    uint8 [s H, s W, 3], enlarged by the least integer s that makes the longer
-    side `LEAST_SIDE` or more.
+    uint8 [s H, s W, 3], enlarged by the smallest integer s that makes the
+    longer side `MIN_SIDE` or more.
   """
-  scale = -(-LEAST_SIDE // max(pixels.shape[:2]))
+  scale = -(-MIN_SIDE // max(pixels.shape[:2]))
   canvas = pixels.astype(np.float32)
   for index, mask in enumerate(masks):
-    color = np.array(COLORS[index % len(COLORS)], np.float32)
-    canvas[mask] += TINT * (color - canvas[mask])
+    tint = np.array(COLORS[index % len(COLORS)], np.float32)
+    canvas[mask] += TINT * (tint - canvas[mask])
   height, width = pixels.shape[:2]
   picture = Image.fromarray(np.rint(canvas).astype(np.uint8)).resize(
     (scale * width, scale * height), Image.Resampling.NEAREST
@@ -75,7 +75,7 @@ def draw_objects(
   for index, (box, text) in enumerate(zip(boxes, texts, strict=True)):
     x1, y1, x2, y2 = (scale * float(value) for value in box)
     color = COLORS[index % len(COLORS)]
-    # The last pixel is inside the box, x2 is its outer edge.
+    # x2 is the outer edge of the box, so its last pixel is x2 - 1.
     draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=color)
     if text and draw.textlength(text, font) <= x2 - x1:
       frame = draw.textbbox((x1 + 2, y1 + 1), text, font)
@@ -85,7 +85,7 @@ def draw_objects(
 
 
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> bytes:
-  """A PNG file of titled pictures in a row.
+  """Returns a PNG file of titled pictures in a row.
 
   Args:
     panels: (title, uint8 [H, W, 3]) from left to right.

@@ -1,8 +1,7 @@
-"""`report.html`: one page with everything about a run, that needs nothing else.
+"""Writes `report.html`: one page about a run, complete in itself.
 
-No script, no font, no picture and no address is fetched: the page can be
-mailed, with its pictures in it. Charts are inline SVG in the colours of the
-reader's theme.
+The page fetches no script, font, picture or address, so it can be mailed.
+Charts are inline SVG in the colours of the reader's theme.
 """
 
 import base64
@@ -18,7 +17,7 @@ from pqf_jax.report import charts, records, schema, tables, text
 
 
 class Tile(NamedTuple):
-  """A headline figure: what it is, the figure, and a word on it."""
+  """A headline figure with its label and a short note."""
 
   label: str
   figure: str
@@ -33,19 +32,19 @@ def write_html(
   plan_rows: Sequence[schema.PlanRow] = (),
   layers: Sequence[schema.LayerRow] = (),
   groups: Sequence[schema.GroupRow] = (),
-  history: Sequence[schema.MetricRecord] = (),
+  history: Sequence[schema.Record] = (),
   pictures: Sequence[bytes] = (),
 ) -> None:
-  """Writes the report of a run; what is missing leaves its section out.
+  """Writes the report of a run; an empty argument leaves its section out.
 
   Args:
     path: of the page.
-    results: what was measured; see `schema.Results`.
-    config: of the run, as `config.json` has it.
-    plan_rows: one a stored variable.
-    layers: one a quantized kernel.
-    groups: one a channel group.
-    history: metric records of training and fine-tuning.
+    results: see `schema.Results`.
+    config: content of `config.json`.
+    plan_rows: one row a stored variable.
+    layers: one row a quantized kernel.
+    groups: one row a channel group.
+    history: content of `metrics.jsonl`.
     pictures: PNG files.
   """
   environment = jinja2.Environment(
@@ -106,30 +105,27 @@ def _tiles(results: schema.Results) -> list[Tile]:
     note = f"{num_bytes:,} bytes"
     note = note if before is None else f"was {text.size(before)}"
     tiles.append(Tile("File", text.size(num_bytes), note))
-  for metric, rows in schema.scores(results).items():
+  for label, rows in schema.scores(results).items():
     last = rows[-1]
-    name = f"{schema.METRICS[metric]}, {schema.STAGES[last.stage]}"
+    name = f"{text.capitalize(label)}, {schema.STAGES[last.stage]}"
     note = ""
     if last.gap is not None and last.stage != "dense":
       dense = text.percent(last.value - last.gap)
       note = f"{text.points(last.gap)} points from {dense}"
     tiles.append(Tile(name, text.percent(last.value), note))
-  return [
-    tile._replace(label=tile.label[0].upper() + tile.label[1:])
-    for tile in tiles
-  ]
+  return tiles
 
 
 def _layer_table(
   plan_rows: Sequence[schema.PlanRow], layers: Sequence[schema.LayerRow]
 ) -> Mapping[str, Any]:
-  """The table of layers with its distortions."""
-  distortion = {row["path"]: text.percent(row["distortion"]) for row in layers}
+  """Returns the table of layers with their distortions."""
+  distortions = {row["path"]: text.percent(row["distortion"]) for row in layers}
   lines, total = tables.plan_lines(plan_rows)
   return {
     "columns": (*tables.COLUMNS, "distortion"),
     "rows": [
-      line._replace(cells=(*line.cells, distortion.get(line.full, "")))
+      line._replace(cells=(*line.cells, distortions.get(line.full, "")))
       for line in lines
     ],
     "total": (*total.cells, ""),
@@ -137,6 +133,6 @@ def _layer_table(
 
 
 def _breakable(path: str) -> markupsafe.Markup:
-  """A path that may be broken behind each slash."""
+  """Returns a path that a browser may break after each slash."""
   parts = map(markupsafe.escape, path.split("/"))
   return markupsafe.Markup("/<wbr>").join(parts)

@@ -1,4 +1,4 @@
-"""The files of a run that a program reads: JSON and JSON lines.
+"""Writes and reads the JSON files of a run.
 
 Every write leaves either the old file or the new one, and a log of metrics
 survives a crash in the middle of a line. Call these on process 0 only.
@@ -19,33 +19,33 @@ Path = str | os.PathLike[str]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-  """Writes `results.json` or `config.json` at once or not at all.
+  """Writes `results.json` or `config.json` whole or not at all.
 
   Args:
-    path: of the file; its folder must exist.
-    value: what `json` writes, and scalars or arrays of NumPy or JAX. What is
-      neither becomes its text, and NaN and infinity become null.
+    path: of the file.
+    value: JSON data, in which scalars and arrays of NumPy or JAX become numbers
+      and lists, other objects their text, NaN and infinity null.
   """
   write_text(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a file at once or not at all, in UTF-8."""
+  """Writes a file in UTF-8, whole or not at all."""
   files.write(path, text.encode())
 
 
-def append_metric(path: Path, record: Mapping[str, Any]) -> None:
-  """Adds one line to a log of metrics, which is made if there is none.
+def append_metric(path: Path, record: schema.Record) -> None:
+  """Appends one line to a log of metrics, or starts the log.
 
-  The half line that a crash may have left is cut off first.
+  A half line, which a crash may leave, is cut off first.
 
   Args:
     path: of `metrics.jsonl`.
-    record: a `schema.MetricRecord`; device scalars are read.
+    record: see `schema.Record`; its values may be device scalars.
   """
   line = json.dumps(_plain(record)) + "\n"
   if files.is_remote(path):
-    # Objects of a bucket cannot grow; this one is small.
+    # An object in a bucket cannot grow, so it is written anew; it is small.
     log = epath.Path(path)
     before = log.read_bytes() if log.exists() else b""
     files.write(log, before + line.encode())
@@ -59,17 +59,17 @@ def append_metric(path: Path, record: Mapping[str, Any]) -> None:
     file.write(line.encode())
 
 
-def read_metrics(path: Path) -> list[schema.MetricRecord]:
+def read_metrics(path: Path) -> list[schema.Record]:
   """Reads a log of metrics.
 
   Args:
     path: of `metrics.jsonl`; a missing file is an empty log.
 
   Returns:
-    Its records in order; a last line without its end is left out.
+    Its records in order, without a last line that is incomplete.
 
   Raises:
-    InputError: a whole line is no record, so that the file is damaged.
+    InputError: a complete line is not JSON, so the file is damaged.
   """
   log = epath.Path(path)
   if not log.exists():
@@ -81,19 +81,19 @@ def read_metrics(path: Path) -> list[schema.MetricRecord]:
       records.append(json.loads(line))
     except ValueError as error:
       raise errors.InputError(
-        f"{log} line {number} is not a JSON record ({error}); remove the "
-        "line, or the file to start the log again"
+        f"{log} line {number} is not a JSON record ({error}); remove this "
+        "line, or the whole file to start the log again"
       ) from error
   return records
 
 
 def resume_metrics(path: Path, stage: str, step: int) -> None:
-  """Forgets what a stage that starts again at `step` will measure again.
+  """Removes the records that a resumed stage will write again.
 
   Args:
     path: of `metrics.jsonl`; may be missing.
-    stage: whose records at `step` and later are dropped.
-    step: first step that will be done again; 0 drops the whole stage.
+    stage: its records at `step` and later are removed.
+    step: first step that will be done again; 0 removes the whole stage.
   """
   if not epath.Path(path).exists():
     return
@@ -107,7 +107,7 @@ def resume_metrics(path: Path, stage: str, step: int) -> None:
 
 def _plain(value: Any) -> Any:
   text = json.dumps(value, default=_as_builtin)
-  # JSON has no NaN: other readers refuse a file that says it.
+  # JSON has no NaN: other readers would refuse the file.
   return json.loads(text, parse_constant=lambda name: None)
 
 

@@ -1,8 +1,8 @@
 """The plain data that a report is made of.
 
-Everything here is what `json` reads back, so that a report can be made again
-from the files of a finished run. Every field may be missing: a run that only
-evaluates has no plan, and one that starts from weights has no training.
+JSON keeps all of it, so a report can be made again from the files of a finished
+run. Every field may be missing: a run that only evaluates has no plan, and one
+that starts from weights has no training.
 """
 
 import math
@@ -16,22 +16,19 @@ STAGES = {
   "finetuned": "fine-tuned",
   "packed": "packed",
 }
-METRICS = {
-  "top1": "top-1",
-  "top5": "top-5",
-  "box_ap": "box AP",
-  "mask_ap": "mask AP",
-}
 
 Results = Mapping[str, Any]
-"""What a run measured.
+"""Content of results.json.
 
     name           of the run, such as 'resnet18 digits'
     command        that repeats it
     date, device   as text;  seed  integer
     images         test images
-    <m>_<s>        fraction 0..1 of metric m of `METRICS` after stage s of
-                   `STAGES`, such as top1_dense
+    metrics        {metric: label}, such as {"top1": "top-1"}, of the metrics
+                   that tables and charts show, in their order; the first one is
+                   the headline
+    <m>_<s>        fraction 0..1 of metric m after stage s of `STAGES`, such as
+                   top1_dense; metrics without a label are kept, not shown
     dense_bytes    of the float32 network
     payload_bytes  of codes, codebooks and the rest
     file_bytes     of the packed file, header included
@@ -47,24 +44,20 @@ class PlanRow(TypedDict, total=False):
   Attributes:
     path: of the variable.
     shape: dense shape.
-    block: length D of a sub-vector; 0 where it stays dense.
-    num_codes: codewords K; 0 where it stays dense.
-    num_codewords_used: codewords that some code names, once quantized.
-    codes: sub-vectors N; 0 where it stays dense.
+    length: D, weights of a sub-vector; 0 where the variable stays dense.
+    num_codes: K, codewords of the codebook; 0 where the variable stays dense.
+    num_subvectors: N; 0 where the variable stays dense.
     bytes: in the packed file.
     bits_per_weight: 8 bytes / weights.
-    kept: 'codebook + codes' or 'dense'.
   """
 
   path: str
   shape: tuple[int, ...]
-  block: int
+  length: int
   num_codes: int
-  num_codewords_used: int
-  codes: int
+  num_subvectors: int
   bytes: int
   bits_per_weight: float
-  kept: str
 
 
 class LayerRow(TypedDict, total=False):
@@ -91,12 +84,12 @@ class GroupRow(TypedDict, total=False):
     children: paths of the kernels that read its channels.
     size: channels.
     log_det_before: natural log-determinant of the covariance of sub-vectors.
-    log_det_after: the same in the order that was found.
+    log_det_after: the same after the permutation.
     error_before: squared error of a short k-means over the mean square of the
-      weights, 0..1; 0 where it was not asked for.
-    error_after: the same in the order that was found.
-    accepted: whether that order was taken.
-    note: why not, or anything else worth saying.
+      weights, 0..1; 0 where no k-means was run.
+    error_after: the same after the permutation.
+    accepted: whether the permutation was applied.
+    note: why it was not, or a warning.
   """
 
   group: str
@@ -110,26 +103,16 @@ class GroupRow(TypedDict, total=False):
   note: str
 
 
-class MetricRecord(TypedDict, total=False):
-  """What was measured at one step of a stage.
+Record = Mapping[str, Any]
+"""One line of metrics.jsonl, measured at one step of a training stage.
 
-  Attributes:
-    stage: 'train' or 'finetune'.
-    step: counted from the start of the stage.
-    epoch: step / steps of one epoch.
-    loss: of the batch.
-    learning_rate: of the step.
-    images_per_second: since the record before.
-    top1: of an evaluation, 0..1; not in every record.
-  """
-
-  stage: str
-  step: int
-  epoch: float
-  loss: float
-  learning_rate: float
-  images_per_second: float
-  top1: float
+    stage              'train' or 'finetune'
+    step               counted from the start of the stage
+    epoch              step / steps of one epoch
+    loss               of the batch
+    images_per_second  since the record before
+    <metric>           of an evaluation, 0..1; not in every record
+"""
 
 
 class Score(NamedTuple):
@@ -138,7 +121,7 @@ class Score(NamedTuple):
   Attributes:
     stage: a key of `STAGES`.
     value: fraction 0..1.
-    gap: value - that of the dense network, or None where there is none.
+    gap: value - the dense network's, or None where that is unknown.
   """
 
   stage: str
@@ -146,24 +129,26 @@ class Score(NamedTuple):
   gap: float | None
 
 
-def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
-  """What a record says of `METRICS`."""
-  return {name: record[name] for name in METRICS if name in record}
-
-
 def dense_bytes(row: PlanRow | LayerRow) -> int:
-  """Bytes of a variable in float32."""
+  """Returns the bytes of a variable in float32."""
   return 4 * math.prod(row["shape"])
 
 
+def labels(results: Results) -> Mapping[str, str]:
+  """Returns {metric: label} of the metrics to show, the headline one first."""
+  return results.get("metrics") or {}
+
+
 def scores(results: Results) -> dict[str, list[Score]]:
-  """The figures that were measured, {metric: one `Score` a stage}."""
-  found = {}
-  for metric in METRICS:
+  """Returns {label: one `Score` a stage} of the metrics that have a value."""
+  by_label = {}
+  for metric, label in labels(results).items():
     dense = results.get(f"{metric}_dense")
-    found[metric] = [
+    rows = [
       Score(stage, value, None if dense is None else value - dense)
       for stage in STAGES
       if (value := results.get(f"{metric}_{stage}")) is not None
     ]
-  return {metric: rows for metric, rows in found.items() if rows}
+    if rows:
+      by_label[label] = rows
+  return by_label

@@ -1,6 +1,6 @@
-"""The tables of a run, drawn by rich: readable at 80 columns and when piped."""
+"""Draws the tables of a run by rich: readable at 80 columns and in a pipe."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import rich.box
@@ -17,8 +17,8 @@ class Line(NamedTuple):
   """A row of the table of layers.
 
   Attributes:
-    label: what it is about;  full: the same, unabridged.
-    cells: one a name of `COLUMNS`.
+    label: short name of the variable;  full: its whole path.
+    cells: one for each name of `COLUMNS`.
   """
 
   label: str
@@ -27,9 +27,9 @@ class Line(NamedTuple):
 
 
 def plan_lines(rows: Sequence[schema.PlanRow]) -> tuple[list[Line], Line]:
-  """The rows of the table of layers, and the row of totals.
+  """Returns the rows of the table of layers, and the row of totals.
 
-  Dense vectors (biases, norms) share one row, behind the kernels.
+  Dense vectors (biases, norms) share one row, after the kernels.
   """
   kernels = [row for row in rows if len(row["shape"]) >= 2]
   vectors = [row for row in rows if len(row["shape"]) < 2]
@@ -39,9 +39,9 @@ def plan_lines(rows: Sequence[schema.PlanRow]) -> tuple[list[Line], Line]:
       row["path"],
       (
         text.shape(row["shape"]),
-        f"{row['block']}" if row["num_codes"] else "",
-        _num_codes(row) if row["num_codes"] else "",
-        f"{row['codes']:,}" if row["num_codes"] else "dense",
+        f"{row['length']}" if row["num_codes"] else "",
+        f"{row['num_codes']}" if row["num_codes"] else "",
+        f"{row['num_subvectors']:,}" if row["num_codes"] else "dense",
         f"{row['bytes']:,}",
         f"{row['bits_per_weight']:.2f}",
       ),
@@ -51,17 +51,17 @@ def plan_lines(rows: Sequence[schema.PlanRow]) -> tuple[list[Line], Line]:
   if vectors:
     cells = ("", "", "", "dense", *_sums(vectors))
     lines.append(Line(f"{len(vectors)} vectors", "biases and norms", cells))
-  codes = f"{sum(row['codes'] for row in rows):,}"
+  codes = f"{sum(row['num_subvectors'] for row in rows):,}"
   return lines, Line("total", "", ("", "", "", codes, *_sums(rows)))
 
 
 def plan_table(rows: Sequence[schema.PlanRow]) -> rich.table.Table:
-  """What will be compressed and how large the result will be.
+  """Draws what will be compressed and how large the result will be.
 
   The last row and the caption count all rows, each dense weight as 4 bytes.
 
   Args:
-    rows: one a variable that the packed file stores.
+    rows: one for each variable that the packed file stores.
   """
   lines, total = plan_lines(rows)
   table = _table("Plan", show_footer=True)
@@ -81,25 +81,31 @@ def plan_table(rows: Sequence[schema.PlanRow]) -> rich.table.Table:
 
 
 def permutation_table(groups: Sequence[schema.GroupRow]) -> rich.table.Table:
-  """What the order of each channel group gained.
+  """Draws what permuting each channel group gained.
+
+  The columns of the error of a short k-means are left out where no group has
+  one.
 
   Args:
-    groups: those without kernels are left out. The columns of the error of a
-      short k-means are there where any group has one.
+    groups: one row each; groups that no kernel reads are left out.
   """
-  judged = any(row.get("error_before") for row in groups)
+  has_errors = any(row.get("error_before") for row in groups)
   table = _table("Permutation")
   table.add_column("group", overflow="fold")
   names = ["kernels", "size", "log-det", "after"]
-  names += ["error %", "after"] if judged else []
-  for name in [*names, "taken"]:
+  names += ["error %", "after"] if has_errors else []
+  for name in [*names, "applied"]:
     table.add_column(name, justify="right", no_wrap=True)
   for row in groups:
     if not row["children"]:
       continue
-    cells = [f"{len(row['children'])}", f"{row['size']}"]
-    cells += [f"{row[f'log_det_{when}']:.2f}" for when in ("before", "after")]
-    if judged:
+    cells = [
+      f"{len(row['children'])}",
+      f"{row['size']}",
+      f"{row['log_det_before']:.2f}",
+      f"{row['log_det_after']:.2f}",
+    ]
+    if has_errors:
       errors = (row["error_before"], row["error_after"])
       cells += [f"{100 * error:.2f}" if error else "" for error in errors]
     label = rich.markup.escape(text.short_path(row["children"][0]))
@@ -108,25 +114,23 @@ def permutation_table(groups: Sequence[schema.GroupRow]) -> rich.table.Table:
 
 
 def closing_table(results: schema.Results) -> rich.console.Group:
-  """What came out: accuracy, its gap to dense, and time by stage; then size.
+  """Draws the metrics by stage with their gaps to dense, then size and times.
 
   Args:
-    results: figures that are missing leave their cell empty.
+    results: a missing figure leaves its cell empty.
   """
-  found = schema.scores(results)
+  scores = schema.scores(results)
   table = _table(results.get("name", "Results"))
   table.add_column("stage")
-  for metric in found:
-    table.add_column(schema.METRICS[metric], justify="right", no_wrap=True)
-    table.add_column("gap", justify="right", no_wrap=True)
-  cells = {
-    stage: [name, *_score_cells(found.values(), stage)]
-    for stage, name in schema.STAGES.items()
-  }
-  for row in cells.values():
-    if any(row[1:]):
-      table.add_row(*row)
-  parts = [table] if found else []
+  for label in scores:
+    # Many metrics fold at 80 columns; a figure that is cut off would be lost.
+    for name in (rich.markup.escape(label), "gap"):
+      table.add_column(name, justify="right", overflow="fold")
+  for stage, name in schema.STAGES.items():
+    cells = list(_score_cells(scores.values(), stage))
+    if any(cells):
+      table.add_row(name, *cells)
+  parts: list[rich.console.RenderableType] = [table] if scores else []
   for line in (size_line(results), seconds_line(results)):
     if line:
       parts.append(rich.markup.escape(line))
@@ -134,7 +138,7 @@ def closing_table(results: schema.Results) -> rich.console.Group:
 
 
 def size_line(results: schema.Results) -> str:
-  """`44.6 MiB -> 1.54 MiB (1,615,904 bytes), 29.0x smaller: model...`."""
+  """Returns `44.6 MiB -> 1.54 MiB (1,615,904 bytes), 29.0x smaller: FILE`."""
   if results.get("file_bytes") is None:
     return ""
   line = f"{text.size(results['file_bytes'])} ({results['file_bytes']:,} bytes)"
@@ -146,7 +150,7 @@ def size_line(results: schema.Results) -> str:
 
 
 def seconds_line(results: schema.Results) -> str:
-  """`permute 12.3 s, quantize 4 min 19 s, ... (total 6 min 02 s)`."""
+  """Returns `permute 12.3 s, quantize 4 min 19 s, ... (total 6 min 02 s)`."""
   seconds = results.get("seconds") or {}
   if not seconds:
     return ""
@@ -166,11 +170,6 @@ def _table(title: str, *, show_footer: bool = False) -> rich.table.Table:
   )
 
 
-def _num_codes(row: schema.PlanRow) -> str:
-  used = row.get("num_codewords_used", row["num_codes"])
-  return f"{used}/{row['num_codes']}" if used < row["num_codes"] else str(used)
-
-
 def _sums(rows: Sequence[schema.PlanRow]) -> tuple[str, str]:
   num_bytes = sum(row["bytes"] for row in rows)
   dense = sum(map(schema.dense_bytes, rows))
@@ -178,11 +177,11 @@ def _sums(rows: Sequence[schema.PlanRow]) -> tuple[str, str]:
 
 
 def _score_cells(
-  found: Iterable[Sequence[schema.Score]], stage: str
-) -> Iterable[str]:
-  for rows in found:
-    match = [row for row in rows if row.stage == stage]
-    score = match[0] if match else None
+  scores: Iterable[Sequence[schema.Score]], stage: str
+) -> Iterator[str]:
+  """Yields value and gap of each metric after a stage, '' where missing."""
+  for rows in scores:
+    score = next((row for row in rows if row.stage == stage), None)
     yield text.percent(score.value) if score else ""
     gap = score.gap if score and stage != "dense" else None
     yield "" if gap is None else text.points(gap)

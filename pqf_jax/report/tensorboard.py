@@ -1,4 +1,4 @@
-"""The same metric records for TensorBoard, for those who want it."""
+"""Writes metric records for TensorBoard, where a config asks for it."""
 
 import importlib
 import os
@@ -9,7 +9,8 @@ from pqf_jax import errors
 from pqf_jax.report import schema
 from pqf_jax.runtime import files
 
-NOT_CURVES = ("stage", "step", "epoch")
+# Fields of a record that are no curve: `images` is the size of the test set.
+NOT_CURVES = ("stage", "step", "epoch", "images")
 
 
 class TensorBoardWriter:
@@ -44,18 +45,18 @@ class TensorBoardWriter:
     self._runs: dict[str, Any] = {}
 
   def resume(self, stage: str, step: int) -> None:
-    """Starts a stage at `step`: TensorBoard hides what a crashed run wrote.
+    """Starts a stage at `step`: TensorBoard hides the points of a crashed run.
 
     Args:
-      stage: whose curves go on.
+      stage: its curves go on.
       step: first step that will be written; older points stay.
     """
     self._runs[stage] = self._library.SummaryWriter(
       str(self._directory / stage), purge_step=step
     )
 
-  def write(self, record: schema.MetricRecord) -> None:
-    """Adds one point to the curve of every number in the record."""
+  def write(self, record: schema.Record) -> None:
+    """Adds a point to the curve of every number in the record, shown or not."""
     stage = record["stage"]
     if stage not in self._runs:
       self.resume(stage, 0)
@@ -64,7 +65,7 @@ class TensorBoardWriter:
         self._runs[stage].add_scalar(name, value, record["step"])
 
   def close(self) -> None:
-    """Writes what is still held back."""
+    """Writes the points that the library still buffers."""
     for run in self._runs.values():
       run.close()
 

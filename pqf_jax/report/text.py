@@ -1,4 +1,4 @@
-"""How figures are written, the same on the terminal and on the page."""
+"""Formats figures, the same on the terminal and on the page."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ UNITS = ("B", "KiB", "MiB", "GiB")
 
 
 def size(num_bytes: float) -> str:
-  """Bytes in the largest binary unit that leaves one or more: `1.54 MiB`."""
+  """Returns bytes in the largest unit that gives 1 or more: `1.54 MiB`."""
   power = 0
   while abs(num_bytes) >= 1024 and power < len(UNITS) - 1:
     num_bytes /= 1024
@@ -17,18 +17,18 @@ def size(num_bytes: float) -> str:
 
 
 def percent(fraction: float) -> str:
-  """A fraction in percent: `69.76 %`."""
+  """Returns a fraction in percent: `69.76 %`."""
   return f"{100 * fraction:.2f} %"
 
 
 def points(gap: float) -> str:
-  """A difference of fractions in signed percentage points: `-3.02`."""
-  # Adding 0.0 turns the -0.0 that rounding may leave into 0.0.
+  """Returns a difference of fractions in percentage points: `-3.02`."""
+  # Adding 0.0 turns -0.0, which rounding may give, into 0.0.
   return f"{round(100 * gap, 2) + 0.0:+.2f}"
 
 
 def duration(seconds: float) -> str:
-  """Seconds in the unit that suits: `12.3 s`, `4 min 19 s`, `1 h 02 min`."""
+  """Returns a time as `12.3 s`, `4 min 19 s` or `1 h 02 min`."""
   if seconds < 59.95:
     return f"{seconds:.1f} s"
   minutes, rest = divmod(round(seconds), 60)
@@ -38,10 +38,15 @@ def duration(seconds: float) -> str:
 
 
 def shape(sizes: Sequence[int]) -> str:
-  """Sizes of the axes: `3x3x512x512`."""
+  """Returns the sizes of the axes: `3x3x512x512`."""
   return "x".join(map(str, sizes))
 
 
 def short_path(path: str) -> str:
-  """A path without what all kernels share: `layer1/0/conv1`."""
+  """Returns a path without params/ and /kernel: `layer1/0/conv1`."""
   return path.removeprefix("params/").removesuffix("/kernel")
+
+
+def capitalize(label: str) -> str:
+  """Returns a label as the start of a sentence: `Top-1`."""
+  return label[:1].upper() + label[1:]

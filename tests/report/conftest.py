@@ -32,23 +32,22 @@ def resnet18_shapes():
 def plan_row(path, shape):
   num_weights = math.prod(shape)
   if len(shape) == 1 or path == "params/conv1/kernel":
-    cut, num_bytes, kept = (0, 0, 0), 4 * num_weights, "dense"
+    cut, num_bytes = (0, 0, 0), 4 * num_weights
   else:
-    block = 9 if shape[:2] == (3, 3) else 4
-    codes = num_weights // block
-    num_codes = 2048 if "fc" in path else min(256, codes // 4)
+    length = 9 if shape[:2] == (3, 3) else 4
+    num_subvectors = num_weights // length
+    num_codes = 2048 if "fc" in path else min(256, num_subvectors // 4)
     bits = math.ceil(math.log2(num_codes))
-    num_bytes = codes * bits // 8 + 2 * num_codes * block
-    cut, kept = (block, num_codes, codes), "codebook + codes"
+    num_bytes = num_subvectors * bits // 8 + 2 * num_codes * length
+    cut = length, num_codes, num_subvectors
   return {
     "path": path,
     "shape": shape,
-    "block": cut[0],
+    "length": cut[0],
     "num_codes": cut[1],
-    "codes": cut[2],
+    "num_subvectors": cut[2],
     "bytes": num_bytes,
     "bits_per_weight": 8 * num_bytes / num_weights,
-    "kept": kept,
   }
 
 
@@ -67,7 +66,6 @@ def run():
     for row in plan_rows
     if row["num_codes"]
   ]
-  plan_rows[3]["num_codewords_used"] = plan_rows[3]["num_codes"] - 5
   groups = [
     {
       "group": f"group{number}",
@@ -88,7 +86,6 @@ def run():
       "step": step,
       "epoch": step / 390,
       "loss": start * math.exp(-step / 900) + 0.1 * float(rng.uniform()),
-      "learning_rate": 1e-3,
       "images_per_second": 812.0,
     }
     | dict.fromkeys(
@@ -110,6 +107,7 @@ def run():
     "seed": 17,
     "device": "1 x NVIDIA H100 80GB HBM3",
     "images": 1797,
+    "metrics": {"top1": "top-1", "top5": "top-5"},
     "top1_dense": 0.98164,
     "top1_permuted": 0.98165,
     "top1_quantized": 0.71341,

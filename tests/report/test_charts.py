@@ -20,7 +20,7 @@ def test_bars_are_in_proportion(run):
   expected = 0.5 + 0.25 * np.arange(12)
   widths = [row.widths[0] for row in drops.rows]
   np.testing.assert_allclose(widths, 100 * expected / expected.max())
-  assert [row.counts for row in drops.rows].index(False) == 7
+  assert [row.accepted for row in drops.rows].index(False) == 7
   # Group n falls from (20 + n) % to (20 - n) %; the last two were not judged.
   widths = [row.widths for row in errors.rows]
   expected = [(20 + n, 20 - n) for n in range(10)]
@@ -33,7 +33,7 @@ def test_bars_are_in_proportion(run):
 def test_rows_beyond_the_most_are_folded_away_not_lost():
   layers = [{"path": f"params/{n}", "distortion": n / 100} for n in range(60)]
   chart = charts.distortion_chart(layers)
-  assert len(chart.rows) == charts.ROWS_SHOWN
+  assert len(chart.rows) == charts.MAX_ROWS
   names = [row.full for row in (*chart.rows, *chart.more)]
   assert names == [row["path"] for row in layers]
 
@@ -73,7 +73,7 @@ def test_curve_maps_its_points_onto_its_marks(losses):
 
 
 def test_a_long_curve_is_thinned_by_means():
-  num = 7 * charts.MOST_POINTS
+  num = 7 * charts.MAX_POINTS
   losses = np.random.default_rng(0).uniform(0, 1, num)
   losses[:2] = 0, 1
   history = [
@@ -91,7 +91,27 @@ def test_curve_leaves_out_missing_values_and_marks_the_dense_level():
     {"stage": "finetune", "step": n, "epoch": n, "loss": None, "top1": value}
     for n, value in enumerate([0.5, None, 0.6])
   ]
-  (curve,) = charts.curves(history, {"top1_dense": 0.7})
+  (curve,) = charts.curves(
+    history, {"metrics": {"top1": "top-1"}, "top1_dense": 0.7}
+  )
   assert len(curve.points.split()) == 2
   assert curve.reference == pytest.approx(100)
   assert charts.curves(history[:1], {}) == []
+
+
+def test_charts_show_the_metrics_of_the_task_and_no_other():
+  results = {
+    "metrics": {"miou": "mean IoU", "accuracy": "pixel accuracy"},
+    "miou_dense": 0.5,
+    "miou_packed": 0.25,
+    "other_dense": 0.75,
+  }
+  (bars,) = charts.score_charts(results)
+  assert bars.title == "Mean IoU by stage"
+  assert [row.widths for row in bars.rows] == [(50,), (25,)]
+  history = [
+    {"stage": "train", "epoch": n, "miou": 0.1, "accuracy": 0.2, "other": 0.3}
+    for n in range(2)
+  ]
+  titles = [curve.title for curve in charts.curves(history, results)]
+  assert titles == ["Training: mean IoU, %", "Training: pixel accuracy, %"]

@@ -50,7 +50,7 @@ def test_page_has_every_figure(tmp_path, run):
   results = run["results"]
   page = Page(written(tmp_path, run))
   figures = [
-    ["28.8×", "1.55 MiB", "44.6 MiB", "1,615,904", "251/256"],
+    ["28.8×", "1.55 MiB", "44.6 MiB", "1,615,904"],
     ["-1.72", "-1.84", "-26.82", "-0.22", "-6.73"],
     ["6 min 52 s", "38.5 s", "57.1 s", "4 min 19 s", "1.8 s"],
     ["seed 17", "1,797 test images", '"epochs": 9'],
@@ -138,7 +138,16 @@ def test_page_without_a_piece_has_no_empty_section(tmp_path, run, missing):
 
 
 @pytest.mark.parametrize(
-  "results", [{}, {"name": "x", "top1_dense": 0.7615, "images": 50000}]
+  "results",
+  [
+    {},
+    {
+      "name": "x",
+      "metrics": {"top1": "top-1"},
+      "top1_dense": 0.7615,
+      "images": 50000,
+    },
+  ],
 )
 def test_page_of_a_run_that_only_evaluates(tmp_path, results):
   page = Page(written(tmp_path, {"results": results}))

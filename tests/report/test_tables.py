@@ -19,7 +19,7 @@ def test_plan_table_totals_are_sums_of_rows_and_the_published_size(run):
   rows = run["plan_rows"]
   table = drawn(report.plan_table(rows))
   total = next(line for line in table.splitlines() if "total" in line)
-  codes = sum(row["codes"] for row in rows)
+  codes = sum(row["num_subvectors"] for row in rows)
   # The paper's ResNet-18 with small blocks: 1.54 MiB.
   assert total.split() == ["total", f"{codes:,}", "1,615,904", "1.11"]
   assert "1.54 MiB, 28.9x smaller than float32 (44.6 MiB)" in table
@@ -76,9 +76,40 @@ def test_closing_table_has_every_figure(run):
     assert figure in table.replace("\n", " ")
 
 
+def test_a_task_declares_its_metrics_and_their_order():
+  results = {
+    "metrics": {"loss": "Loss", "miou": "mean [IoU]"},
+    "miou_dense": 0.5,
+    "miou_packed": 0.25,
+    "loss_packed": 0.125,
+    "other_packed": 0.75,
+  }
+  table = drawn(report.closing_table(results))
+  assert table.index("Loss") < table.index("mean [IoU]")
+  for figure in ("50.00 %", "25.00 %", "-25.00", "12.50 %"):
+    assert figure in table
+  assert "75" not in table
+
+
+def test_closing_table_of_many_metrics_loses_no_digit_at_80_columns():
+  metrics = [f"m{number}" for number in range(9)]
+  results = {"metrics": {name: name for name in metrics}}
+  for number, name in enumerate(metrics):
+    results |= {f"{name}_dense": 0.9, f"{name}_packed": 0.5 + number / 1000}
+  table = report.closing_table(results)
+  narrow, wide = (
+    sorted(letter for letter in drawn(table, width) if letter in "0123456789.-")
+    for width in (80, 300)
+  )
+  assert narrow == wide
+
+
+FINETUNED = {"metrics": {"top1": "top-1"}, "top1_finetuned": 0.5}
+
+
 @pytest.mark.parametrize(
   "results",
-  [{}, {"name": "[red]x"}, {"top1_finetuned": 0.5}, {"file_bytes": 10}],
+  [{}, {"name": "[red]x"}, FINETUNED, {"file_bytes": 10}],
 )
 def test_closing_table_of_a_partial_run(results):
   table = drawn(report.closing_table(results))

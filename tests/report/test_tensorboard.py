@@ -27,7 +27,8 @@ def test_a_resumed_stage_hides_what_comes_again(tmp_path):
 def test_tensorboard_gets_every_number_once_and_by_stage(tmp_path):
   pytest.importorskip("tensorboardX")
   run = [
-    record("train", step) | {"epoch": 0.5, "top1": None} for step in range(3)
+    record("train", step) | {"epoch": 0.5, "top1": None, "images": 5}
+    for step in range(3)
   ]
   with report.TensorBoardWriter(tmp_path) as curves:
     for one in [*run, record("finetune", 0)]:
