@@ -210,6 +210,10 @@ def _decayed(trainable: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: leaf.ndim > 1, trainable)
 
 
+Learned = tuple[PyTree, PyTree, Metrics]
+"""Gradients, updated collections, and metrics with the loss."""
+
+
 def make_finetune_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
@@ -245,21 +249,24 @@ def make_finetune_step(
     step(state, batch) -> (state, metrics); the state's buffers are donated.
     `metrics` holds `loss` and whatever `loss_fn` reports.
   """
-  learn = functools.partial(_mean_of_parts, loss_fn, microbatches)
+  learn: Callable[..., Learned] = functools.partial(
+    _mean_of_parts, loss_fn, microbatches
+  )
   if mesh is not None:
     learn = _mean_of_devices(learn, mesh)
   first_key = jax.random.key(0) if key is None else key
   # Bits on the host, since an array of one process cannot enter a program of
   # several.
   bits = np.asarray(jax.random.key_data(first_key))
-  kind = jax.random.key_impl(first_key)
+  generator = jax.random.key_impl(first_key)
 
   def step(state: FinetuneState, batch: Batch) -> tuple[FinetuneState, Metrics]:
+    first = jax.random.wrap_key_data(jnp.asarray(bits), impl=generator)
     gradients, collections, metrics = learn(
       state.trainable,
       state.frozen,
       batch,
-      jax.random.fold_in(jax.random.wrap_key_data(bits, impl=kind), state.step),
+      jax.random.fold_in(first, state.step),
     )
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.trainable
@@ -274,10 +281,6 @@ def make_finetune_step(
 
 def _unchanged(state: FinetuneState) -> FinetuneState:
   return state
-
-
-Learned = tuple[PyTree, PyTree, Metrics]
-"""Gradients, updated collections, and metrics with the loss."""
 
 
 def _learn(

@@ -51,21 +51,33 @@ class PackedModel(NamedTuple):
 
 
 def pack_model(
-  variables: PyTree, *, norm_epsilon: float, architecture: Mapping[str, Any]
+  variables: PyTree,
+  *,
+  norm_epsilon: float | None,
+  architecture: Mapping[str, Any],
 ) -> PackedModel:
   """Packs a variable tree; see the head of this module for the layout.
 
   Args:
     variables: Linen variables with `VQArray`s, or all dense.
-    norm_epsilon: the batch norms' own epsilon, which goes inside the root.
+    norm_epsilon: the batch norms' own epsilon, which goes inside the root; None
+      for a network without batch norms.
     architecture: JSON data by which a reader finds the model again.
 
   Raises:
-    InputError: a value that float16 or float32 cannot hold.
+    InputError: a value that float16 or float32 cannot hold; or batch norms
+      without an epsilon.
   """
   flat = trees.flatten(jax.device_get(variables), vq_array.is_vq)
   layers = {path: leaf for path, leaf in flat.items() if vq_array.is_vq(leaf)}
   norms = plans.foldable_norms(flat)
+  if norm_epsilon is None:
+    if norms:
+      raise errors.InputError(
+        f"the batch norms, {next(iter(norms))} for one, cannot be folded "
+        "without their epsilon; give norm_epsilon"
+      )
+    norm_epsilon = 0.0
   buffers = {}
   if layers:
     buffers[CODES] = np.concatenate(

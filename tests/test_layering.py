@@ -31,16 +31,26 @@ ALLOWED = {
   "models": ("core", "registry"),
   "data": ("registry",),
   "data.prepare": ("data", "runtime.progress"),
-  "tasks": ("data", "core", "models.mask_rcnn", "registry"),
+  "tasks": (
+    "core",
+    "data",
+    "finetune",
+    "models.contract",
+    "models.mask_rcnn",
+    "registry",
+    "report.drawings",
+    "runtime",
+  ),
   "report": ("core",),
   "pipeline": ("",),
   "preflight": ("",),
+  "cli": ("pipeline", "runtime"),
   "": (),
 }
 ONLY_IN = {
   "flax.linen": ("models",),
   "orbax": ("runtime.checkpoint",),
-  "ml_collections": ("pipeline", "preflight"),
+  "ml_collections": ("cli", "pipeline", "preflight", "tasks"),
   "tensorflow_datasets": ("data",),
   "grain": ("data",),
 }

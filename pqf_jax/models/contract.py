@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from pqf_jax import errors
 from pqf_jax.core import plan as plans
@@ -33,8 +32,8 @@ class Model(Protocol):
       begin with, and where its variables belong; see `config.backbone`.
   """
 
-  def make(self, **settings: Any) -> nn.Module:
-    """Builds a `Network` from `config.model` without its name.
+  def make(self, **settings: Any) -> "Network":
+    """Builds a network from `config.model` without its name.
 
     Raises:
       InputError: a setting has an unknown value.
@@ -56,14 +55,14 @@ class Network(Protocol):
       of the batch, dropout is on.
   """
 
-  def init(self, key: Any, *inputs: Any) -> PyTree:
-    """Returns the variables, as a dict of collections."""
+  def init(self, *args: Any, **kwargs: Any) -> Any:
+    """Maps (key, *inputs) to variables, a dict of collections."""
 
-  def apply(self, variables: PyTree, *inputs: Any, **settings: Any) -> Any:
-    """Returns the outputs."""
+  def apply(self, *args: Any, **kwargs: Any) -> Any:
+    """Maps (variables, *inputs) to outputs."""
 
-  def clone(self, **fields: Any) -> nn.Module:
-    """Returns the network with other values of some fields."""
+  def clone(self, *args: Any, **kwargs: Any) -> Any:
+    """Returns the network with other values of the named fields."""
 
 
 def check_norms(name: str, network: Network, template: PyTree) -> None:
@@ -127,7 +126,7 @@ def check_trainable(
 
 def for_training(
   network: Network, *, dtype: str, norm_axis: str | None = None
-) -> nn.Module:
+) -> Network:
   """Returns the network as a training step applies it.
 
   Args:

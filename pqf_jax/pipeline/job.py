@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from flax import linen as nn
 
-from pqf_jax import errors, finetune, models, pack, report, tasks
+from pqf_jax import errors, finetune, models, pack, permute, report, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.models import contract
@@ -24,7 +23,7 @@ DTYPES = ("float32", "bfloat16")
 # The stages that train; a config has settings of each.
 TRAININGS = ("train", "finetune")
 # The values of `config.permute.search`.
-SEARCHES = {
+SEARCHES: dict[str, permute.Search] = {
   "assignment": search.search_permutation,
   "paper": search.search_like_authors,
   "none": search.keep_order,
@@ -49,7 +48,7 @@ class Job(NamedTuple):
 
   config: ml_collections.ConfigDict
   files: workspace.Workspace
-  network: nn.Module
+  network: contract.Network
   template: PyTree
   plan: plans.CompressionPlan
   weights: PyTree | None
@@ -200,7 +199,7 @@ def check_batches(
   check_choice("norm_statistics", config.norm_statistics, ("batch", "device"))
   check_choice("dtype", config.dtype, DTYPES)
   count = jax.device_count() if num_devices is None else num_devices
-  distributed.check_divides(
+  distributed.check_batch_size(
     "config.eval_batch_size", config.eval_batch_size, count
   )
   for stage in stages:
@@ -212,14 +211,14 @@ def check_batches(
         "least 1, the second at least 0"
       )
     name = f"config.{stage}.batch_size"
-    distributed.check_divides(
+    distributed.check_batch_size(
       name, settings.batch_size, count, settings.microbatches
     )
 
 
 def build_network(
   config: ml_collections.ConfigDict,
-) -> tuple[nn.Module, PyTree]:
+) -> tuple[contract.Network, PyTree]:
   """Returns the network of the config, and its variables as shapes.
 
   Raises:
@@ -235,7 +234,7 @@ def build_network(
 
 
 def read_weights(
-  config: ml_collections.ConfigDict, network: nn.Module, template: PyTree
+  config: ml_collections.ConfigDict, network: contract.Network, template: PyTree
 ) -> PyTree:
   """Reads the variables in `config.weights`, compressed or dense."""
   return weights.read(
@@ -248,7 +247,7 @@ def read_weights(
 
 def write_packed(
   config: ml_collections.ConfigDict,
-  network: nn.Module,
+  network: contract.Network,
   files: workspace.Workspace,
   variables: PyTree,
 ) -> pack.PackedModel:

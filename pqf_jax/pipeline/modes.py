@@ -4,9 +4,9 @@ import importlib
 from typing import Any
 
 import ml_collections
-from flax import linen as nn
 
 from pqf_jax import errors, tasks
+from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import stages, workspace
 from pqf_jax.runtime import distributed, files, progress
@@ -28,7 +28,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     # Before any device is used: it brings its own, and no other processes.
     importlib.import_module("pqf_jax.preflight").run(config)
     return
-  distributed.start(config.distributed, timeout_seconds=config.cluster_timeout)
+  distributed.start(
+    config.distributed, timeout_seconds=config.distributed_timeout
+  )
   progress.say_everywhere(distributed.banner())
   distributed.check_agreement(
     {
@@ -115,7 +117,7 @@ def predict(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 def read_weights(
   config: ml_collections.ConfigDict,
-) -> tuple[nn.Module, PyTree]:
+) -> tuple[contract.Network, PyTree]:
   """Returns the network and the variables that `config.weights` names."""
   if not config.weights:
     raise errors.InputError(

@@ -17,6 +17,7 @@ from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, training, workspace
+from pqf_jax.report import schema
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -82,11 +83,11 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         job.plan,
         search=jobs.SEARCHES[settings.search],
         kmeans_steps=settings.kmeans_steps,
-        share=lambda costs: distributed.divide(costs)[jax.process_index()],
-        gather=distributed.merge,
+        share=lambda costs: distributed.divide_work(costs)[jax.process_index()],
+        gather=distributed.gather_records,
         on_group=lambda group: bar.advance(),
       )
-    rows = [group._asdict() for group in groups]
+    rows = [schema.GroupRow(**group._asdict()) for group in groups]
     progress.show(report.permutation_table(rows))
     return job.evaluated(
       variables,
@@ -106,7 +107,7 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
   target_nodes = trees.flatten(target, vq_array.is_vq)
 
   def compute() -> Staged:
-    shares = distributed.divide(plans.kmeans_cost(job.plan, job.template))
+    shares = distributed.divide_work(plans.kmeans_cost(job.plan, job.template))
     mine = {path: job.plan[path] for path in shares[jax.process_index()]}
     with progress.track("quantize", len(mine), unit="layers") as bar:
       variables, layers = quantize.quantize_params(
@@ -117,10 +118,10 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
         mesh=distributed.mesh(tuple(jax.local_devices())),
         on_layer=lambda layer: bar.advance(distortion=layer.distortion),
       )
-    nodes = distributed.exchange(
+    nodes = distributed.gather_trees(
       shares, trees.flatten(variables, vq_array.is_vq), target_nodes
     )
-    distortion = distributed.merge(
+    distortion = distributed.gather_records(
       {path: layer.distortion for path, layer in layers.items()}
     )
     return job.evaluated(trees.replace(permuted, nodes), distortion=distortion)

@@ -11,12 +11,11 @@ import ml_collections
 from etils import epath
 
 from pqf_jax.core import plan as plans
+from pqf_jax.report import schema
 from pqf_jax.runtime import checkpoint
 
-Rows = list[dict[str, Any]]
 
-
-def plan_rows(size: plans.SizeReport) -> Rows:
+def plan_rows(size: plans.SizeReport) -> list[schema.PlanRow]:
   """Builds one row a stored variable; see `report.schema.PlanRow`."""
   return [
     {
@@ -32,7 +31,9 @@ def plan_rows(size: plans.SizeReport) -> Rows:
   ]
 
 
-def layer_rows(size: plans.SizeReport, distortion: Mapping[str, float]) -> Rows:
+def layer_rows(
+  size: plans.SizeReport, distortion: Mapping[str, float]
+) -> list[schema.LayerRow]:
   """Builds one row a compressed kernel; see `report.schema.LayerRow`."""
   return [
     {

@@ -191,7 +191,7 @@ def fit(
           best = jax.tree.map(jnp.copy, current)
           record |= {"best": evaluation[metric], "best_step": step}
         record["evaluation"] = evaluation
-      stopped = stop.is_asked(step)
+      stopped = stop.is_requested(step)
       if schedule.save_is_due(step) or stopped:
         meter.flush()
         checkpoints.save_progress(stage, step, (state, best), meter.record())
@@ -204,7 +204,7 @@ def fit(
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(last)):
     what = "weights are not finite"
     raise _diverged(stage, schedule, what, schedule.num_steps)
-  return distributed.local(Fitted(last, best)), meter.record()
+  return distributed.unreplicate(Fitted(last, best)), meter.record()
 
 
 def _first_record() -> checkpoint.Record:

@@ -1,8 +1,9 @@
-"""The files of one run: config, checkpoints, metrics, results, packed model."""
+"""Holds the files of one run: config, checkpoints, metrics, results, model."""
 
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -12,8 +13,9 @@ from pqf_jax import errors, report
 from pqf_jax.runtime import checkpoint, distributed, files
 
 Results = dict[str, Any]
-# How processes find each other changes no result: a run may go on otherwise.
-NOT_COMPARED = ("distributed", "cluster_timeout")
+# How processes find each other changes no result, so a run may be resumed with
+# other values of these settings.
+NOT_COMPARED = ("distributed", "distributed_timeout")
 
 
 class Workspace:
@@ -24,7 +26,7 @@ class Workspace:
   """
 
   def __init__(self, workdir: str, config: ml_collections.ConfigDict):
-    """Makes nothing yet.
+    """Reads what the workdir holds; creates nothing yet.
 
     Raises:
       InputError: the workdir belongs to another config; says what differs.
@@ -48,10 +50,10 @@ class Workspace:
       _check_same(path, stored, self._config)
 
   def claim(self) -> None:
-    """Makes the workdir; from now on it belongs to this config.
+    """Creates the workdir, which belongs to this config from now on.
 
     Call it when nothing of the config can be refused any more, so that a
-    mended config may use the same workdir.
+    corrected config may use the same workdir.
     """
     if distributed.is_lead():
       self._config_file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,13 @@ class Workspace:
     distributed.check_shared(self._config_file.parent, self._config_file)
 
   def results(self) -> Results | None:
-    """What a finished run found, or None."""
+    """Reads results.json; None before the run is finished."""
     if not self.results_file.exists():
       return None
     return json.loads(self.results_file.read_text())
 
   def write_results(self, results: Results) -> None:
-    """Writes results.json, which also says that the run is finished."""
+    """Writes results.json, which marks the run as finished."""
     if distributed.is_lead():
       report.write_json(self.results_file, results)
 
@@ -77,24 +79,24 @@ class Workspace:
       self._curves.write(record)
 
   def resume_log(self, stage: str, step: int) -> None:
-    """Forgets what will be measured again from `step` on."""
+    """Removes the records that will be measured again from `step` on."""
     if distributed.is_lead():
       report.resume_metrics(self._metrics_file, stage, step)
     if self._curves:
       self._curves.resume(stage, step)
 
   def close(self) -> None:
-    """Writes what TensorBoard's writer still holds back."""
+    """Flushes TensorBoard's writer."""
     if self._curves:
       self._curves.close()
 
-  def history(self) -> list[dict[str, Any]]:
-    """All records of metrics.jsonl."""
+  def history(self) -> Sequence[Mapping[str, Any]]:
+    """Reads all records of metrics.jsonl."""
     return report.read_metrics(self._metrics_file)
 
 
 def code_digest() -> str:
-  """Of the library's own source files, so that versions can be compared."""
+  """Hashes the library's source files, so that processes can compare them."""
   folder = pathlib.Path(__file__).parents[1]
   digest = hashlib.sha256()
   for path in sorted(folder.rglob("*.py")):

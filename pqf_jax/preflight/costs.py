@@ -1,4 +1,4 @@
-"""What a compiled program costs a chip: memory, FLOPs, traffic, collectives."""
+"""Reads memory, FLOPs, traffic and collectives off a compiled program."""
 
 import math
 import re
@@ -17,7 +17,7 @@ _INSTRUCTION = re.compile(
   r"\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shapes>.*?) "
   rf"(?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\("
 )
-# Of a second half, whether or not its shape stands before it.
+# The operand of a second half, whether or not its shape stands before it.
 _OPERAND = re.compile(r"-done\(.*?%?([\w.-]+)\)(?:,|$)")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
@@ -27,8 +27,8 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: one of `KINDS`.
-    num_bytes: of its result on one chip.
-    group_size: chips that take part together.
+    num_bytes: size of its result on one chip.
+    group_size: number of chips that exchange with each other.
   """
 
   kind: str
@@ -37,7 +37,7 @@ class Collective(NamedTuple):
 
   @property
   def sent_bytes(self) -> float:
-    """That a chip sends at least, as in a ring (Patarasuk and Yuan, 2009)."""
+    """The least that a chip sends, in a ring (Patarasuk and Yuan, 2009)."""
     size, others = self.num_bytes, self.group_size - 1
     return {
       "all-reduce": 2 * size * others / self.group_size,
@@ -49,7 +49,7 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """What one run of a program costs each chip.
+  """The cost of one run of a program for each chip.
 
   Attributes:
     hbm_bytes: arguments, results, temporaries and code, at once.
@@ -65,17 +65,17 @@ class Cost(NamedTuple):
 
   @property
   def sent_bytes(self) -> float:
-    """That the chip sends to others."""
+    """The bytes that the chip sends to others."""
     return sum(collective.sent_bytes for collective in self.collectives)
 
 
 class Roofline(NamedTuple):
-  """Seconds below which a program cannot stay, by what bounds it.
+  """Lower bounds of a program's time, in seconds.
 
   Attributes:
-    flops: were it only computing.
-    hbm: were it only reading and writing.
-    links: were it only sending.
+    flops: time of the arithmetic alone.
+    hbm: time of reading and writing memory alone.
+    links: time of sending alone.
   """
 
   flops: float
@@ -84,22 +84,22 @@ class Roofline(NamedTuple):
 
   @property
   def seconds(self) -> float:
-    """The largest, as if the three overlapped perfectly."""
+    """The largest bound, as if the three overlapped perfectly."""
     return max(self)
 
   @property
   def bound(self) -> str:
-    """What the largest is."""
+    """The name of the largest bound."""
     return self._fields[self.index(self.seconds)]
 
 
 def measure(compiled: Any) -> Cost:
-  """The cost that the compiler states of a program.
+  """Returns the cost that the compiler states for a program.
 
   FLOPs and traffic of a loop's body count once, however often it runs.
 
   Args:
-    compiled: a `jax.stages.Compiled`, partitioned: all is per device.
+    compiled: a `jax.stages.Compiled`; its figures are those of one device.
   """
   memory = compiled.memory_analysis()
   counted = compiled.cost_analysis() or {}
@@ -116,7 +116,7 @@ def measure(compiled: Any) -> Cost:
 
 
 def needed_bytes(message: str) -> float:
-  """What the compiler says that a program it refused would need, or 0."""
+  """Reads the bytes that a refused program would need; 0 if not stated."""
   stated = re.search(r"required[^(]*\(([\d.]+)([KMGT])\)", message)
   if stated is None:
     return 0
@@ -126,12 +126,12 @@ def needed_bytes(message: str) -> float:
 def roofline(
   cost: Cost, target: hardware.Target, *, dtype: str = "bfloat16"
 ) -> Roofline:
-  """Lower bounds of the time of one run.
+  """Computes lower bounds of the time of one run.
 
   Args:
     cost: of one run.
-    target: on which it runs.
-    dtype: of the inputs of its products.
+    target: the hardware it runs on.
+    dtype: type of the inputs of its products.
   """
   chip = target.chip
   peak = chip.float32_flops if dtype == "float32" else chip.peak_flops
@@ -143,40 +143,40 @@ def roofline(
 
 
 def find_collectives(text: str) -> list[Collective]:
-  """The collectives of a compiled program's HLO text.
+  """Lists the collectives in a compiled program's HLO text.
 
-  One that is started and awaited by two instructions counts once; one in the
-  body of a loop, once; one of a single chip, which sends nothing, not at all.
+  A collective that is started and awaited by two instructions counts once, and
+  so does one in the body of a loop. One of a single chip sends nothing and is
+  left out.
   """
-  found, groups = [], {}
+  collectives: list[Collective] = []
+  groups: dict[str, int] = {}
   everybody = _everybody(text)
   for line in text.splitlines():
     match = _INSTRUCTION.match(line)
     if match is None:
       continue
-    # Only the second half has the result alone, only the first the groups.
+    # Only the second half states the result, only the first the groups.
     if match["half"] == "-start":
       groups[match["name"]] = _group_size(line, everybody)
       continue
-    if match["half"] == "-done":
-      group_size = groups[_OPERAND.search(line)[1]]
-    else:
-      group_size = _group_size(line, everybody)
+    operand = _OPERAND.search(line)
+    group_size = groups[operand[1]] if operand else _group_size(line, everybody)
     if group_size > 1:
       num_bytes = _num_bytes(match["shapes"])
-      found.append(Collective(match["kind"], num_bytes, group_size))
-  return found
+      collectives.append(Collective(match["kind"], num_bytes, group_size))
+  return collectives
 
 
 def _everybody(text: str) -> int:
-  """Devices that the module runs on, from its first line."""
+  """Reads the number of devices off the first line of a module."""
   header = text.partition("\n")[0]
   counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
   return math.prod(map(int, counts))
 
 
 def _group_size(line: str, everybody: int) -> int:
-  """Of `replica_groups`, in any of its three notations."""
+  """Reads `replica_groups`, in any of its three notations."""
   if table := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
     return int(table[1])
   if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -189,7 +189,7 @@ def _group_size(line: str, everybody: int) -> int:
 
 
 def _num_bytes(shapes: str) -> int:
-  """Of an HLO shape or tuple of shapes, such as (f32[8]{0}, bf16[2,3]{1,0})."""
+  """Counts an HLO shape or tuple, such as (f32[8]{0}, bf16[2,3]{1,0})."""
   total = 0
   for name, bits, sides in _ARRAY.findall(shapes):
     width = 8 if name == "pred" else int(bits or 0)

@@ -1,9 +1,8 @@
-"""XLA's compiler for NVIDIA GPUs, which itself needs none.
+"""Opens XLA's compiler for NVIDIA GPUs on a machine without a GPU.
 
-It comes with jax's CUDA plugin and takes a description of the GPU instead of
-one. What it says of memory is what the GPU says: a fine-tuning step of
-ResNet-50 with 128 images needs 10,710,448,960 B by it and 10,712,018,756 B on
-an H100 (jax 0.10.2 and 0.11.2).
+It comes with jax's CUDA plugin and takes a description of a GPU. The memory
+that it states is right: a fine-tuning step of ResNet-50 with 128 images needs
+10,710,448,960 B by it and 10,712,018,756 B on an H100 (jax 0.10.2 and 0.11.2).
 """
 
 import importlib.util
@@ -13,8 +12,8 @@ import jax
 from jax.experimental import topologies
 
 PLUGIN = "jax_plugins.xla_cuda13"
-# What Hopper boards have in common: NVIDIA's H100 data sheet, and the limits of
-# compute capability 9.0 in the CUDA programming guide.
+# Figures that all Hopper boards share: NVIDIA's H100 data sheet, and the limits
+# of compute capability 9.0 in the CUDA programming guide.
 _HOPPER = """
 gpu_device_info {{
   name: "{name}"
@@ -47,15 +46,15 @@ device_description_str: "{name}"
 
 
 def is_installed() -> bool:
-  """Whether jax's CUDA plugin is there."""
+  """Tells whether jax's CUDA plugin is installed."""
   try:
     return importlib.util.find_spec(PLUGIN) is not None
-  except ModuleNotFoundError:  # not even a plugin of another kind
+  except ModuleNotFoundError:  # no plugin of any kind
     return False
 
 
 def installation() -> str:
-  """The command that brings it."""
+  """Returns the command that installs the plugin."""
   version = jax.__version__
   return (
     f'pip install "jax-cuda13-plugin=={version}" "jax-cuda13-pjrt=={version}"'
@@ -70,17 +69,17 @@ def open_devices(
   bandwidth: float,
   devices_per_host: int,
 ) -> tuple[jax.Device, ...]:
-  """Hopper GPUs to compile for; none of them can run anything.
+  """Opens Hopper GPUs to compile for; none of them can run anything.
 
   Args:
     name: of the board.
-    num_devices: in all.
-    memory_bytes: of a GPU.
+    num_devices: number of GPUs.
+    memory_bytes: memory of a GPU.
     bandwidth: of its memory, bytes a second.
-    devices_per_host: the most that one host has.
+    devices_per_host: the most GPUs that one host has.
   """
   on_host = math.gcd(num_devices, devices_per_host)
-  found = topologies.get_topology_desc(
+  description = topologies.get_topology_desc(
     platform="cuda",
     topology_name="",
     target_config=_HOPPER.format(
@@ -88,4 +87,4 @@ def open_devices(
     ),
     topology=f"1x{num_devices // on_host}x{on_host}",
   )
-  return tuple(found.devices)
+  return tuple(description.devices)

@@ -1,4 +1,4 @@
-"""The chips that a preflight knows, and devices of theirs to compile for."""
+"""Lists the chips that a preflight knows, and opens devices to compile for."""
 
 import importlib.metadata
 import importlib.util
@@ -15,7 +15,7 @@ from pqf_jax.preflight import gpu_compiler
 
 
 class Chip(NamedTuple):
-  """What one chip can do at best.
+  """Peak figures of one chip.
 
   Attributes:
     peak_flops: multiplications and additions a second, bfloat16.
@@ -61,12 +61,12 @@ KNOWN = (
 
 
 class Target(NamedTuple):
-  """What is compiled for.
+  """The hardware that is compiled for.
 
   Attributes:
     topology: as the user named it.
-    chip: one of its chips.
-    num_chips: of them.
+    chip: figures of one of its chips.
+    num_chips: their number.
   """
 
   topology: str
@@ -80,14 +80,14 @@ class Target(NamedTuple):
 
   @property
   def bandwidth(self) -> float:
-    """Bytes a second that a chip sends to the others."""
+    """The bytes a second that a chip sends to the others."""
     if self.num_chips > self.chip.num_linked:
       return self.chip.network_bandwidth
     return self.chip.link_bandwidth
 
 
 def parse(topology: str) -> Target:
-  """The chips of a name such as 'v5e:2x4' or 'h100:8'.
+  """Parses a name such as 'v5e:2x4' or 'h100:8'.
 
   Raises:
     InputError: no such topology; lists the known ones.
@@ -95,7 +95,7 @@ def parse(topology: str) -> Target:
   match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", topology)
   chip = CHIPS.get(match[1]) if match else None
   sides = [int(side) for side in match[2].split("x")] if match else []
-  if chip is None or len(sides) != max(chip.num_axes, 1):
+  if not match or chip is None or len(sides) != max(chip.num_axes, 1):
     raise errors.InputError(
       f"config.topology is {topology!r}; known are {KNOWN}"
     )
@@ -109,11 +109,11 @@ def parse(topology: str) -> Target:
 
 
 class Devices(NamedTuple):
-  """What to compile for; only a CPU's could run anything.
+  """Devices to compile for; none but a CPU could run anything.
 
   Attributes:
-    sizing: those whose compiler says memory and collectives.
-    counting: those whose compiler counts FLOPs and traffic.
+    sizing: devices whose compiler states memory and collectives.
+    counting: devices whose compiler counts FLOPs and traffic.
   """
 
   sizing: tuple[jax.Device, ...]
@@ -126,15 +126,15 @@ class Devices(NamedTuple):
 
 
 def open_devices(target: Target) -> Devices:
-  """Devices to compile for.
+  """Opens devices to compile for.
 
-  Call it before JAX has used any device: for GPUs as many host devices stand,
-  since their own compiler, where it is installed, counts no FLOPs.
+  Call it before JAX has used any device: for GPUs it makes as many devices of
+  the host, since a GPU's own compiler, where installed, counts no FLOPs.
 
   Raises:
     InputError: libtpu is not installed, or has no such slice.
   """
-  # The host's own accelerator, if any, is none of our business.
+  # An accelerator of the host must not be taken.
   jax.config.update("jax_platforms", "cpu")
   if target.is_tpu:
     devices = _open_tpus(target)
@@ -155,26 +155,26 @@ def open_devices(target: Target) -> Devices:
 
 def _open_tpus(target: Target) -> tuple[jax.Device, ...]:
   _check_libtpu(target.topology)
-  # libtpu would ask the cloud's metadata server, which a laptop has not.
+  # libtpu would ask the cloud's metadata server, which a laptop lacks.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  # Its lock is for chips, and there are none.
+  # Its lock protects chips, and there are none.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
-    found = topologies.get_topology_desc(
+    description = topologies.get_topology_desc(
       platform="tpu", topology_name=target.topology
     )
   except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-    told = str(error).splitlines()[0]
+    reason = str(error).splitlines()[0]
     raise errors.InputError(
-      f"config.topology={target.topology} is not to be had: {told}; known are "
-      f"{KNOWN}"
+      f"config.topology={target.topology} is not available: {reason}; known "
+      f"are {KNOWN}"
     ) from error
-  return tuple(found.devices)
+  return tuple(description.devices)
 
 
 def _check_libtpu(topology: str) -> None:
-  """Refuses to go on without the libtpu that belongs to this jax.
+  """Refuses a libtpu that does not belong to this jax, or none.
 
   jaxlib 0.10.2 aborts on some programs of libtpu 0.0.52.
   """

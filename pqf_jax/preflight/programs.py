@@ -184,7 +184,7 @@ def _compile(program: Lowered) -> table.Entry:
   return table.Entry(*named, cost.hbm_bytes, cost)
 
 
-def _counted_by(entry: table.Entry, other: table.Entry) -> table.Entry:
+def counted_by(entry: table.Entry, other: table.Entry) -> table.Entry:
   """Returns the entry with FLOPs and traffic of another compiler."""
   if entry.cost is None or other.cost is None:
     return entry

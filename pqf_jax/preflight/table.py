@@ -1,4 +1,4 @@
-"""The table of a preflight: a column a program, all figures a chip."""
+"""Draws the table of a preflight: a column a program, figures of one chip."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,15 @@ from pqf_jax.preflight import costs, gpu_compiler, hardware
 
 
 class Entry(NamedTuple):
-  """A program and what it costs.
+  """A program and its cost.
 
   Attributes:
     name: what it does.
     batch_size: images over all chips, or 0.
-    detail: what it runs on, where that is no batch.
-    dtype: of the inputs of its products.
-    hbm_bytes: that each chip needs; 0 where the compiler does not say.
-    cost: None where the compiler refused it for its memory.
+    detail: its input, where that is no batch.
+    dtype: type of the inputs of its products.
+    hbm_bytes: memory that each chip needs; 0 where the compiler states none.
+    cost: None where the compiler refused the program for its memory.
   """
 
   name: str
@@ -35,12 +35,12 @@ def render(
   entries: Sequence[Entry],
   trained_bytes: int,
 ) -> rich.table.Table:
-  """Draws it.
+  """Draws the table.
 
   Args:
-    target: what was compiled for.
+    target: the hardware compiled for.
     entries: one a column.
-    trained_bytes: of the weights that learn.
+    trained_bytes: size of the trainable weights.
   """
   table = rich.table.Table(
     title=f"Preflight: {target.topology}, {target.num_chips} chips",
@@ -60,7 +60,7 @@ def render(
 
 
 def notes(target: hardware.Target, devices: hardware.Devices) -> Iterator[str]:
-  """What the figures are not."""
+  """Lists what the figures leave out."""
   if devices.is_estimate:
     yield (
       f"{target.topology}: compiled by XLA's CPU compiler for as many host "
@@ -82,7 +82,7 @@ def notes(target: hardware.Target, devices: hardware.Devices) -> Iterator[str]:
 
 
 def size(num_bytes: float) -> str:
-  """With three digits, in powers of 1000."""
+  """Formats bytes with three digits, in powers of 1000."""
   value, unit = num_bytes, "B"
   for larger in ("kB", "MB", "GB", "TB"):
     if value < 999.5:
@@ -101,8 +101,8 @@ def _column(target: hardware.Target, entry: Entry) -> dict[str, str]:
     f"of {size(limit)}": share,
   }
   if cost is None:
-    told = ("FLOPs", "HBM traffic", *_COLLECTIVE_ROWS, *_TIME_ROWS)
-    return rows | dict.fromkeys(told, "does not fit")
+    labels = ("FLOPs", "HBM traffic", *_COLLECTIVE_ROWS, *_TIME_ROWS)
+    return rows | dict.fromkeys(labels, "does not fit")
   line = costs.roofline(cost, target, dtype=entry.dtype)
   return (
     rows

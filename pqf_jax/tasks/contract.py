@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import ml_collections
 from etils import epath
-from flax import linen as nn
 
 from pqf_jax import finetune
+from pqf_jax.models import contract as models
 
 PyTree = Any
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -81,7 +81,7 @@ class Task(Protocol):
   def check_network(
     self,
     config: ml_collections.ConfigDict,
-    network: nn.Module,
+    network: models.Network,
     template: PyTree,
     *,
     num_devices: int,
@@ -99,7 +99,7 @@ class Task(Protocol):
     """
 
   def load(
-    self, config: ml_collections.ConfigDict, network: nn.Module
+    self, config: ml_collections.ConfigDict, network: models.Network
   ) -> LoadedTask:
     """Opens the data of the config.
 
@@ -108,7 +108,7 @@ class Task(Protocol):
     """
 
   def abstract_programs(
-    self, config: ml_collections.ConfigDict, network: nn.Module
+    self, config: ml_collections.ConfigDict, network: models.Network
   ) -> AbstractPrograms:
     """Returns what a preflight compiles; needs no data."""
 
@@ -119,7 +119,7 @@ class Predictor(Protocol):
   def predict(
     self,
     config: ml_collections.ConfigDict,
-    network: nn.Module,
+    network: models.Network,
     variables: PyTree,
     folder: epath.Path,
   ) -> list[epath.Path]:

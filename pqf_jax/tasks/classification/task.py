@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from flax import linen as nn
 
 from pqf_jax import data, errors, finetune
 from pqf_jax.models import contract as models
@@ -51,7 +50,7 @@ class Classification:
   def check_network(
     self,
     config: ml_collections.ConfigDict,
-    network: nn.Module,
+    network: models.Network,
     template: PyTree,
     *,
     num_devices: int,
@@ -75,7 +74,7 @@ class Classification:
       )
 
   def load(
-    self, config: ml_collections.ConfigDict, network: nn.Module
+    self, config: ml_collections.ConfigDict, network: models.Network
   ) -> contract.LoadedTask:
     """See `contract.Task`."""
     dataset = open_dataset(config)
@@ -87,14 +86,14 @@ class Classification:
 
     def evaluate(variables: PyTree) -> dict[str, float]:
       batches = data.eval_batches(
-        dataset, batch_size=config.eval_batch_size, **distributed.share()
+        dataset, batch_size=config.eval_batch_size, **distributed.position()
       )
       return count(
         distributed.replicate(variables), map(distributed.shard, batches)
       )
 
     def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-      batches = data.train_batches(dataset, **order, **distributed.share())
+      batches = data.train_batches(dataset, **order, **distributed.position())
       return map(distributed.shard, batches)
 
     return contract.LoadedTask(
@@ -111,7 +110,7 @@ class Classification:
     )
 
   def abstract_programs(
-    self, config: ml_collections.ConfigDict, network: nn.Module
+    self, config: ml_collections.ConfigDict, network: models.Network
   ) -> contract.AbstractPrograms:
     """See `contract.Task`."""
     # Constants of the program: their values cost nothing.
@@ -152,7 +151,7 @@ TASK = Classification()
 
 
 def training_apply(
-  config: ml_collections.ConfigDict, network: nn.Module
+  config: ml_collections.ConfigDict, network: models.Network
 ) -> losses.ApplyFn:
   """Returns the network's `apply` in a training step of the config."""
   trained = models.for_training(
@@ -177,12 +176,10 @@ def open_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
       f"config.model.num_classes is {config.model.num_classes}, but "
       f"{config.data.name} has {dataset.num_classes} classes"
     )
-  given = {
-    field: tuple(config.data[field])
-    for field in ("mean", "std")
-    if config.data[field]
-  }
-  return dataset._replace(**given)
+  return dataset._replace(
+    mean=tuple(config.data.mean) or dataset.mean,
+    std=tuple(config.data.std) or dataset.std,
+  )
 
 
 def _norm_axis(config: ml_collections.ConfigDict) -> str | None:

@@ -161,7 +161,7 @@ def average_precision(
     {box_ap, box_ap50, ..., box_ar_large, mask_ap, ..., mask_ar_large}, -1 where
     no object has that size.
   """
-  statistics = {}
+  statistics: dict[str, float] = {}
   for kind, name, unwanted in KINDS:
     kept = [
       {field: value for field, value in result.items() if field != unwanted}

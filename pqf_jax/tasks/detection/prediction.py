@@ -8,11 +8,10 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from flax import linen as nn
 
-from pqf_jax import finetune
 from pqf_jax.data import coco
 from pqf_jax.data.coco import batches as detection_batches
+from pqf_jax.models import contract as models
 from pqf_jax.report import drawings
 from pqf_jax.runtime import distributed, files
 from pqf_jax.tasks.detection import average_precision
@@ -36,11 +35,11 @@ def open_dataset(
   )
 
 
-DetectFn = Callable[[PyTree, finetune.Batch], Any]
+DetectFn = Callable[[PyTree, average_precision.Batch], Any]
 """(variables from `place`, batch) -> `average_precision.BatchDetections`."""
 
 
-def make_detect(network: nn.Module) -> DetectFn:
+def make_detect(network: models.Network) -> DetectFn:
   """Builds the jitted inference of a detector.
 
   A single process shares its batch among its devices. Each of several processes
@@ -48,8 +47,8 @@ def make_detect(network: nn.Module) -> DetectFn:
   """
   run = jax.jit(network.apply)
 
-  def detect(variables: PyTree, batch: finetune.Batch) -> Any:
-    inputs = {name: batch[name] for name in ("image", "size")}
+  def detect(variables: PyTree, batch: average_precision.Batch) -> Any:
+    inputs: dict[str, Any] = {name: batch[name] for name in ("image", "size")}
     if jax.process_count() == 1 and len(batch["image"]) > 1:
       inputs = distributed.shard(inputs)
     return run(variables, inputs["image"], inputs["size"])
@@ -66,7 +65,7 @@ def place(variables: PyTree) -> PyTree:
 
 def predict(
   config: ml_collections.ConfigDict,
-  network: nn.Module,
+  network: models.Network,
   variables: PyTree,
   folder: epath.Path,
 ) -> list[epath.Path]:
@@ -119,7 +118,7 @@ def pictures(
   names = dataset.labels.names
   batch = next(
     detection_batches.eval_batches(
-      dataset, batch_size=batch_size, **distributed.share()
+      dataset, batch_size=batch_size, **distributed.position()
     )
   )
   outputs_of = {
@@ -131,7 +130,7 @@ def pictures(
     height, width = batch["size"][row]
     pixels = batch["image"][row, :height, :width]
     truth = dataset.test.targets(row)
-    texts = drawings.captions(truth.labels, names)
+    texts = drawings.captions(truth.labels.tolist(), names)
     annotated = drawings.draw_objects(pixels, truth.boxes, truth.masks, texts)
     panels = [("annotated", annotated)]
     for title, outputs in outputs_of.items():
@@ -149,5 +148,5 @@ def _draw(
   names: tuple[str, ...],
 ) -> np.ndarray:
   shown = average_precision.confident(detections, LEAST_SCORE)
-  texts = drawings.captions(shown.labels, names, shown.scores)
+  texts = drawings.captions(shown.labels.tolist(), names, shown.scores.tolist())
   return drawings.draw_objects(pixels, shown.boxes, shown.masks, texts)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
-from flax import linen as nn
 
 from pqf_jax import errors, finetune
 from pqf_jax.data.coco import batches as detection_batches
@@ -56,7 +55,7 @@ class Detection:
   def check_network(
     self,
     config: ml_collections.ConfigDict,
-    network: nn.Module,
+    network: models.Network,
     template: PyTree,
     *,
     num_devices: int,
@@ -75,7 +74,7 @@ class Detection:
     )
 
   def load(
-    self, config: ml_collections.ConfigDict, network: nn.Module
+    self, config: ml_collections.ConfigDict, network: models.Network
   ) -> contract.LoadedTask:
     """See `contract.Task`."""
     dataset = prediction.open_dataset(
@@ -85,18 +84,18 @@ class Detection:
       progress.say(note)
     detect = prediction.make_detect(network)
     measure = average_precision.make_evaluate(
-      detect, dataset, gather=distributed.collect
+      detect, dataset, gather=distributed.gather_lists
     )
 
     def evaluate(variables: PyTree) -> dict[str, float]:
       batches = detection_batches.eval_batches(
-        dataset, batch_size=config.eval_batch_size, **distributed.share()
+        dataset, batch_size=config.eval_batch_size, **distributed.position()
       )
       return measure(prediction.place(variables), batches)
 
     def train_batches(**order: Any) -> Iterator[finetune.Batch]:
       for batch in detection_batches.train_batches(
-        dataset, **order, **distributed.share()
+        dataset, **order, **distributed.position()
       ):
         del batch["image_id"]  # int64, which devices do not have
         yield distributed.shard(batch)
@@ -113,7 +112,7 @@ class Detection:
     )
 
   def abstract_programs(
-    self, config: ml_collections.ConfigDict, network: nn.Module
+    self, config: ml_collections.ConfigDict, network: models.Network
   ) -> contract.AbstractPrograms:
     """See `contract.Task`."""
     side = config.data.image_size or IMAGE_SIDE
@@ -146,7 +145,7 @@ class Detection:
   def predict(
     self,
     config: ml_collections.ConfigDict,
-    network: nn.Module,
+    network: models.Network,
     variables: PyTree,
     folder: epath.Path,
   ) -> list[epath.Path]:
@@ -158,7 +157,7 @@ TASK = Detection()
 
 
 def _loss(
-  config: ml_collections.ConfigDict, network: nn.Module
+  config: ml_collections.ConfigDict, network: models.Network
 ) -> finetune.LossFn:
   trained = models.for_training(network, dtype=config.dtype)
   return losses.make_loss(
