@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Several processes: 'auto' joins them where the environment names a cluster
   # (TPU pods, Slurm, JAX_COORDINATOR_ADDRESS), 'on' insists, 'off' is alone.
   config.distributed = "auto"
-  config.cluster_timeout = 300  # seconds to wait for the others
+  config.distributed_timeout = 300  # seconds to wait for the others
 
   # Weights of the trained network: .safetensors or .pth with torch's names, the
   # compressed files of the paper's authors, a file of this library, or a hub's,

@@ -156,7 +156,7 @@ def permute_channels(
     name: functools.partial(_improve, groups[name], search)
     for name in sorted(share(costs), key=lambda name: -costs[name])
   }
-  threads.run_tasks(tasks, judge, most=_MOST_THREADS)
+  threads.run_tasks(tasks, judge, max_threads=_MOST_THREADS)
   told = gather(
     {
       name: (reports[name]._asdict(), permutations[name].tolist())

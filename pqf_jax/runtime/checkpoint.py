@@ -1,12 +1,12 @@
-"""Checkpoints of the stages: orbax for the arrays, JSON beside them.
+"""Saves and restores stages: arrays by orbax, with a JSON record beside them.
 
 checkpoints/permute/         arrays, written by orbax (atomic rename)
-checkpoints/permute.json     the stage's record, written last: it is done
+checkpoints/permute.json     the stage's record, written last: the stage is done
 checkpoints/finetune@1200/   progress inside a stage, at step 1200
 
-Trees are equal on all processes, local or replicated; all of them save, the
-first one writes the records. What comes back is local, on however many
-processes and devices.
+Trees that are saved are equal on all processes, local or replicated; all
+processes save the arrays, process 0 writes the record. Restored trees are
+local, and the numbers of processes and devices may differ from the saving run.
 """
 
 import json
@@ -28,7 +28,12 @@ class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints`."""
 
   def __init__(self, workdir: epath.PathLike):
-    """Args: workdir: any path; orbax itself needs it absolute."""
+    """Creates nothing on disk.
+
+    Args:
+      workdir: of the run, local or in a bucket.
+    """
+    # Orbax needs absolute paths.
     self._root = files.absolute(workdir) / "checkpoints"
 
   def restore_or_compute(
@@ -37,12 +42,12 @@ class Checkpoints:
     target: PyTree,
     compute: Callable[[], tuple[PyTree, Record]],
   ) -> tuple[PyTree, Record]:
-    """The result of a stage: from its checkpoint if it is done, else computed.
+    """Restores the result of a finished stage, or computes and saves it.
 
     Args:
       stage: name, one word.
-      target: arrays or `jax.ShapeDtypeStruct`s of the structure expected.
-      compute: () -> (tree, JSON record), called where nothing is stored.
+      target: the expected tree, of arrays or `jax.ShapeDtypeStruct`s.
+      compute: () -> (tree, JSON record), called if no checkpoint exists.
 
     Raises:
       InputError: the checkpoint does not fit the target.
@@ -56,11 +61,15 @@ class Checkpoints:
     return tree, record
 
   def restore(self, name: str, target: PyTree) -> tuple[PyTree, Record] | None:
-    """(tree, record) of a finished save, or None."""
+    """Returns (tree, record) of a finished save, or None.
+
+    Raises:
+      InputError: the checkpoint does not fit the target.
+    """
     sidecar = self._root / f"{name}.json"
     if not sidecar.exists():
       return None
-    # Without shardings orbax insists on the devices that it was saved on.
+    # Without shardings orbax restores only to the devices of the saving run.
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=distributed.replicated()
@@ -69,25 +78,29 @@ class Checkpoints:
     )
     with ocp.StandardCheckpointer() as checkpointer:
       try:
-        tree = distributed.local(
+        tree = distributed.unreplicate(
           checkpointer.restore(self._root / name, target)
         )
       except (ValueError, FileNotFoundError, KeyError) as error:
         raise errors.InputError(
           f"the checkpoint {self._root / name} does not fit this run or is "
           f"damaged ({str(error).splitlines()[0]}); delete {self._root} to "
-          "compute it anew, or use another --workdir"
+          "compute it again, or use another --workdir"
         ) from error
     return tree, json.loads(sidecar.read_text())
 
   def save(self, name: str, tree: PyTree, record: Record) -> None:
-    """Saves arrays, then the record that makes them count."""
-    # Asked before: where it fails, tensorstore's threads print tracebacks.
+    """Saves arrays, then the record, without which they are ignored.
+
+    Raises:
+      InputError: the disk is full.
+    """
+    # Checked first: on a full disk tensorstore's threads print tracebacks.
     if distributed.is_lead():
       self._root.mkdir(parents=True, exist_ok=True)
       num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       files.check_space(self._root, num_bytes)
-    # Orbax refuses arrays of one process where there are several.
+    # With several processes, orbax refuses arrays of a single one.
     if jax.process_count() > 1:
       tree = distributed.replicate(tree)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -95,7 +108,7 @@ class Checkpoints:
         checkpointer.save(self._root / name, tree, force=True)
         checkpointer.wait_until_finished()
       except ValueError as error:
-        # Tensorstore's own error for a full disk.
+        # The error of tensorstore on a full disk.
         if "RESOURCE_EXHAUSTED" in str(error):
           raise files.disk_full(self._root / name) from error
         raise
@@ -107,28 +120,30 @@ class Checkpoints:
   def save_progress(
     self, stage: str, step: int, tree: PyTree, record: Record
   ) -> None:
-    """Saves the state inside a stage and drops the older ones."""
+    """Saves the state inside a stage and removes older states."""
     older = self._progress(stage)
     self.save(f"{stage}@{step}", tree, record)
-    self._remove(name for at, name in older.items() if at != step)
+    older.pop(step, None)
+    self._remove(older.values())
 
   def restore_progress(
     self, stage: str, target: PyTree
   ) -> tuple[PyTree, Record] | None:
-    """The latest state inside a stage, or None."""
-    steps = self._progress(stage)
-    return self.restore(steps[max(steps)], target) if steps else None
+    """Returns the latest (tree, record) inside a stage, or None."""
+    saved = self._progress(stage)
+    return self.restore(saved[max(saved)], target) if saved else None
 
   def drop_progress(self, stage: str) -> None:
-    """Removes the states inside a stage, once the stage itself is saved."""
+    """Removes the states inside a stage; call it when the stage is saved."""
     self._remove(self._progress(stage).values())
 
   def _progress(self, stage: str) -> dict[int, str]:
+    """Returns {step: name} of the states inside a stage."""
     names = [path.stem for path in self._root.glob(f"{stage}@*.json")]
     return {int(name.partition("@")[2]): name for name in names}
 
   def _remove(self, names: Iterable[str]) -> None:
     for name in names if distributed.is_lead() else ():
-      # The record first: without it the arrays count for nothing.
+      # The record first: without it the arrays are ignored.
       (self._root / f"{name}.json").unlink()
       (self._root / name).rmtree()

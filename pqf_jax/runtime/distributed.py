@@ -1,9 +1,9 @@
-"""One program on many processes and devices: start, arrays, agreement.
+"""Runs one program on many processes and devices.
 
-Every process runs the same stages. What travels between stages is local to the
-process and equal on all of them; inside training and evaluation arrays are
-global: weights replicated over the mesh, batches sharded along `data`. On one
-process with one device all of this costs nothing.
+Every process runs the same stages. Variables that pass from stage to stage are
+local arrays, equal on all processes. Inside training and evaluation arrays are
+global: weights replicated over the mesh, batches sharded along `data`. One
+process with one device pays nothing for this.
 """
 
 import functools
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax import sharding
 from jax.experimental import multihost_utils
 
@@ -26,8 +27,8 @@ from pqf_jax import errors
 PyTree = Any
 AXIS = "data"
 MODES = ("auto", "on", "off")
-# Any of these says that this process is one of several.
-CLUSTER_VARIABLES = (
+# A launcher of several processes sets at least one of these.
+LAUNCHER_VARIABLES = (
   "JAX_COORDINATOR_ADDRESS",
   "TPU_WORKER_HOSTNAMES",
   "TPU_PROCESS_ADDRESSES",
@@ -40,18 +41,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def start(mode: str, *, timeout_seconds: int) -> None:
-  """Joins the other processes, if there are any; before any device is used.
+  """Joins the other processes, if there are any; call it before using a device.
 
-  JAX finds TPU pods, Slurm, Kubernetes and Open MPI by itself. Elsewhere set
+  JAX detects TPU pods, Slurm, Kubernetes and Open MPI by itself. Elsewhere set
   JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
   Args:
-    mode: 'auto' joins where the environment names a cluster or holds TPUs;
-      'on' insists; 'off' does not look.
-    timeout_seconds: how long to wait for the others.
+    mode: 'auto' joins where environment variables or TPUs indicate several
+      processes; 'on' always joins; 'off' never does.
+    timeout_seconds: how long to wait for the other processes.
 
   Raises:
-    InputError: unknown mode, or the cluster was not reached.
+    InputError: unknown mode, or the other processes were not reached.
   """
   if mode not in MODES:
     raise errors.InputError(
@@ -59,33 +60,33 @@ def start(mode: str, *, timeout_seconds: int) -> None:
     )
   if mode == "off" or jax.distributed.is_initialized():
     return
-  signs = [name for name in CLUSTER_VARIABLES if name in os.environ]
-  if mode == "auto" and not signs and not _on_tpu():
+  names = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+  if mode == "auto" and not names and not _has_tpu():
     return
   try:
     jax.distributed.initialize(
-      num_processes=_number("JAX_NUM_PROCESSES"),
-      process_id=_number("JAX_PROCESS_ID"),
+      num_processes=_read_number("JAX_NUM_PROCESSES"),
+      process_id=_read_number("JAX_PROCESS_ID"),
       initialization_timeout=timeout_seconds,
     )
   except (ValueError, RuntimeError) as error:
-    found = ", ".join(f"{name}={os.environ[name]}" for name in signs)
+    variables = ", ".join(f"{name}={os.environ[name]}" for name in names)
     raise errors.InputError(
-      f"config.distributed={mode}, but the cluster was not reached from "
-      f"{socket.gethostname()} ({found or 'no variable names one'}): "
+      f"config.distributed={mode}, but {socket.gethostname()} did not reach "
+      f"the other processes ({variables or 'no variable names them'}): "
       f"{str(error).splitlines()[0]}. Start the program on all hosts, open "
       "the coordinator's port (JAX_COORDINATOR_PORT), or give "
       "--config.distributed=off"
     ) from error
 
 
-def _on_tpu() -> bool:
-  # Cloud TPUs are found by their metadata server, so no variable tells.
-  devices = any(glob.glob(pattern) for pattern in TPU_DEVICES)
-  return devices and importlib.util.find_spec("libtpu") is not None
+def _has_tpu() -> bool:
+  # JAX detects Cloud TPUs by their metadata server; no variable names them.
+  has_device = any(glob.glob(pattern) for pattern in TPU_DEVICES)
+  return has_device and importlib.util.find_spec("libtpu") is not None
 
 
-def _number(variable: str) -> int | None:
+def _read_number(variable: str) -> int | None:
   text = os.environ.get(variable)
   if text is None:
     return None
@@ -95,7 +96,7 @@ def _number(variable: str) -> int | None:
 
 
 def banner() -> str:
-  """One line that says what this process is."""
+  """Returns one line that describes this process."""
   devices = jax.local_devices()
   versions = ", ".join(f"{n} {v}" for n, v in package_versions().items())
   return (
@@ -106,17 +107,17 @@ def banner() -> str:
 
 
 def package_versions() -> dict[str, str]:
-  """{package: version} of what decides the result."""
+  """Returns {package: version} of the packages that results depend on."""
   return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def is_lead() -> bool:
-  """Whether this is the process that writes and speaks."""
+  """Whether this is process 0, which alone prints and writes files."""
   return jax.process_index() == 0
 
 
-def share() -> dict[str, int]:
-  """Which part of every batch this process reads; arguments of the loaders."""
+def position() -> dict[str, int]:
+  """Returns the arguments by which a loader reads this process's images."""
   return {
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
@@ -125,7 +126,11 @@ def share() -> dict[str, int]:
 
 @functools.cache
 def mesh(devices: tuple[jax.Device, ...] | None = None) -> sharding.Mesh:
-  """All devices of all processes, or those given, in a row."""
+  """Returns a mesh of one axis over all devices of all processes.
+
+  Args:
+    devices: these instead.
+  """
   return jax.make_mesh(
     (jax.device_count() if devices is None else len(devices),),
     (AXIS,),
@@ -135,19 +140,27 @@ def mesh(devices: tuple[jax.Device, ...] | None = None) -> sharding.Mesh:
 
 
 def replicated(over: sharding.Mesh | None = None) -> sharding.NamedSharding:
-  """Every device, of `mesh()` or another one, holds the whole array."""
+  """Returns the sharding that keeps a whole array on every device.
+
+  Args:
+    over: the mesh; None: `mesh()`.
+  """
   place = mesh() if over is None else over
   return sharding.NamedSharding(place, sharding.PartitionSpec())
 
 
 def sharded(over: sharding.Mesh | None = None) -> sharding.NamedSharding:
-  """Every device, of `mesh()` or another one, holds its rows."""
+  """Returns the sharding that divides rows evenly among the devices.
+
+  Args:
+    over: the mesh; None: `mesh()`.
+  """
   place = mesh() if over is None else over
   return sharding.NamedSharding(place, sharding.PartitionSpec(AXIS))
 
 
 def replicate(tree: PyTree) -> PyTree:
-  """Global arrays, whole on every device, of local ones that all agree on."""
+  """Converts local arrays, equal on all processes, to replicated arrays."""
 
   def put(leaf: Any) -> jax.Array:
     if getattr(leaf, "sharding", None) == replicated():
@@ -160,75 +173,86 @@ def replicate(tree: PyTree) -> PyTree:
   return jax.tree.map(put, tree)
 
 
-def local(tree: PyTree) -> PyTree:
-  """This process's copy of replicated arrays; undoes `replicate`."""
+def unreplicate(tree: PyTree) -> PyTree:
+  """Returns this process's copy of replicated arrays; undoes `replicate`."""
   return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def shard(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """The global batch, of the rows [B / processes, ...] that each one read."""
+  """Returns the global batch of the rows that each process read.
+
+  Args:
+    batch: {name: [B / processes, ...]} of this process.
+  """
   return {
     name: jax.make_array_from_process_local_data(sharded(), np.asarray(rows))
     for name, rows in batch.items()
   }
 
 
-def divide(costs: Mapping[str, float]) -> list[list[str]]:
-  """Names of the tasks of each process, about equally costly together.
+def divide_work(costs: Mapping[str, float]) -> list[list[str]]:
+  """Divides named work among the processes, at about equal total costs.
 
   Args:
-    costs: {name: cost} of each task.
+    costs: {name: cost}.
+
+  Returns:
+    The names by process.
   """
-  shares: list[list[str]] = [[] for _ in range(jax.process_count())]
-  loads = [0.0] * len(shares)
+  names: list[list[str]] = [[] for _ in range(jax.process_count())]
+  loads = [0.0] * len(names)
   for name in sorted(costs, key=lambda name: -costs[name]):
-    owner = loads.index(min(loads))
-    shares[owner].append(name)
-    loads[owner] += costs[name]
-  return shares
+    process = loads.index(min(loads))
+    names[process].append(name)
+    loads[process] += costs[name]
+  return names
 
 
-def exchange(
-  shares: Sequence[Sequence[str]],
-  mine: Mapping[str, PyTree],
+def gather_trees(
+  names: Sequence[Sequence[str]],
+  local_trees: Mapping[str, PyTree],
   shapes: Mapping[str, PyTree],
 ) -> dict[str, PyTree]:
-  """Everybody's results, of which each process computed its share.
+  """Gathers trees of arrays that the processes computed, on all processes.
 
   Args:
-    shares: names by process; see `divide`.
-    mine: {name: tree of arrays}, at least those of this process's share.
-    shapes: {name: the tree with `jax.ShapeDtypeStruct`s}.
+    names: by process, see `divide_work`.
+    local_trees: {name: tree of arrays}, with at least this process's names.
+    shapes: {name: the tree with `jax.ShapeDtypeStruct`s} of all names.
   """
-  found = {}
-  for owner, share in enumerate(shares):
-    if owner == jax.process_index():
-      held = {name: mine[name] for name in share}
+  gathered: dict[str, PyTree] = {}
+  for process, names_there in enumerate(names):
+    if process == jax.process_index():
+      trees = {name: local_trees[name] for name in names_there}
     else:
-      held = jax.tree.map(
+      trees = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-        {name: shapes[name] for name in share},
+        {name: shapes[name] for name in names_there},
       )
-    if jax.process_count() > 1 and share:
-      held = multihost_utils.broadcast_one_to_all(
-        held, is_source=owner == jax.process_index()
+    if jax.process_count() > 1 and names_there:
+      trees = multihost_utils.broadcast_one_to_all(
+        trees, is_source=process == jax.process_index()
       )
-    found |= held
-  return found
+    gathered |= trees
+  return gathered
 
 
-def merge(mine: Mapping[str, Any]) -> dict[str, Any]:
-  """The JSON records of all processes in one."""
-  return {name: v for told in _tell(mine) for name, v in told.items()}
+def gather_records(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Gathers the JSON records of all processes in one."""
+  return {
+    name: value
+    for other in _gather_json(record)
+    for name, value in other.items()
+  }
 
 
-def collect(mine: Sequence[Any]) -> list[Any]:
-  """The JSON lists of all processes in one, in their order."""
-  return [item for told in _tell(mine) for item in told]
+def gather_lists(items: Sequence[Any]) -> list[Any]:
+  """Gathers the JSON lists of all processes in one, in their order."""
+  return [item for other in _gather_json(items) for item in other]
 
 
 def barrier(name: str) -> None:
-  """Waits until every process has come to this point."""
+  """Waits until every process calls this."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
@@ -242,25 +266,26 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
   Raises:
     InputError: names what differs, with the values of two processes.
   """
-  told = _tell(facts)
+  first, *others = _gather_json(facts)
   differences = [
-    f"{name} is {told[0][name]!r} on process 0 and {other[name]!r} on {index}"
-    for index, other in enumerate(told)
+    f"{name} is {first[name]!r} on process 0 and {other[name]!r} on {index}"
+    for index, other in enumerate(others, 1)
     for name in facts
-    if other[name] != told[0][name]
+    if other[name] != first[name]
   ]
   if differences:
     raise errors.InputError(
-      "the processes were not started alike: " + "; ".join(differences)
+      f"the processes were started differently: {'; '.join(differences)}; give "
+      "all of them the same config, code and packages"
     )
 
 
-def check_shared(folder: os.PathLike[str], token_file: Any) -> None:
+def check_shared(folder: os.PathLike[str], token_file: epath.Path) -> None:
   """Refuses a folder that only some of the hosts see.
 
   Args:
-    folder: to be named.
-    token_file: an `epath.Path` in it that process 0 has just written.
+    folder: for the message.
+    token_file: a file in it that process 0 has just written.
 
   Raises:
     InputError: some process does not see the file.
@@ -268,9 +293,9 @@ def check_shared(folder: os.PathLike[str], token_file: Any) -> None:
   if jax.process_count() == 1:
     return
   barrier("token written")
-  seen = _gather(np.array([token_file.exists()], np.int32)).reshape(-1)
-  if not seen.all():
-    blind = ", ".join(map(str, np.flatnonzero(seen == 0)))
+  sees = _gather_rows(np.array([token_file.exists()], np.int32)).reshape(-1)
+  if not sees.all():
+    blind = ", ".join(map(str, np.flatnonzero(sees == 0)))
     raise errors.InputError(
       f"the workdir {os.fspath(folder)} is not on storage that all hosts "
       f"share: process(es) {blind} do not see what process 0 wrote there; "
@@ -278,7 +303,7 @@ def check_shared(folder: os.PathLike[str], token_file: Any) -> None:
     )
 
 
-def check_divides(
+def check_batch_size(
   name: str, batch_size: int, num_devices: int, microbatches: int = 1
 ) -> None:
   """Refuses a batch that the devices cannot share evenly.
@@ -287,7 +312,7 @@ def check_divides(
     name: of the setting.
     batch_size: its value.
     num_devices: of all processes.
-    microbatches: parts that each device cuts its share into.
+    microbatches: parts that each device divides its images into.
 
   Raises:
     InputError: names the setting and the nearest sizes that fit.
@@ -303,16 +328,16 @@ def check_divides(
     )
 
 
-def _tell(mine: Any) -> list[Any]:
-  """What every process says, as JSON data, in order."""
-  text = json.dumps(mine).encode()
-  longest = int(_gather(np.array([len(text)], np.int32)).max())
+def _gather_json(value: Any) -> list[Any]:
+  """Returns the JSON data of every process, in their order."""
+  text = json.dumps(value).encode()
+  longest = int(_gather_rows(np.array([len(text)], np.int32)).max())
   padded = np.frombuffer(text.ljust(longest), np.uint8)
-  return [json.loads(bytes(row)) for row in _gather(padded)]
+  return [json.loads(bytes(row)) for row in _gather_rows(padded)]
 
 
-def _gather(row: np.ndarray) -> np.ndarray:
-  """[processes, ...] of everybody's row."""
+def _gather_rows(row: np.ndarray) -> np.ndarray:
+  """Returns the rows of all processes, [processes, ...]."""
   if jax.process_count() == 1:
     return row[None]
   gathered = multihost_utils.process_allgather(row)

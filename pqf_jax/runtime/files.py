@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, on local and remote storage."""
+"""Writes files whole or not at all, on local and remote storage."""
 
 import errno
 import functools
@@ -12,40 +12,41 @@ from pqf_jax import errors
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """The path as any process may use it, local or remote.
+  """Returns an absolute path, with ~ expanded.
 
   Args:
-    path: on a disk, or gs://BUCKET/... and whatever else `etils.epath` knows.
+    path: on a disk, or gs://BUCKET/... or another address that `etils.epath`
+      knows, which is returned unchanged.
 
   Raises:
     InputError: the package that reads such storage is not installed.
   """
-  found = epath.Path(path)
-  if not is_remote(found):
-    return found.expanduser().resolve()
+  given = epath.Path(path)
+  if not is_remote(given):
+    return given.expanduser().resolve()
   try:
-    found.exists()
+    given.exists()
   except ImportError as error:
     raise errors.InputError(
       f"{path} needs a package that is not installed: {error} (for gs:// pip "
       "install gcsfs)"
     ) from error
-  return found
+  return given
 
 
 def is_remote(path: epath.PathLike) -> bool:
-  """Whether it is no file of this machine, so that only epath can open it."""
+  """Whether the path is not on this machine, so that only epath can open it."""
   return "://" in os.fspath(path)
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
-  """Writes a file; a neighbour `<path>.partial` exists while it is written.
+  """Writes a file as `<path>.partial`, then renames it.
 
-  In a bucket there is none: an object appears when all of it has arrived.
+  In a bucket it writes directly: an object appears when it is complete.
 
   Args:
-    path: of the file; its folder is made where there is none.
-    data: all of its content.
+    path: of the file; missing folders are created.
+    data: its whole content.
 
   Raises:
     InputError: the disk is full.
@@ -67,52 +68,51 @@ def write(path: epath.PathLike, data: bytes) -> None:
 
 
 def fetch(path: epath.PathLike) -> str:
-  """A file of this machine with the same content.
+  """Returns the path of a local file; copies a remote file to this machine.
 
   Args:
-    path: of a file here, which is returned as it is, or of a remote one, which
-      is copied; the copy is deleted when the program ends.
+    path: of a file. The copy of a remote file is deleted when the program ends.
 
   Raises:
-    InputError: there is no such file.
+    InputError: the file does not exist, or is a folder.
   """
   source = absolute(path) if is_remote(path) else epath.Path(path).expanduser()
   if source.is_dir():
-    raise errors.InputError(f"{path} is a folder; give the file in it")
+    raise errors.InputError(f"{path} is a folder; give a file in it")
   if not source.exists():
     raise errors.InputError(
       f"no weights file {path} (looked in {os.getcwd()}); check the path"
     )
   if not is_remote(source):
     return os.fspath(source)
-  folder = tempfile.mkdtemp(dir=_copies().name)
+  folder = tempfile.mkdtemp(dir=_download_folder().name)
   copy = epath.Path(folder) / source.name
   copy.write_bytes(source.read_bytes())
   return os.fspath(copy)
 
 
 @functools.cache
-def _copies() -> tempfile.TemporaryDirectory:
+def _download_folder() -> tempfile.TemporaryDirectory:
   return tempfile.TemporaryDirectory(prefix="pqf_jax_")
 
 
 def check_space(folder: epath.PathLike, num_bytes: int) -> None:
-  """Refuses what the disk cannot hold, before it is written.
+  """Refuses to begin a write that the disk cannot hold.
 
   Args:
-    folder: exists; remote storage is not asked.
-    num_bytes: that will be written there.
+    folder: an existing one; remote storage is not checked.
+    num_bytes: to be written there.
 
   Raises:
-    InputError: less than that is free.
+    InputError: fewer bytes are free.
   """
   if not is_remote(folder) and shutil.disk_usage(folder).free < num_bytes:
     raise disk_full(folder)
 
 
 def disk_full(path: epath.PathLike) -> errors.InputError:
-  """The error of a disk that cannot hold the file."""
+  """Returns the error of a disk that cannot hold the file."""
   return errors.InputError(
-    f"no space is left for {path}; free some and run the same command: it goes "
-    "on where it stopped"
+    f"no space is left for {path}; free some and run the same command, which "
+    "continues where it stopped"
   )

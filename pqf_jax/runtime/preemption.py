@@ -1,4 +1,4 @@
-"""SIGTERM: what a scheduler sends before it takes the machine away."""
+"""Handles SIGTERM, which a scheduler sends before it takes the machine away."""
 
 import signal
 import types
@@ -9,33 +9,33 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-  """Within its block, SIGTERM is taken note of instead of ending the program.
+  """Turns SIGTERM, within its block, into a request to save and stop.
 
-  Of several processes JAX itself listens to the signal, and finds a step at
-  which all of them stop, whichever was asked.
+  With several processes JAX itself handles the signal: it finds a step at which
+  all of them stop, whichever of them received it.
   """
 
   def __init__(self) -> None:
-    self._asked = False
-    self._before: Any = None
+    self._requested = False
+    self._previous: Any = None
 
   def __enter__(self) -> "StopSignal":
     if jax.process_count() == 1:
       try:
-        self._before = signal.signal(signal.SIGTERM, self._take_note)
-      except ValueError:  # not the main thread, where Python has no signals
-        self._before = None
+        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+      except ValueError:  # Python handles signals in the main thread only
+        self._previous = None
     return self
 
   def __exit__(self, *error: object) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
 
-  def is_asked(self, step: int) -> bool:
+  def is_requested(self, step: int) -> bool:
     """Whether to save and stop after this step; the same on all processes."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._asked
+    return self._requested
 
-  def _take_note(self, number: int, frame: types.FrameType | None) -> None:
-    self._asked = True
+  def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+    self._requested = True

@@ -1,7 +1,7 @@
-"""What a run says while it works: bars on a terminal, sparse lines elsewhere.
+"""Prints the progress of a run: bars on a terminal, sparse lines elsewhere.
 
-Only process 0 speaks. Values are formatted when something is shown, and only
-once the device has them, so that watching a run does not slow it down.
+Only process 0 prints. Values are formatted when they are shown, and only once
+the device has computed them, so that printing does not slow a run down.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ LOG_SECONDS = 5.0
 BAR_SECONDS = 0.2
 
 Value = Any
-"""A number, a text, a device scalar, or a function of none that gives one."""
-# No file is given, so that `sys.stdout` is looked up at every write.
+"""A number, a text, a device scalar, or a function () -> one of these."""
+# Without `file=`, rich looks up `sys.stdout` at every write.
 _CONSOLE = rich.console.Console(highlight=False)
 
 
 class Bar:
-  """Counts the steps of one stage and shows them now and then; see `track`."""
+  """Counts the steps of a loop and shows them now and then; see `track`."""
 
   def __init__(
     self,
@@ -49,23 +49,23 @@ class Bar:
     self._awaited: Mapping[str, Value] | None = None
 
   def advance(self, num_steps: int = 1, **values: Value) -> None:
-    """Counts steps that are done; never waits for the device.
+    """Counts finished steps; never waits for the device.
 
     Args:
-      num_steps: how many more.
-      **values: what to show behind the count, such as `loss`. A function is
-        called, and a device scalar read, only when it is shown.
+      num_steps: steps since the last call.
+      **values: shown after the count, such as `loss`. A function is called, and
+        a device scalar read, only when it is shown.
     """
     self._done += num_steps
     self._latest = values or self._latest
     now = time.monotonic()
     if self._first is None:
-      # The rate is counted from here: the first step compiles.
+      # The rate counts from here, because the first step compiles.
       self._first = now, self._done
     if self._show is None or now < self._next:
       return
-    # The newest scalar is seldom there yet, so that the one at hand when the
-    # time came is kept until it is.
+    # The device is seldom done with the newest scalar. The one that was newest
+    # when a line fell due is kept until the device is done with it.
     if self._awaited is None:
       self._awaited = self._latest
     if all(map(_is_ready, self._awaited.values())):
@@ -75,7 +75,7 @@ class Bar:
       self._next = now + self._seconds
 
   def finish(self) -> None:
-    """Shows the last state unless it was; `track` calls it at the end."""
+    """Shows the last state if it was not shown; `track` calls it at the end."""
     if self._show is not None and self._shown != self._done:
       self._show(self._done, self._text(time.monotonic(), self._latest))
 
@@ -110,27 +110,26 @@ def track(
         for step in range(3510):
           bar.advance(loss=loss)
 
-  gives `[finetune] 1200/3510 34% 812 img/s eta 00:41 loss 0.213`, and a last
+  prints `[finetune] 1200/3510 34% 812 img/s eta 00:41 loss 0.213`, and a last
   line when the block ends without an error. Blocks may be nested.
 
   Args:
-    stage: name in front of the count.
+    stage: name before the count.
     total: steps of the whole loop.
     done: steps that an earlier run did.
-    unit: what the rate counts.
+    unit: of the rate.
     units_per_step: units in one step, such as the images of a batch.
 
   Yields:
-    The `Bar` whose `advance` is to be called after each step.
+    A `Bar`; call its `advance` after each step.
   """
   with contextlib.ExitStack() as stack:
-    if jax.process_index() != 0:
-      show, seconds = None, LOG_SECONDS
-    elif _CONSOLE.is_interactive:
+    show, seconds = None, LOG_SECONDS
+    if jax.process_index() == 0 and _CONSOLE.is_interactive:
       show = stack.enter_context(_terminal(stage, total, done))
       seconds = BAR_SECONDS
-    else:
-      show, seconds = _log_lines(stage, total), LOG_SECONDS
+    elif jax.process_index() == 0:
+      show = _log_lines(stage, total)
     bar = Bar(
       show,
       seconds,
@@ -144,21 +143,21 @@ def track(
 
 
 def say(text: str) -> None:
-  """Writes one line, above the bars if there are any.
+  """Prints one line, above the bars if there are any.
 
-  Asking for the process starts JAX: on a pod call `cluster.start` before.
+  This asks JAX for the process, so on a pod call `distributed.start` before.
   """
   if jax.process_index() == 0:
     _CONSOLE.print(text, markup=False, soft_wrap=True)
 
 
 def say_everywhere(text: str) -> None:
-  """Writes one line from every process."""
+  """Prints one line on every process."""
   _CONSOLE.print(text, markup=False, soft_wrap=True)
 
 
 def show(renderable: rich.console.RenderableType) -> None:
-  """Writes a table or anything else that rich can draw."""
+  """Prints a table or anything else that rich can draw."""
   if jax.process_index() == 0:
     _CONSOLE.print(renderable)
 
@@ -187,12 +186,12 @@ def _log_lines(stage: str, total: int) -> Callable[[int, str], None]:
 
 
 def _is_ready(value: Value) -> bool:
-  """False for a `jax.Array` whose computation has not ended."""
+  """Whether the value can be read without waiting for a device."""
   return getattr(value, "is_ready", lambda: True)()
 
 
 def _brief(value: Value) -> str:
-  """Three figures, and all of those before the point."""
+  """Returns three digits, or all digits of an integer part up to 1e9."""
   value = value() if callable(value) else value
   try:
     number = float(value)

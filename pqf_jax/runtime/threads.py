@@ -1,4 +1,4 @@
-"""Independent NumPy work on several cores, with results that do not vary."""
+"""Runs independent NumPy work on several cores, with reproducible results."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -14,24 +14,24 @@ def run_tasks(
   tasks: Mapping[str, Callable[[], T]],
   on_done: Callable[[str, T], None],
   *,
-  most: int,
+  max_threads: int,
 ) -> None:
-  """Runs each task in a thread; they begin in their order, longest first best.
+  """Runs each task in a thread; tasks begin in order, so put long ones first.
 
-  A task's matrix products stay in its own thread, on one core or on many: BLAS
-  adds in another order for each number of threads, and a result should not
-  depend on the machine's load or size. NumPy and SciPy let go of the
-  interpreter lock in all that takes long.
+  BLAS uses one thread meanwhile, on any machine: it adds in another order for
+  each number of threads, and a result should not depend on the number of cores.
+  NumPy and SciPy release the interpreter lock in long calls.
 
   Args:
-    tasks: {name: what to run}.
+    tasks: {name: function}.
     on_done: (name, result), called in the calling thread as tasks end.
-    most: tasks that may be in work at the same time.
+    max_threads: tasks that may run at the same time.
 
   Raises:
-    Whatever a task or `on_done` raises; tasks not begun are dropped.
+    Exception: any that a task or `on_done` raises; tasks that have not begun
+      are dropped.
   """
-  pool = futures.ThreadPoolExecutor(min(most, os.cpu_count() or 1))
+  pool = futures.ThreadPoolExecutor(min(max_threads, os.cpu_count() or 1))
   with threadpoolctl.threadpool_limits(1, "blas"):
     try:
       running = {pool.submit(task): name for name, task in tasks.items()}

@@ -239,7 +239,7 @@ def test_sigterm_saves(trained, tmp_path, count):
 def test_processes_that_differ_are_refused(tmp_path):
   codes, told = _finish(_start(tmp_path, 2, last=["seed=1"]))
   assert codes == [2, 2]
-  assert "not started alike" in told[0]
+  assert "started differently" in told[0]
   assert "'seed': 0" in told[0] and "'seed': 1" in told[0]
 
 

@@ -20,4 +20,4 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
 
 def test_processes_may_find_each_other_in_another_way(tmp_path):
   _claim(tmp_path, distributed="on")
-  _claim(tmp_path, distributed="off", cluster_timeout=7)
+  _claim(tmp_path, distributed="off", distributed_timeout=7)

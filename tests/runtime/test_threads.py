@@ -31,7 +31,7 @@ def test_every_result_is_handed_to_the_calling_thread():
     callers.add(threading.get_ident())
     done[name] = result
 
-  threads.run_tasks({str(n): task(n) for n in range(9)}, on_done, most=3)
+  threads.run_tasks({str(n): task(n) for n in range(9)}, on_done, max_threads=3)
   assert callers == {threading.get_ident()}
   assert {name: result[0] for name, result in done.items()} == {
     str(n): n for n in range(9)
@@ -54,7 +54,7 @@ def test_the_first_error_ends_the_rest():
   tasks = {"0": fail} | {str(n): task for n in range(1, 50)}
   before = _blas_threads()
   with pytest.raises(ZeroDivisionError, match="task 0"):
-    threads.run_tasks(tasks, lambda name, result: None, most=1)
+    threads.run_tasks(tasks, lambda name, result: None, max_threads=1)
   assert _blas_threads() == before
   assert len(begun) < 40
 
@@ -73,5 +73,5 @@ def test_no_more_than_most_run_at_the_same_time():
       active -= 1
 
   tasks = {str(n): task for n in range(20)}
-  threads.run_tasks(tasks, lambda name, result: None, most=2)
+  threads.run_tasks(tasks, lambda name, result: None, max_threads=2)
   assert 1 <= peak <= 2
