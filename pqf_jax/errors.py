@@ -1,16 +1,16 @@
-"""The errors that are no defects, so that callers can tell them from those."""
+"""Exceptions for user errors and requested stops, not bugs."""
 
 
 class InputError(ValueError):
-  """Bad input: the message names the thing, what was found, and the fix.
+  """Bad input; the message names the thing, its value and the fix.
 
   `main.py` prints the message and exits with status 2; every other exception
-  is a defect and keeps its traceback.
+  is a bug and keeps its traceback.
   """
 
 
 class Preempted(Exception):
-  """The process was asked to stop and has saved where it is.
+  """A stop on request, after the process has saved its state.
 
   `main.py` prints the message and exits with status 143, as SIGTERM would.
   """

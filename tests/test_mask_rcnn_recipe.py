@@ -42,7 +42,7 @@ def test_every_kernel_has_the_published_codebook():
   assert fewer == {first}
   assert plan[first].num_codes == 128
   lengths = {
-    row.path: (row.block, row.shape) for row in size.layers if row.block
+    row.path: (row.length, row.shape) for row in size.layers if row.length
   }
   for path, (length, shape) in lengths.items():
     taps = {(3, 3): 9, (2, 2): 4, (1, 1): 4}.get(shape[:-2], 4)
@@ -50,7 +50,7 @@ def test_every_kernel_has_the_published_codebook():
   dense = {
     row.path.split("/")[-2]
     for row in size.layers
-    if row.path.endswith("kernel") and not row.block
+    if row.path.endswith("kernel") and not row.length
   }
   assert dense == {"conv1", "cls_logits", "bbox_pred", "mask_fcn_logits"}
 

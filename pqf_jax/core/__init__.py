@@ -1,1 +1,1 @@
-"""What the data is: trees, blocks, VQ arrays, channels, plans."""
+"""Data structures: variable trees, blocks, VQ arrays, channel axes, plans."""

@@ -1,4 +1,4 @@
-"""How a kernel is cut into sub-vectors: one spec, and the pair made from it.
+"""The layout of a kernel's sub-vectors: one spec, and the functions it defines.
 
 Axis letters, here and in the whole project: N sub-vectors of length D, M of
 them for each of the C_out output channels, K codewords.
@@ -27,7 +27,7 @@ class BlockSpec:
 
   Attributes:
     channels: input channels that share one sub-vector.
-    in_axis: the axis cut into groups of `channels`; the permutable one.
+    in_axis: the axis cut into blocks of `channels`; the one to permute.
     out_axis: the axis whose indices never share a sub-vector.
   """
 
@@ -36,7 +36,7 @@ class BlockSpec:
   out_axis: int = -1
 
   def layout(self, shape: Sequence[int]) -> tuple[int, int, int]:
-    """(C_out, M, D) of a kernel of this shape.
+    """Returns (C_out, M, D) of a kernel of this shape.
 
     Raises:
       InputError: the input channels are not divisible by `channels`.
@@ -45,22 +45,23 @@ class BlockSpec:
     if c_in % self.channels:
       raise errors.InputError(
         f"a kernel of shape {tuple(shape)} has {c_in} input channels, which "
-        f"{self.channels} channels a sub-vector do not divide; use a divisor"
+        f"cannot be divided into sub-vectors of {self.channels} channels; set "
+        f"channels to a divisor of {c_in}"
       )
     taps = math.prod(shape) // (c_in * c_out)
     return c_out, c_in // self.channels, self.channels * taps
 
   def to_channels(self, kernel: jax.Array) -> jax.Array:
-    """Kernel -> [C_out, C_in, taps]; the input channels can be permuted."""
+    """Rearranges a kernel as [C_out, C_in, taps], input channels apart."""
     moved = jnp.moveaxis(kernel, (self.out_axis, self.in_axis), (0, 1))
     return moved.reshape(moved.shape[:2] + (-1,))
 
   def to_blocks(self, kernel: jax.Array) -> jax.Array:
-    """Kernel -> sub-vectors [C_out, M, D]."""
+    """Cuts a kernel into its sub-vectors, [C_out, M, D]."""
     return self.to_channels(kernel).reshape(self.layout(kernel.shape))
 
   def from_blocks(self, blocks: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Sub-vectors [C_out, M, D] -> kernel of this shape; undoes `to_blocks`."""
+    """Joins sub-vectors [C_out, M, D] to a kernel; undoes `to_blocks`."""
     rank = len(shape)
     ends = (self.out_axis % rank, self.in_axis % rank)
     taps = [shape[axis] for axis in range(rank) if axis not in ends]

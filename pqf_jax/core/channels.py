@@ -1,4 +1,4 @@
-"""Which axes of which variables are tied, and permuting them together.
+"""Tied axes of the variables, and permuting them together.
 
 Two axes are tied when reordering one without the other would change the
 function: the output channels of a layer, its norm, and the input channels of
@@ -8,7 +8,6 @@ every layer that reads it (section 3.1 of arXiv 2010.15703).
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from pqf_jax import errors
@@ -24,7 +23,7 @@ class ChannelAxis(NamedTuple):
   NHWC features before a dense layer gives outer = H * W, inner = 1.
 
   Attributes:
-    group: axes of one group share one permutation.
+    group: name; axes of one group share one permutation.
     outer: how many times the channels repeat.
     inner: how many consecutive entries belong to one channel.
   """
@@ -43,17 +42,19 @@ Permutations = Mapping[str, np.ndarray]
 
 
 def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
-  """{group: number of channels}, checked over all of its axes.
+  """Returns {group: number of channels}, checked over all axes of the group.
 
   Raises:
-    InputError: a path that the tree lacks, a row of another rank than its
-      variable, or axes of one group that disagree about its size.
+    InputError: `axes` names a path that the tree lacks, or gives a variable
+      another number of axes than it has, or the axes of one group disagree
+      about its size.
   """
   flat = trees.flatten(variables)
   unknown = axes.keys() - flat.keys()
   if unknown:
     raise errors.InputError(
-      f"channel axes name variables that the tree lacks: {sorted(unknown)}"
+      f"channel axes name variables that the tree lacks: {sorted(unknown)}; "
+      "remove them, or discover the axes on this tree"
     )
   sizes: dict[str, int] = {}
   for path, row in axes.items():
@@ -63,15 +64,17 @@ def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
         f"{path} has shape {shape} but {len(row)} channel axes; give one "
         "entry (None where nothing is permuted) for each array axis"
       )
-    for axis, length in zip(row, shape, strict=True):
+    for dim, (axis, length) in enumerate(zip(row, shape, strict=True)):
       if axis is None:
         continue
       size, rest = divmod(length, axis.outer * axis.inner)
-      if rest or sizes.setdefault(axis.group, size) != size:
+      expected = sizes.setdefault(axis.group, size)
+      if rest or size != expected:
         raise errors.InputError(
-          f"{path}: group {axis.group!r} has {sizes.get(axis.group)} "
-          f"channels elsewhere, but this axis of length {length} has "
-          f"{length / (axis.outer * axis.inner):g}"
+          f"{path}: axis {dim} has length {length}, but group {axis.group!r} "
+          f"of {expected} channels needs outer * channels * inner = "
+          f"{axis.outer} * {expected} * {axis.inner}; correct the axis or its "
+          "group"
         )
   return sizes
 
@@ -79,18 +82,18 @@ def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
 def apply_permutations(
   variables: PyTree, axes: ChannelAxes, permutations: Permutations
 ) -> PyTree:
-  """Reorders the channels of every group; exact, no arithmetic is done.
+  """Reorders the channels of every group; exact, without arithmetic.
 
   Args:
     variables: dense variable tree.
     axes: which axes are tied.
-    permutations: groups that are absent stay as they are.
+    permutations: groups that are absent keep their order.
 
   Returns:
     The tree of the same function with its channels reordered.
 
   Raises:
-    InputError: see `group_sizes`; or a permutation that is not one of its
+    InputError: see `group_sizes`; or an array is not a permutation of its
       group's channels.
   """
   sizes = group_sizes(variables, axes)
@@ -99,32 +102,25 @@ def apply_permutations(
     if not np.array_equal(np.sort(permutation), expected):
       raise errors.InputError(
         f"group {group!r} needs a permutation of {expected.size} channels, "
-        f"got {len(permutation)} entries that are not one"
+        f"got {len(permutation)} entries that are no permutation of "
+        f"range({expected.size})"
       )
   flat = trees.flatten(variables)
   changed = {}
   for path, row in axes.items():
     leaf = flat[path]
-    for position, axis in enumerate(row):
+    for dim, axis in enumerate(row):
       if axis is not None and axis.group in permutations:
-        leaf = _take(leaf, position, axis, permutations[axis.group])
+        leaf = _take(leaf, dim, axis, permutations[axis.group])
     changed[path] = leaf
   return trees.replace(variables, changed)
 
 
-def invert_permutations(permutations: Permutations) -> dict[str, np.ndarray]:
-  """The permutations that undo the given ones."""
-  return {
-    group: np.argsort(permutation).astype(np.int32)
-    for group, permutation in permutations.items()
-  }
-
-
 def _take(
-  leaf: jax.Array, position: int, axis: ChannelAxis, permutation: np.ndarray
-) -> jax.Array:
+  leaf: trees.Array, dim: int, axis: ChannelAxis, permutation: np.ndarray
+) -> trees.Array:
   shape = leaf.shape
   split = (axis.outer, len(permutation), axis.inner)
-  parts = leaf.reshape(shape[:position] + split + shape[position + 1 :])
+  parts = leaf.reshape(shape[:dim] + split + shape[dim + 1 :])
   # The method, so that NumPy leaves stay NumPy and nothing is compiled.
-  return parts.take(permutation, axis=position + 1).reshape(shape)
+  return parts.take(permutation, axis=dim + 1).reshape(shape)

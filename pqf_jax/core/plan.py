@@ -1,11 +1,10 @@
-"""What will be compressed and how: rules -> plan, with its size in bytes.
+"""Compression plans made from rules, and the size of the result in bytes.
 
-A plan is made of shapes alone, so that every mistake in the rules and the size
-of the result are known before any work.
+A plan is made from shapes alone, so that every mistake in the rules and the
+size of the result are known before any work.
 """
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,17 +17,18 @@ from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
 
 PyTree = Any
-MIN_POINTS_PER_CODE = 4
-KERNEL = re.compile(r"(.*/)?(kernel|embedding)")
+_MIN_VECTORS_PER_CODE = 4
+_KERNEL = re.compile(r"(.*/)?(kernel|embedding)")
 
 
 class Rule(NamedTuple):
-  """How the kernels whose path matches are compressed; the first match wins.
+  """How to compress the kernels whose path matches; the first match wins.
 
   Attributes:
     pattern: regular expression that must match the whole path, such as
       `params/layer1/0/conv1/kernel`.
-    num_codes: codewords wanted (K before the clamp), or None: stays dense.
+    num_codes: codewords wanted (K before the clamp); None keeps the kernel
+      dense.
     channels: input channels that share a sub-vector.
     kmeans_steps: k-means steps.
   """
@@ -40,10 +40,10 @@ class Rule(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-  """How one kernel is compressed.
+  """How to compress one kernel.
 
   Attributes:
-    spec: how it is cut into sub-vectors.
+    spec: the layout of its sub-vectors.
     num_codes: K after the clamp, a power of two.
     kmeans_steps: k-means steps.
   """
@@ -58,35 +58,35 @@ CompressionPlan = Mapping[str, LayerPlan]
 
 
 class LayerSize(NamedTuple):
-  """Where the bytes of one variable go once packed.
+  """The packed size of one variable.
 
   Attributes:
     path: of the variable.
     shape: dense shape.
-    block: D, or 0 where the variable stays dense.
+    length: D, or 0 where the variable stays dense.
     num_codes: K, or 0.
-    codes: N, or 0.
-    payload_bytes: of the packed file, for this variable.
+    num_subvectors: N, or 0.
+    payload_bytes: bytes of this variable in the packed file.
   """
 
   path: str
   shape: tuple[int, ...]
-  block: int
+  length: int
   num_codes: int
-  codes: int
+  num_subvectors: int
   payload_bytes: int
 
   @property
   def bits_per_weight(self) -> float:
-    """Of the dense variable."""
+    """Returns the packed bits for each entry of the dense variable."""
     return 8 * self.payload_bytes / math.prod(self.shape)
 
 
 class SizeReport(NamedTuple):
-  """Bytes of the packed file, counted without its header.
+  """Size of the packed file, without its header.
 
   Attributes:
-    layers: one row a variable that is stored.
+    layers: one row for each stored variable.
     payload_bytes: codes + float16 codebooks + float32 rest.
     dense_bytes: the same network in float32, norms folded as well.
   """
@@ -97,7 +97,7 @@ class SizeReport(NamedTuple):
 
   @property
   def ratio(self) -> float:
-    """How many times smaller."""
+    """Returns how many times smaller the packed network is."""
     return self.dense_bytes / self.payload_bytes
 
 
@@ -115,33 +115,38 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
     layers do not cost more than the layer itself (section 4 of the paper).
 
   Raises:
-    InputError: a kernel that no rule covers, a rule that covers nothing, a bad
-      pattern, or a layer that the rule's block does not fit.
+    InputError: no rule covers a kernel, a rule covers no kernel, a pattern is
+      not a regular expression, or a layer does not fit the rule's block.
   """
+  for rule in rules:
+    _check_rule(rule)
   kernels = {
     path: tuple(leaf.shape)
     for path, leaf in trees.flatten(variables, vq_array.is_vq).items()
-    if KERNEL.fullmatch(path) and len(leaf.shape) >= 2
+    if _KERNEL.fullmatch(path) and len(leaf.shape) >= 2
   }
-  for rule in rules:
-    _check_rule(rule)
-  chosen = {path: _first_match(rules, path) for path in kernels}
-  uncovered = [path for path, rule in chosen.items() if rule is None]
+  chosen = {
+    path: first
+    for path in kernels
+    if (first := _first_match(rules, path)) is not None
+  }
+  uncovered = [path for path in kernels if path not in chosen]
   if uncovered:
     raise errors.InputError(
       f"no rule covers {', '.join(uncovered)}; add one, with num_codes=None "
-      "where the kernel is to stay dense"
+      "to keep the kernel dense"
     )
   unused = set(rules) - set(chosen.values())
   if unused:
     patterns = sorted(rule.pattern for rule in unused)
     near = difflib.get_close_matches(patterns[0], kernels, n=3, cutoff=0)
     raise errors.InputError(
-      f"rules that decide for no kernel: {patterns}; mend or remove them, or "
-      f"move them before a rule that matches first (kernels near: {near})"
+      f"these rules match no kernel, or only kernels that an earlier rule "
+      f"matches: {patterns}; fix, remove or reorder them (kernels with similar "
+      f"names: {near})"
     )
   return {
-    path: _resolve(path, kernels[path], rule)
+    path: _resolve(path, kernels[path], rule, rule.num_codes)
     for path, rule in chosen.items()
     if rule.num_codes is not None
   }
@@ -154,8 +159,9 @@ def _check_rule(rule: Rule) -> None:
     raise errors.InputError(
       f"rule {rule.pattern!r} is not a regular expression: {error}"
     ) from error
-  numbers = (rule.num_codes or 2, rule.channels, rule.kmeans_steps)
-  if min(numbers) < 1 or rule.num_codes == 1 or (rule.num_codes or 0) > 65536:
+  num_codes = 2 if rule.num_codes is None else rule.num_codes
+  least = min(rule.channels, rule.kmeans_steps)
+  if least < 1 or not 2 <= num_codes <= 65536:
     raise errors.InputError(
       f"rule {rule.pattern!r} has num_codes={rule.num_codes}, "
       f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; "
@@ -168,7 +174,9 @@ def _first_match(rules: Sequence[Rule], path: str) -> Rule | None:
   return next(matches, None)
 
 
-def _resolve(path: str, shape: tuple[int, ...], rule: Rule) -> LayerPlan:
+def _resolve(
+  path: str, shape: tuple[int, ...], rule: Rule, num_codes: int
+) -> LayerPlan:
   spec = blocks.BlockSpec(rule.channels)
   try:
     c_out, m, _ = spec.layout(shape)
@@ -176,15 +184,15 @@ def _resolve(path: str, shape: tuple[int, ...], rule: Rule) -> LayerPlan:
     raise errors.InputError(
       f"{path}: {error} (rule {rule.pattern!r})"
     ) from error
-  most = c_out * m // MIN_POINTS_PER_CODE
+  most = c_out * m // _MIN_VECTORS_PER_CODE
   if most < 2:
     raise errors.InputError(
       f"{path} of shape {shape} has only {c_out * m} sub-vectors, too few "
       f"for a codebook; add a rule before {rule.pattern!r} that keeps it "
       "dense (num_codes=None)"
     )
-  num_codes = 1 << int(math.log2(min(rule.num_codes, most)))
-  return LayerPlan(spec, num_codes, rule.kmeans_steps)
+  clamped = 1 << int(math.log2(min(num_codes, most)))
+  return LayerPlan(spec, clamped, rule.kmeans_steps)
 
 
 def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
@@ -194,7 +202,7 @@ def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
   scale and bias, two vectors a norm, as the published sizes count them.
 
   Args:
-    plan: what is compressed.
+    plan: the kernels to compress, and how.
     variables: arrays, `jax.ShapeDtypeStruct`s or `VQArray`s.
   """
   flat = trees.flatten(variables, vq_array.is_vq)
@@ -209,8 +217,10 @@ def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
   return SizeReport(rows, payload_bytes, dense_bytes)
 
 
-def foldable_norms(flat: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-  """The norms whose mean and variance can go into scale and bias.
+def foldable_norms(
+  flat: Mapping[str, Any],
+) -> dict[str, tuple[str, str, str, str]]:
+  """Finds the norms whose mean and variance can be folded.
 
   Args:
     flat: variables by path.
@@ -219,7 +229,7 @@ def foldable_norms(flat: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     {path of the norm: paths of its (scale, bias, mean, var)}.
   """
   means = re.compile(r"batch_stats/(.*)/mean")
-  found = {}
+  norms = {}
   for match in filter(None, map(means.fullmatch, flat)):
     norm = match[1]
     members = (
@@ -229,18 +239,18 @@ def foldable_norms(flat: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
       f"batch_stats/{norm}/var",
     )
     if all(path in flat for path in members):
-      found[norm] = members
-  return found
+      norms[norm] = members
+  return norms
 
 
 def code_bits(num_codes: int) -> int:
-  """Bits of one code: log2(K), rounded up."""
+  """Returns the bits of one code: log2(K), rounded up."""
   return (num_codes - 1).bit_length()
 
 
-def code_bytes(num_vectors: int, num_codes: int) -> int:
-  """Bytes of the packed codes of one kernel: ceil(N * log2(K) / 8)."""
-  return math.ceil(num_vectors * code_bits(num_codes) / 8)
+def code_bytes(num_subvectors: int, num_codes: int) -> int:
+  """Returns the packed bytes of a kernel's codes: ceil(N * log2(K) / 8)."""
+  return math.ceil(num_subvectors * code_bits(num_codes) / 8)
 
 
 def _layer_size(
@@ -248,53 +258,34 @@ def _layer_size(
 ) -> LayerSize:
   if layer is None:
     return LayerSize(path, shape, 0, 0, 0, 4 * math.prod(shape))
-  c_out, m, block = layer.spec.layout(shape)
+  c_out, m, length = layer.spec.layout(shape)
   num_bytes = code_bytes(c_out * m, layer.num_codes)
-  num_bytes += 2 * layer.num_codes * block
-  return LayerSize(path, shape, block, layer.num_codes, c_out * m, num_bytes)
+  num_bytes += 2 * layer.num_codes * length
+  return LayerSize(path, shape, length, layer.num_codes, c_out * m, num_bytes)
 
 
 def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
-  """The tree of `jax.ShapeDtypeStruct`s that quantizing by this plan gives."""
+  """Returns the `jax.ShapeDtypeStruct`s that quantizing by a plan gives."""
   flat = trees.flatten(variables)
 
-  def node(path: str, layer: LayerPlan) -> vq_array.VQArray:
-    shape = tuple(flat[path].shape)
-    c_out, m, block = layer.spec.layout(shape)
-    codes = vq_array.code_dtype(layer.num_codes)
+  def node(path: str) -> vq_array.VQArray:
+    shape, layer = tuple(flat[path].shape), plan[path]
+    c_out, m, length = layer.spec.layout(shape)
     return vq_array.VQArray(
-      jax.ShapeDtypeStruct((layer.num_codes, block), jnp.float32),
-      jax.ShapeDtypeStruct((c_out, m), codes),
+      jnp.zeros((layer.num_codes, length), jnp.float32),
+      jnp.zeros((c_out, m), vq_array.code_dtype(layer.num_codes)),
       shape,
       layer.spec,
     )
 
-  nodes = {path: node(path, layer) for path, layer in plan.items()}
+  nodes = jax.eval_shape(lambda: {path: node(path) for path in plan})
   return trees.replace(trees.shapes(variables), nodes)
 
 
 def kmeans_cost(plan: CompressionPlan, variables: PyTree) -> dict[str, int]:
-  """{path: multiplications of its k-means}, to divide the work by."""
+  """Returns {path: multiplications of its k-means}, for dividing the work."""
   flat = trees.flatten(variables)
   return {
     path: math.prod(flat[path].shape) * layer.num_codes * layer.kmeans_steps
     for path, layer in plan.items()
-  }
-
-
-def to_json(plan: CompressionPlan) -> str:
-  """The plan as text; `from_json` undoes it."""
-  return json.dumps(
-    {
-      path: dict(layer._asdict(), spec=vars(layer.spec))
-      for path, layer in plan.items()
-    }
-  )
-
-
-def from_json(text: str) -> CompressionPlan:
-  """The plan of which `to_json` made this text."""
-  return {
-    path: LayerPlan(**dict(fields, spec=blocks.BlockSpec(**fields["spec"])))
-    for path, fields in json.loads(text).items()
   }

@@ -11,6 +11,8 @@ from pqf_jax import errors
 
 PyTree = Any
 FlatTree = dict[str, Any]
+Array = jax.Array | np.ndarray
+"""A leaf on a device, or on the host."""
 
 
 def path_name(key_path: tuple[Any, ...]) -> str:
@@ -25,7 +27,7 @@ def flatten(
 
   Args:
     tree: any pytree (Linen variables, an NNX pure dict, Haiku parameters, ...).
-    is_leaf: what counts as one leaf although it is a node, such as a `VQArray`.
+    is_leaf: whether a node, such as a `VQArray`, counts as one leaf.
 
   Returns:
     {path: leaf}.
@@ -38,13 +40,13 @@ def flatten(
   if len(flat) != len(named):
     raise errors.InputError(
       f"the tree has {len(named)} leaves but only {len(flat)} different "
-      "paths; rename the keys that contain '/' or look alike as text"
+      "paths; rename the keys that contain '/' or are equal as text"
     )
   return flat
 
 
 def nest(flat: Mapping[str, Any]) -> PyTree:
-  """Nested dicts from '/'-joined paths: the inverse of `flatten` for dicts."""
+  """Builds nested dicts from '/'-joined paths; undoes `flatten` of dicts."""
   tree: dict[str, Any] = {}
   for path, leaf in flat.items():
     *parents, name = path.split("/")
@@ -60,7 +62,7 @@ def replace(
   leaves: Mapping[str, Any],
   is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree:
-  """A copy of `tree` in which the leaves at the given paths are replaced.
+  """Copies `tree` with other leaves at the given paths.
 
   Args:
     tree: any pytree.
@@ -72,7 +74,10 @@ def replace(
   """
   unknown = leaves.keys() - flatten(tree, is_leaf).keys()
   if unknown:
-    raise errors.InputError(f"no such leaf in the tree: {sorted(unknown)}")
+    raise errors.InputError(
+      f"the tree has no leaves {sorted(unknown)}; use paths as "
+      "pqf_jax.core.trees.flatten lists them"
+    )
   return tree_util.tree_map_with_path(
     lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
     tree,
@@ -81,13 +86,13 @@ def replace(
 
 
 def shapes(tree: PyTree) -> PyTree:
-  """The tree with a `jax.ShapeDtypeStruct` in the place of every array."""
+  """Replaces every array of a tree by its `jax.ShapeDtypeStruct`."""
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
   )
 
 
-def check_finite(path: str, kernel: jax.Array) -> None:
+def check_finite(path: str, kernel: Array) -> None:
   """Refuses NaN and infinite weights.
 
   Raises:
@@ -97,5 +102,5 @@ def check_finite(path: str, kernel: jax.Array) -> None:
   if bad:
     raise errors.InputError(
       f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
-      "file is damaged or its training diverged: take an earlier checkpoint"
+      "file is damaged or its training diverged: use an earlier checkpoint"
     )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -26,45 +26,45 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
   3.4: for each codeword, the sum of the gradients of its sub-vectors.
 
   Invariants (not checked here, because JAX rebuilds nodes with leaves that
-  are no arrays): `codes < K`; `spec.layout(kernel_shape) == (C_out, M, D)`.
+  are not arrays): `codes < K`; `spec.layout(kernel_shape) == (C_out, M, D)`.
 
   Attributes:
     codebook: [..., K, D] float, the trainable leaf. Leading axes are those of
       stacked layers (`nn.scan`), and equal the leading axes of `codes`.
     codes: [..., C_out, M] uint8 or uint16.
     kernel_shape: the dense shape of one layer (static).
-    spec: the layout (static).
+    spec: the layout of its sub-vectors (static).
   """
 
-  codebook: jax.Array
-  codes: jax.Array
+  codebook: trees.Array
+  codes: trees.Array
   kernel_shape: tuple[int, ...] = struct.field(pytree_node=False)
   spec: blocks.BlockSpec = struct.field(pytree_node=False)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The dense shape, leading axes included."""
+    """Returns the dense shape, leading axes included."""
     return self.codebook.shape[:-2] + self.kernel_shape
 
   @property
   def ndim(self) -> int:
-    """Of the dense array."""
+    """Returns the number of axes of the dense array."""
     return len(self.shape)
 
   @property
   def size(self) -> int:
-    """Weights of the dense array."""
+    """Returns the number of weights of the dense array."""
     return int(np.prod(self.shape))
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Of the codebook, and so of the dense array."""
+    """Returns the type of the codebook, which the dense array shares."""
     return self.codebook.dtype
 
   def decode(self) -> jax.Array:
-    """The dense kernel, of `shape`."""
+    """Returns the dense kernel, of `shape`."""
 
-    def decode_one(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    def decode_one(codebook: trees.Array, codes: trees.Array) -> jax.Array:
       return _decode(codebook, codes, self.kernel_shape, self.spec)
 
     for _ in self.codebook.shape[:-2]:
@@ -78,20 +78,20 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
     return self.decode()[index]
 
   def unbox(self) -> jax.Array:
-    """Linen's read of the variable."""
+    """Returns the dense kernel, when Linen reads the variable."""
     return self.decode()
 
   def replace_boxed(self, val: Any) -> Any:
-    """Linen's write to the variable: a dense value takes the node's place."""
+    """Returns the dense value that Linen writes, which replaces the node."""
     return val
 
   def add_axis(self, index: int, params: dict[Any, Any]) -> "VQArray":
-    """`nn.scan` and `nn.vmap` stack the leaves themselves; `shape` follows."""
+    """Returns the node; `nn.scan` and `nn.vmap` stack the leaves themselves."""
     del index, params
     return self
 
   def remove_axis(self, index: int, params: dict[Any, Any]) -> "VQArray":
-    """See `add_axis`."""
+    """Returns the node; see `add_axis`."""
     del index, params
     return self
 
@@ -106,23 +106,25 @@ def _decode(
   shape: tuple[int, ...],
   spec: blocks.BlockSpec,
 ) -> jax.Array:
-  """The kernel of a codebook [K, D] and codes [C_out, M].
+  """Returns the kernel of a codebook [K, D] and codes [C_out, M].
 
   Its gradient is summed exactly, the same bits at every run; XLA's own is a
-  floating-point scatter-add. TPUs have forms of their own, because they pad
+  floating-point scatter-add. TPUs have programs of their own, because they pad
   rows of D numbers to 128.
   """
 
-  def rows(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+  def by_rows(codebook: jax.Array, codes: jax.Array) -> jax.Array:
     # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
-    found = jnp.take(codebook, codes, axis=0, mode="clip")
-    return spec.from_blocks(found, shape)
+    vectors = jnp.take(codebook, codes, axis=0, mode="clip")
+    return spec.from_blocks(vectors, shape)
 
-  def columns(codebook: jax.Array, codes: jax.Array) -> jax.Array:
-    # In the order of the kernel, of which the output channels are the lanes.
+  def by_columns(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    # In the order of the kernel, whose output channels are the lanes.
     return spec.from_blocks(gathers.columns(codebook, codes.T).T, shape)
 
-  return lax.platform_dependent(codebook, codes, tpu=columns, default=rows)
+  return lax.platform_dependent(
+    codebook, codes, tpu=by_columns, default=by_rows
+  )
 
 
 def _decode_forward(
@@ -137,39 +139,42 @@ def _decode_forward(
 def _decode_backward(
   shape: tuple[int, ...],
   spec: blocks.BlockSpec,
-  saved: tuple[jax.Array, jax.Array],
+  residuals: tuple[jax.Array, jax.Array],
   gradient: jax.Array,
 ) -> tuple[jax.Array, None]:
   del shape
-  num_codes, length = saved[0].shape
+  codebook, codes = residuals
+  num_codes, length = codebook.shape
 
-  def rows(gradient: jax.Array, codes: jax.Array) -> jax.Array:
-    found = spec.to_blocks(gradient).reshape(-1, length)
-    return segments.segment_sum(found, codes.reshape(-1), num_codes)
+  def by_rows(gradient: jax.Array, codes: jax.Array) -> jax.Array:
+    vectors = spec.to_blocks(gradient).reshape(-1, length)
+    return segments.segment_sum(vectors, codes.reshape(-1), num_codes)
 
-  def columns(gradient: jax.Array, codes: jax.Array) -> jax.Array:
-    found = spec.to_blocks(gradient).T.reshape(length, -1)
-    return segments.column_sum(found, codes.T.reshape(-1), num_codes)
+  def by_columns(gradient: jax.Array, codes: jax.Array) -> jax.Array:
+    vectors = spec.to_blocks(gradient).T.reshape(length, -1)
+    return segments.column_sum(vectors, codes.T.reshape(-1), num_codes)
 
-  sums = lax.platform_dependent(gradient, saved[1], tpu=columns, default=rows)
+  sums = lax.platform_dependent(
+    gradient, codes, tpu=by_columns, default=by_rows
+  )
   return sums, None
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
 
 
-def is_vq(leaf: Any) -> bool:
-  """Whether a node of a variable tree is a `VQArray`."""
+def is_vq(leaf: Any) -> TypeGuard[VQArray]:
+  """Returns whether a node of a variable tree is a `VQArray`."""
   return isinstance(leaf, VQArray)
 
 
 def code_dtype(num_codes: int) -> jnp.dtype:
-  """The smallest unsigned type that holds `num_codes - 1`."""
+  """Returns the smallest unsigned type that holds `num_codes - 1`."""
   return jnp.dtype(np.min_scalar_type(num_codes - 1))
 
 
 def decode_params(variables: PyTree) -> PyTree:
-  """The same tree with every `VQArray` replaced by its dense kernel."""
+  """Replaces every `VQArray` of a tree by its dense kernel."""
   return jax.tree.map(
     lambda leaf: leaf.decode() if is_vq(leaf) else leaf,
     variables,
@@ -178,7 +183,7 @@ def decode_params(variables: PyTree) -> PyTree:
 
 
 def in_params(path: str, leaf: jax.Array) -> bool:
-  """What learns in Linen: the float leaves of the `params` collection."""
+  """Returns whether Linen trains a leaf: a float of the `params` collection."""
   return path.startswith("params/") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -186,7 +191,7 @@ def split_trainable(
   variables: PyTree,
   is_trainable: Callable[[str, jax.Array], bool] = in_params,
 ) -> tuple[PyTree, PyTree]:
-  """Parts the leaves that learn from those that do not (codes, statistics).
+  """Separates trainable leaves from the rest (integer codes, statistics).
 
   Integer codes break `jax.grad`, so gradients are taken of the first part.
 
@@ -213,7 +218,7 @@ def split_trainable(
 
 
 def merge_trainable(trainable: PyTree, frozen: PyTree) -> PyTree:
-  """The variable tree of which `split_trainable` made these two parts."""
+  """Joins the two trees that `split_trainable` returned."""
   return jax.tree.map(
     lambda left, right: right if left is None else left,
     trainable,

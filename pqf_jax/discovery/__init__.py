@@ -1,10 +1,10 @@
-"""How `core.discover` reads which axes a traced program ties to each other.
+"""Discovery of the tied channel axes of a network, from its own program.
 
-tracing            the apply function as one jaxpr
-axis_factors       axes as products of factors, joined where they are tied
-propagation        walks the program; calls and loops
-axis_rules, layout_rules, contraction_rules    what each primitive ties
-widening           the program rewritten to float64
-permuted_network   runs it with its channels permuted
-channel_check      names the groups whose permutation changes the outputs
+discover       names the groups of tied axes of a tree's variables
+tracing        traces the apply function into one program (jaxpr)
+propagation    walks the program equation by equation
+rules          states which axes each primitive ties, and which it blocks
+axis_factors   holds axes as products of factors, joined where they are tied
+self_check     permutes the groups at random and compares the outputs
+widening       runs the program in float64
 """

@@ -3,17 +3,15 @@
 An axis of an array is an ordered product of factors, major to minor: flattened
 features are [height, width, channels]. Tied factors share one permutation; a
 blocked factor must keep its order; a factor that a reshape cuts is split in
-two. All three are lasting facts about the program, so that the order in which
-they are stated does not matter.
+two. All three are lasting facts about the program, so the order in which they
+are stated does not matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-
-from jax.extend import core as jax_core
+from collections.abc import Collection, Iterable
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -21,9 +19,9 @@ class Factor:
   """A node of the union-find.
 
   Attributes:
-    size: how many indices it has; factors that are tied have the same.
+    size: how many indices it has; tied factors have the same size.
     blocked_by: reasons why its order is fixed; empty while it is free.
-    tied_to: another factor that stands for this one.
+    tied_to: another factor that represents this one.
     parts: (major, minor) once it is split.
   """
 
@@ -37,58 +35,45 @@ Axis = tuple[Factor, ...]
 Axes = list[Axis]
 """One `Axis` for each array axis."""
 
-Equation = jax_core.JaxprEqn
-Rule = Callable[[Equation, Sequence[Axes]], list[Axes]]
-"""States what an equation ties and blocks: (equation, axes of its operands) ->
-axes of its results."""
-
 
 def new_axis(length: int, reason: str = "") -> Axis:
-  """A free axis of this length, or a blocked one if a reason is given."""
+  """Makes a free axis of this length, or a blocked one if given a reason."""
   return (Factor(length, {reason} if reason else set()),)
 
 
 def new_axes(shape: Iterable[int], reason: str = "") -> Axes:
-  """`new_axis` for every axis of a shape."""
+  """Makes a `new_axis` for every axis of a shape."""
   return [new_axis(length, reason) for length in shape]
 
 
-def new_results(eqn: Equation, reason: str = "") -> list[Axes]:
-  """`new_axes` for every result of an equation."""
-  # Tokens of side effects have no shape.
-  shapes = [getattr(variable.aval, "shape", ()) for variable in eqn.outvars]
-  return [new_axes(shape, reason) for shape in shapes]
-
-
 def axis_length(axis: Axis) -> int:
-  """The number of indices of an axis."""
+  """Returns the number of indices of an axis."""
   return math.prod(factor.size for factor in axis)
 
 
 def find_factors(axis: Axis) -> list[Factor]:
-  """The representatives an axis is a product of, major to minor.
+  """Lists the representatives whose product is an axis, major to minor.
 
   Factors of size 1 are left out: they have nothing to permute.
   """
-  found = []
-  for factor in axis:
-    factor = _representative(factor)
+  factors = []
+  for factor in map(_representative, axis):
     if factor.parts:
-      found += find_factors(factor.parts)
+      factors += find_factors(factor.parts)
     elif factor.size != 1:
-      found.append(factor)
-  return found
+      factors.append(factor)
+  return factors
 
 
-def block_axes(axes: Sequence[Axis], reason: str) -> None:
-  """States that the order of these axes is fixed."""
+def block_axes(axes: Iterable[Axis], reason: str) -> None:
+  """Fixes the order of these axes."""
   for axis in axes:
     for factor in find_factors(axis):
       factor.blocked_by.add(reason)
 
 
 def tie_axes(first: Axis, second: Axis) -> None:
-  """States that two axes of the same length have to be permuted alike.
+  """Ties two axes of the same length, which then share one permutation.
 
   Factors are split until both sides agree; where no common factorization
   exists, such as of 6 x 4 and 8 x 3, both sides are blocked.
@@ -109,14 +94,14 @@ def tie_axes(first: Axis, second: Axis) -> None:
 
 
 def tie_all(first: Axes, second: Axes) -> None:
-  """Ties two values axis by axis; one broadcast from size 1 ties nothing."""
+  """Ties two values axis by axis, except axes broadcast from size 1."""
   for one, other in zip(first, second, strict=True):
     if axis_length(one) == axis_length(other):
       tie_axes(one, other)
 
 
 def drop_axes(axes: Axes, dims: Collection[int]) -> Axes:
-  """All axes but those of the given numbers."""
+  """Returns the axes whose numbers are not in `dims`."""
   return [axis for dim, axis in enumerate(axes) if dim not in dims]
 
 

@@ -1,8 +1,8 @@
 """Finds which axes of a network's variables are tied, from its own program.
 
 The apply function is traced, not run; `propagation` reads the trace. So any
-Flax network works without a hand-written list of parents and children, which
-is what the paper's configurations hold (section 3.1 of arXiv 2010.15703).
+Flax network works without a hand-written list of parents and children, as the
+paper's configurations have (section 3.1 of arXiv 2010.15703).
 """
 
 import collections
@@ -21,7 +21,7 @@ PyTree = Any
 
 
 class _Place(NamedTuple):
-  """Where a group occurs: an axis of a variable, and its place in the axis."""
+  """A place of a group: an axis of a variable, and the factor's place in it."""
 
   path: str
   dim: int
@@ -38,12 +38,12 @@ def discover_channels(
     apply_fn: `apply_fn(variables, *inputs)` gives the outputs whose order must
       not change, and nothing else: a network in inference mode.
     variables: variable tree of arrays, as `apply_fn` takes it; of any library.
-    *inputs: a small example of what the network reads; it is run on them a
-      few times, in float64.
+    *inputs: a small example of the network's inputs; it is run on them a few
+      times, in float64.
 
   Returns:
-    The axes of every group that passes `channel_check.check_channels`, in the
-    order in which the network reads them. See `infer_channels` for the names.
+    The axes of every group that passes `self_check.check_program`, in the order
+    in which the network reads them. See `infer_channels` for the names.
 
   Raises:
     InputError: the apply function cannot be traced.
@@ -58,13 +58,14 @@ def discover_channels(
 def infer_channels(
   apply_fn: tracing.ApplyFn, variables: PyTree, *inputs: PyTree
 ) -> channels.ChannelAxes:
-  """What `discover_channels` checks: the groups that follow from the trace.
+  """Infers the groups of tied axes from the trace alone, without a check.
 
   A group is a set of two or more variable axes that the program ties to each
   other, and neither to its inputs or outputs nor to anything that depends on
-  the order. It is named after the kernel it meets first, which is the one that
-  makes the channels: `layer1/0/conv1` for `params/layer1/0/conv1/kernel`; where
-  it makes several, with the number of the axis, as in `attention/query[1]`.
+  the order. It is named after the first kernel that the network reads with it,
+  which makes the channels: `layer1/0/conv1` for `params/layer1/0/conv1/kernel`;
+  where this kernel makes several groups, with the number of the axis, as in
+  `attention/query[1]`.
 
   One axis can carry one group. Where several would fit (groups and channels
   within a group of a GroupNorm, both of which may be permuted), the larger is
@@ -76,8 +77,8 @@ def infer_channels(
     *inputs: arrays or `jax.ShapeDtypeStruct`s.
 
   Returns:
-    The axes, without any check. A warning names those that stay alone only
-    because the program has primitives without a rule.
+    The axes. A warning names those that keep their order only because the
+    program has primitives without a rule.
 
   Raises:
     InputError: the apply function cannot be traced.
@@ -102,12 +103,13 @@ def _infer(
     axis_factors.block_axes(output, "output")
 
   first_read = {
-    path: min((walk.reads.get(id(axis), math.inf) for axis in row), default=0)
+    path: min(
+      (walk.read_order.get(id(axis), math.inf) for axis in row), default=0
+    )
     for path, row in parameters.items()
   }
-  ordered = {
-    path: parameters[path] for path in sorted(parameters, key=first_read.get)
-  }
+  in_order = sorted(parameters, key=lambda path: first_read[path])
+  ordered = {path: parameters[path] for path in in_order}
   _warn_of_unknown(ordered, walk.unknown)
   return _table(ordered, _groups(ordered))
 
@@ -126,13 +128,17 @@ def _places(
 
 
 def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
-  """The free factors that tie axes; of those on one axis, the largest."""
+  """Lists the places of every free factor that ties two axes or more.
+
+  Only the largest factor is kept where several share an axis.
+  """
   places = collections.defaultdict(list)
   for factor, place in _places(parameters):
     if not factor.blocked_by:
       places[factor].append(place)
-  tied = [factor for factor, found in places.items() if len(found) > 1]
-  kept, taken = [], set()
+  tied = [factor for factor, those in places.items() if len(those) > 1]
+  kept: list[axis_factors.Factor] = []
+  taken: set[tuple[str, int]] = set()
   for factor in sorted(tied, key=lambda factor: -factor.size):
     occupied = {(place.path, place.dim) for place in places[factor]}
     # An axis of the products of all pairs of channels has the factor twice.
@@ -160,7 +166,7 @@ def _table(
 
 
 def _names(founders: list[_Place]) -> list[str]:
-  """For every group the shortest form of its founder that no other has."""
+  """Names every group by the shortest form of its founder that is unique."""
 
   def forms(place: _Place) -> tuple[str, str, str]:
     module, slash, _ = place.path.removeprefix("params/").rpartition("/")
@@ -179,14 +185,16 @@ def _names(founders: list[_Place]) -> list[str]:
 def _warn_of_unknown(
   parameters: Mapping[str, axis_factors.Axes], unknown: set[str]
 ) -> None:
-  lost, reasons = {}, set()
-  for factor, place in _places(parameters):
-    if factor.blocked_by and factor.blocked_by <= unknown:
-      lost[f"{place.path}[{place.dim}]"] = None
-      reasons |= factor.blocked_by
-  if lost:
+  blocked = [
+    (f"{place.path}[{place.dim}]", factor.blocked_by)
+    for factor, place in _places(parameters)
+    if factor.blocked_by and factor.blocked_by <= unknown
+  ]
+  if blocked:
+    names = dict.fromkeys(name for name, _ in blocked)
+    reasons = set().union(*(reasons for _, reasons in blocked))
     warnings.warn(
-      f"axes left unpermuted only because discovery has no rule for the "
-      f"primitives {sorted(reasons)}: {', '.join(lost)}",
+      "these axes keep their order only because discovery has no rule for the "
+      f"primitives {sorted(reasons)}: {', '.join(names)}",
       stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""Carries axis factors through a jaxpr, equation by equation."""
+"""Carries axis factors through a program, equation by equation."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,46 +6,48 @@ from typing import Any
 
 from jax.extend import core as jax_core
 
-from pqf_jax.discovery import axis_factors, axis_rules, tracing
+from pqf_jax.discovery import axis_factors, rules, tracing
 
 Axes = axis_factors.Axes
-Equation = axis_factors.Equation
+Equation = tracing.Equation
 
 
 class Propagation:
   """One walk over a program.
 
   Attributes:
-    reads: {id of an axis: how many axes the program read before it}. Rules
-      hand on the very same tuple, so that the axes of a parameter, kept alive
-      by the caller, can be looked up.
+    read_order: {id of an axis: how many axes the program read before it}.
+      Rules pass on the very same tuple, so that the axes of a parameter, kept
+      alive by the caller, can be looked up.
     unknown: names of the primitives that have no rule.
   """
 
   def __init__(self) -> None:
-    self.reads: dict[int, int] = {}
+    self.read_order: dict[int, int] = {}
     self.unknown: set[str] = set()
 
-  def run(self, jaxpr: tracing.Jaxpr, operands: Sequence[Axes]) -> list[Axes]:
-    """The axes of the results, given those of the arguments.
+  def run(self, program: tracing.Jaxpr, operands: Sequence[Axes]) -> list[Axes]:
+    """Returns the axes of a program's results, given those of its arguments.
 
     Ties and blocks are stated on the factors themselves. Constants of the
     program are blocked, since nobody permutes them.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    values = dict(zip(jaxpr.invars, operands, strict=True))
-    for variable in jaxpr.constvars:
-      values[variable] = axis_factors.new_axes(variable.aval.shape, "constant")
+    body = tracing.program_body(program)
+    values = dict(zip(body.invars, operands, strict=True))
+    for variable in body.constvars:
+      values[variable] = self._constant(variable)
 
     def read(atom: Any) -> Axes:
-      if isinstance(atom, jax_core.Literal):
-        return axis_factors.new_axes(atom.aval.shape, "constant")
-      return values[atom]
+      literal = isinstance(atom, jax_core.Literal)
+      return self._constant(atom) if literal else values[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in body.eqns:
       results = self._apply(eqn, [read(atom) for atom in eqn.invars])
       values.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in body.outvars]
+
+  def _constant(self, atom: Any) -> Axes:
+    return axis_factors.new_axes(tracing.shape_of(atom), "constant")
 
   def _apply(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     name = eqn.primitive.name
@@ -59,29 +61,28 @@ class Propagation:
     if name == "cond":
       return self._cond(eqn, operands)
     for axis in itertools.chain.from_iterable(operands):
-      self.reads.setdefault(id(axis), len(self.reads))
-    if name in axis_rules.RULES:
-      return axis_rules.RULES[name](eqn, operands)
+      self.read_order.setdefault(id(axis), len(self.read_order))
+    if name in rules.RULES:
+      return rules.RULES[name](eqn, operands)
     self.unknown.add(name)
     for operand in operands:
       axis_factors.block_axes(operand, name)
-    return axis_factors.new_results(eqn, name)
+    return rules.new_results(eqn, name)
 
   def _scan(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
-    """Ties what the loop carries to itself; blocks the axis it walks along.
+    """Ties the carry to itself, and blocks the axis that the loop walks along.
 
     Operands are constants, carry, and stacked inputs; results are carry and
     stacked outputs. The stacked ones are those with one axis more than inside,
     which, unlike the parameters of the equation, all versions of JAX share.
     """
-    body = eqn.params["jaxpr"]
-    body = getattr(body, "jaxpr", body)
+    body = tracing.program_body(eqn.params["jaxpr"])
     inner = [
-      self._step(operand, variable.aval.ndim)
+      self._step(operand, len(tracing.shape_of(variable)))
       for operand, variable in zip(operands, body.invars, strict=True)
     ]
     outputs = self.run(body, inner)
-    results = axis_factors.new_results(eqn)
+    results = rules.new_results(eqn)
     for result, output in zip(results, outputs, strict=True):
       axis_factors.tie_all(self._step(result, len(output)), output)
     constants_and_carry = self._unstacked(operands, inner)
@@ -96,7 +97,7 @@ class Propagation:
     return [one for one, other in pairs if len(one) == len(other)]
 
   def _step(self, axes: Axes, ndim: int) -> Axes:
-    """What one step of a scan sees of a value."""
+    """Returns the axes that one step of a scan reads of a value."""
     stacked = len(axes) - ndim
     axis_factors.block_axes(axes[:stacked], "scan")
     return axes[stacked:] if stacked else axes
@@ -112,7 +113,7 @@ class Propagation:
     return outputs
 
   def _cond(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
-    results = axis_factors.new_results(eqn)
+    results = rules.new_results(eqn)
     for branch in eqn.params["branches"]:
       outputs = self.run(branch, operands[1:])
       for result, output in zip(results, outputs, strict=True):

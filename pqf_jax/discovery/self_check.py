@@ -1,58 +1,49 @@
-"""The self-check: permute every group at random and compare the outputs."""
+"""The self-check: permutes every group at random and compares the outputs."""
 
+import contextlib
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jax_core
 
 from pqf_jax.core import channels
-from pqf_jax.discovery import permuted_network, tracing
+from pqf_jax.discovery import tracing, widening
 
 PyTree = Any
+TOLERANCE = 1e-10
+OWN_PRECISION_TOLERANCE = 1e-2
 JITTER = 0.1
 
 
-def check_channels(
-  key: jax.Array,
-  apply_fn: tracing.ApplyFn,
-  variables: PyTree,
-  axes: channels.ChannelAxes,
-  *inputs: PyTree,
-) -> channels.ChannelAxes:
-  """Keeps the groups whose permutation leaves the function as it is.
+class CompiledNetwork(NamedTuple):
+  """A network compiled once, to be run with its channels in other orders.
 
-  All groups are permuted at once, and the outputs compared in float64, to
-  1e-10 of the largest; only if they differ is each group tried alone.
-
-  The variables and inputs used are not the given ones: every entry is scaled
-  by a random factor from 0.9 to 1.1, and exact zeros become small positive
-  numbers. Otherwise a forgotten norm would not show in a fresh network, whose
-  scales are all one and whose biases are all zero. Signs are kept, so that
-  variances stay positive.
-
-  Args:
-    key: consumed; draws the permutations and the factors.
-    apply_fn: as in `discover.discover_channels`.
-    variables: arrays; they are not changed.
-    axes: from discovery, or written by hand.
-    *inputs: a small example; the network is run three times on it, and once
-      more for every group if the check fails.
-
-  Returns:
-    `axes` without the groups that fail. A warning names these. Others tell if
-    the check was weak: because the network cannot be run in float64 (then 1 %
-    is the limit), or because even wrong permutations leave the outputs as they
-    are.
-
-  Raises:
-    InputError: the apply function cannot be traced; or `axes` do not fit the
-      variables.
+  Attributes:
+    run: (*leaves of the variables) -> leaves of the outputs.
+    variables: jittered, in the precision of `run`.
+    wide: whether this is float64.
   """
-  program = tracing.trace_program(apply_fn, variables, inputs)
-  return check_program(key, program, variables, axes, inputs)
+
+  run: Callable[..., list[jax.Array]]
+  variables: PyTree
+  wide: bool
+
+  @property
+  def tolerance(self) -> float:
+    """Returns the relative difference of outputs that counts as rounding."""
+    return TOLERANCE if self.wide else OWN_PRECISION_TOLERANCE
+
+  def outputs(
+    self, axes: channels.ChannelAxes, permutations: channels.Permutations
+  ) -> list[np.ndarray]:
+    """Returns the leaves of the outputs after permuting the variables."""
+    with _on_cpu(), _precision(self.wide):
+      permuted = channels.apply_permutations(self.variables, axes, permutations)
+      return jax.device_get(self.run(*jax.tree.leaves(permuted)))
 
 
 def check_program(
@@ -62,14 +53,80 @@ def check_program(
   axes: channels.ChannelAxes,
   inputs: tuple[PyTree, ...],
 ) -> channels.ChannelAxes:
-  """`check_channels` for a program that has been traced already."""
-  sizes = channels.group_sizes(variables, axes)
-  if not sizes:
+  """Keeps the groups whose permutation leaves the function unchanged.
+
+  All groups are permuted at once, and the outputs compared in float64, to
+  1e-10 of the largest; only if they differ is each group tried alone.
+
+  The variables and inputs are jittered before: every entry is scaled by a
+  random factor from 0.9 to 1.1, and exact zeros become small positive numbers.
+  Otherwise a forgotten norm would not show in a fresh network, whose scales are
+  all one and whose biases are all zero. Signs are kept, so that variances stay
+  positive.
+
+  Args:
+    key: consumed; draws the permutations and the factors.
+    program: from `tracing.trace_program`.
+    variables: arrays; they are not changed.
+    axes: from discovery, or written by hand.
+    inputs: a small example; the network is run three times on it, and once
+      more for every group if the check fails.
+
+  Returns:
+    `axes` without the groups that fail. One warning names these; two others
+    name a weak check: the network cannot be run in float64 (then 1 % is the
+    limit), or even wrong permutations leave the outputs unchanged.
+
+  Raises:
+    InputError: `axes` do not fit the variables.
+  """
+  if not channels.group_sizes(variables, axes):
     return axes
   rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+  network = compile_network(rng, program, variables, inputs)
+  return check_groups(rng, network, axes)
+
+
+def compile_network(
+  rng: np.random.Generator,
+  program: tracing.Jaxpr,
+  variables: PyTree,
+  inputs: tuple[PyTree, ...],
+) -> CompiledNetwork:
+  """Compiles a program in float64, or with a warning in its own precision.
+
+  Args:
+    rng: random number generator, consumed by the jitter.
+    program: from `tracing.trace_program`.
+    variables: arrays of any precision.
+    inputs: likewise; they are fixed.
+  """
   variables, inputs = _jitter(rng, (variables, inputs))
+  try:
+    return _compile_in(program, variables, inputs, wide=True)
+  except Exception as error:  # of any primitive that works in one type only
+    warnings.warn(
+      "the network cannot be run in float64, so that the self-check of the "
+      f"channel groups misses changes below 1 %: {error}",
+      stacklevel=4,
+    )
+    return _compile_in(program, variables, inputs, wide=False)
+
+
+def check_groups(
+  rng: np.random.Generator,
+  network: CompiledNetwork,
+  axes: channels.ChannelAxes,
+) -> channels.ChannelAxes:
+  """Does the work of `check_program` on a compiled network.
+
+  Args:
+    rng: random number generator, consumed; draws the permutations.
+    network: from `compile_network`.
+    axes: of at least one group.
+  """
+  sizes = channels.group_sizes(network.variables, axes)
   drawn = {group: _draw_permutation(rng, sizes[group]) for group in sizes}
-  network = permuted_network.compile_network(program, variables, inputs)
   reference = network.outputs({}, {})
 
   def changes(axes: channels.ChannelAxes, groups: Iterable[str]) -> bool:
@@ -81,12 +138,54 @@ def check_program(
     return _without(axes, failed or list(sizes))
   if not changes(_first_places(axes), sizes):
     warnings.warn(
-      "the self-check of the channel groups saw nothing: even wrong "
-      "permutations leave the outputs as they are; pass inputs for which "
-      "the outputs are finite and depend on the variables",
-      stacklevel=3,
+      "the self-check of the channel groups proves nothing: even wrong "
+      "permutations leave the outputs unchanged; pass inputs for which the "
+      "outputs are finite and depend on the variables",
+      stacklevel=4,
     )
   return axes
+
+
+def _compile_in(
+  program: tracing.Jaxpr, variables: PyTree, inputs: PyTree, *, wide: bool
+) -> CompiledNetwork:
+  def cast(leaf: Any, aval: Any) -> Any:
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
+      return leaf
+    dtype = widening.widen_dtype(aval.dtype) if wide else aval.dtype
+    return np.asarray(leaf, dtype)
+
+  leaves, structure = jax.tree.flatten((variables, inputs))
+  arrays = list(map(cast, leaves, program.in_avals))
+  variables, inputs = jax.tree.unflatten(structure, arrays)
+  fixed = jax.tree.leaves(inputs)
+  evaluate = widening.run_widened if wide else _run_as_is
+  with _on_cpu(), _precision(wide):
+    traced = jax.jit(lambda *values: evaluate(program, values)).trace(*arrays)
+    # It runs a few times only: compiling with care would take longer.
+    options = {"xla_backend_optimization_level": 0}
+    compiled = traced.lower().compile(compiler_options=options)
+  return CompiledNetwork(
+    lambda *leaves: compiled(*leaves, *fixed), variables, wide
+  )
+
+
+def _run_as_is(
+  program: tracing.Jaxpr, arguments: Sequence[Any]
+) -> list[jax.Array]:
+  return jax_core.jaxpr_as_fun(program)(*arguments)
+
+
+def _precision(wide: bool) -> contextlib.AbstractContextManager[Any]:
+  return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+  """Chooses the CPU: TPUs have no float64, and on GPUs nothing is gained."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS excludes it
+    return contextlib.nullcontext()
 
 
 def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:
@@ -95,7 +194,7 @@ def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:
       return leaf
     leaf = np.asarray(leaf, np.float64)
     num_summed = leaf.size / leaf.shape[-1] if leaf.ndim and leaf.size else 1
-    # A layer of nothing but zeros gives outputs of about 0.1 then.
+    # A layer of zeros only then gives outputs of about 0.1.
     ground = JITTER / np.sqrt(num_summed) * rng.uniform(0.5, 1, leaf.shape)
     factor = rng.uniform(1 - JITTER, 1 + JITTER, leaf.shape)
     return np.where(leaf == 0, ground, leaf * factor)
@@ -104,7 +203,7 @@ def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:
 
 
 def _draw_permutation(rng: np.random.Generator, size: int) -> np.ndarray:
-  """A permutation that is not the identity; no group has less than 2."""
+  """Draws a permutation that is not the identity; groups have 2 or more."""
   identity = np.arange(size, dtype=np.int32)
   drawn = identity
   while size > 1 and np.array_equal(drawn, identity):
@@ -132,13 +231,13 @@ def _leaves_agree(first: Any, second: Any, tolerance: float) -> bool:
 
 
 def _first_places(axes: channels.ChannelAxes) -> channels.ChannelAxes:
-  """Each group cut down to one axis: permuting this changes any network."""
-  seen = set()
+  """Cuts each group down to one axis, whose permutation changes any network."""
+  kept_groups: set[str] = set()
 
   def keep(axis: channels.ChannelAxis | None) -> channels.ChannelAxis | None:
-    if axis is None or axis.group in seen:
+    if axis is None or axis.group in kept_groups:
       return None
-    seen.add(axis.group)
+    kept_groups.add(axis.group)
     return axis
 
   return {path: tuple(map(keep, row)) for path, row in axes.items()}
@@ -149,8 +248,8 @@ def _without(
 ) -> channels.ChannelAxes:
   warnings.warn(
     f"permuting the channel groups {failed} changes the outputs of the "
-    "network; they are left alone",
-    stacklevel=4,
+    "network; they are left in their order",
+    stacklevel=5,
   )
   rows = {
     path: tuple(

@@ -1,4 +1,8 @@
-"""Turns an apply function into a program that can be read and rewritten."""
+"""Traces an apply function into a program that can be read and rewritten.
+
+Jaxprs are not a stable interface of JAX: this module, `rules` and `propagation`
+hold all knowledge of them, and `widening` evaluates them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +14,7 @@ from pqf_jax import errors
 
 PyTree = Any
 ApplyFn = Callable[..., PyTree]
+Equation = jax_core.JaxprEqn
 Jaxpr = Any
 """`Jaxpr` or `ClosedJaxpr`: JAX 0.12 makes them one."""
 
@@ -52,8 +57,18 @@ def trace_program(
     ) from error
 
 
-def called_program(eqn: jax_core.JaxprEqn) -> Jaxpr | None:
-  """The program that an equation does nothing but call, or None."""
+def program_body(program: Jaxpr) -> Jaxpr:
+  """Returns the equations of a program, without the values of its constants."""
+  return getattr(program, "jaxpr", program)
+
+
+def called_program(eqn: Equation) -> Jaxpr | None:
+  """Returns the program that an equation only calls, or None."""
   if eqn.primitive.name not in CALLS.split():
     return None
   return next(eqn.params[key] for key in CALLED if key in eqn.params)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+  """Returns the shape of a variable or literal; () for side-effect tokens."""
+  return getattr(atom.aval, "shape", ())

@@ -1,4 +1,4 @@
-"""Runs a traced program in float64, whatever precision it was written in.
+"""Evaluates a traced program in float64, whatever its own precision.
 
 Rounding then cannot hide a difference: two orders of the same sum agree to
 1e-13 instead of 1e-5, or 1e-2 in bfloat16.
@@ -16,7 +16,7 @@ from pqf_jax.discovery import tracing
 
 
 def widen_dtype(dtype: Any) -> Any:
-  """float64 or complex128 for the types of less precision; others as is."""
+  """Returns float64 or complex128 for types of less precision, or the type."""
   if jnp.issubdtype(dtype, jnp.floating):
     return np.dtype(np.float64)
   if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -29,44 +29,45 @@ def run_widened(
 ) -> list[jax.Array]:
   """Evaluates a program with all its floating types made float64.
 
-  It has to be called with `jax.enable_x64(True)`, and is meant to be traced
-  by `jax.jit`.
+  Call it with `jax.enable_x64(True)`, traced by `jax.jit`.
 
   Args:
     program: from `tracing.trace_program`; it may have been traced without
       64-bit types.
-    arguments: arrays, of the types given by `widen_dtype` for its own.
+    arguments: arrays, of the types that `widen_dtype` gives for its own.
 
   Returns:
     The results.
 
   Raises:
-    TypeError: a primitive insists on its own type, such as a reinterpretation
+    TypeError: a primitive works in one type only, such as a reinterpretation
       of bits.
   """
-  body = getattr(program, "jaxpr", program)
+  body = tracing.program_body(program)
   values = dict(zip(body.invars, arguments, strict=True))
-  # Only programs that are closed have the attribute, in JAX before 0.12.
+  # In JAX before 0.12 only closed programs have the attribute.
   constants = getattr(program, "consts", ())
   for variable, constant in zip(body.constvars, constants, strict=True):
     values[variable] = _widen(constant, variable.aval.dtype)
 
   def read(atom: Any) -> Any:
-    if isinstance(atom, jax_core.Literal):
-      return _widen(atom.val, atom.aval.dtype)
-    return values[atom]
+    literal = isinstance(atom, jax_core.Literal)
+    return _widen(atom.val, atom.aval.dtype) if literal else values[atom]
 
   for eqn in body.eqns:
     results = _evaluate(eqn, [read(atom) for atom in eqn.invars])
     for variable, result in zip(eqn.outvars, results, strict=True):
       if np.shape(result) != variable.aval.shape:
-        raise TypeError(f"{eqn.primitive.name} gives another shape in float64")
+        raise TypeError(
+          f"{eqn.primitive.name} gives shape {np.shape(result)} in float64, "
+          f"expected {variable.aval.shape}"
+        )
       values[variable] = result
   return [read(atom) for atom in body.outvars]
 
 
 def _evaluate(
-  eqn: jax_core.JaxprEqn, operands: list[Any]
+  eqn: tracing.Equation, operands: list[Any]
 ) -> Sequence[jax.Array]:
   called = tracing.called_program(eqn)
   if called is not None:
@@ -84,7 +85,7 @@ def _widen(value: Any, dtype: Any) -> Any:
 
 
 def _widen_param(value: Any) -> Any:
-  """Of an equation: types, and the programs of loops and branches."""
+  """Widens a parameter of an equation: a type, or programs that it runs."""
   if isinstance(value, np.dtype):
     return widen_dtype(value)
   if isinstance(value, tuple) and value:
@@ -97,7 +98,7 @@ def _is_program(value: Any) -> bool:
 
 
 def _widen_program(program: tracing.Jaxpr) -> tracing.Jaxpr:
-  body = getattr(program, "jaxpr", program)
+  body = tracing.program_body(program)
   avals = [variable.aval for variable in body.invars]
   arguments = [
     jax.ShapeDtypeStruct(aval.shape, widen_dtype(aval.dtype)) for aval in avals

@@ -35,7 +35,7 @@ def test_outer_and_inner_stay_where_they_are():
 @hypothesis.settings(deadline=None, max_examples=20)
 def test_the_inverse_restores_every_bit(permutation):
   permutations = {"g": np.array(permutation, np.int32)}
-  inverse = channels.invert_permutations(permutations)
+  inverse = {"g": np.argsort(permutation)}
   there = channels.apply_permutations(_tree(), AXES, permutations)
   back = channels.apply_permutations(there, AXES, inverse)
   for name in ("a", "b"):
@@ -51,7 +51,10 @@ def test_group_sizes():
   [
     ({"missing": (None,)}, "the tree lacks.*missing"),
     ({"a/kernel": (None,)}, r"a/kernel has shape \(3, 4\) but 1"),
-    (AXES | {"c": (channels.ChannelAxis("g"),)}, "c: group 'g' has 4.* 5"),
+    (
+      AXES | {"c": (channels.ChannelAxis("g"),)},
+      "c: axis 0.* 5, but group 'g' of 4",
+    ),
   ],
 )
 def test_bad_tables_are_named(axes, message):

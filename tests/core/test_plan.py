@@ -54,11 +54,6 @@ def test_statistics_that_fold_into_a_norm_are_not_counted():
   assert plans.predict_size({}, tree).payload_bytes == (2 + 3) * 8 * 4
 
 
-def test_json_round_trip():
-  plan = plans.make_plan(RULES, _tree())
-  assert plans.from_json(plans.to_json(plan)) == plan
-
-
 def test_compressed_shapes_fit_the_plan():
   plan = plans.make_plan(RULES, _tree())
   node = plans.compressed_shapes(plan, _tree())["params"]["conv"]["kernel"]
@@ -73,10 +68,13 @@ def test_compressed_shapes_fit_the_plan():
   [
     (RULES[:2], "no rule covers params/fc/kernel"),
     ((*RULES, plans.Rule("params/typo/.*", 4)), "params/typo"),
-    ((plans.Rule(".*", None), *RULES), "before a rule that matches first"),
+    (
+      (plans.Rule(".*", None), *RULES),
+      "an earlier rule matches",
+    ),
     ((plans.Rule("(", 4),), "not a regular expression"),
     ((plans.Rule(".*", 1),), "num_codes=1"),
-    ((plans.Rule(".*", 4, channels=5),), "do not divide"),
+    ((plans.Rule(".*", 4, channels=5),), "cannot be divided"),
     ((*RULES[:2], plans.Rule("params/fc/kernel", 4, 32)), None),
   ],
 )

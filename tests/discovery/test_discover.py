@@ -12,7 +12,7 @@ from jax import lax
 
 from pqf_jax import errors
 from pqf_jax.core import channels
-from pqf_jax.discovery import axis_rules, discover
+from pqf_jax.discovery import discover, rules
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -313,8 +313,7 @@ def test_unknown_primitives_block_what_they_touch_and_are_reported():
 
 def test_a_wrong_rule_is_caught_and_its_groups_are_named(monkeypatch):
   params = draw(first=(3, 4), second=(4, 5), third=(5, 2))
-  wrong = axis_rules.RULES["sin"]
-  monkeypatch.setitem(axis_rules.RULES, "cumsum", wrong)
+  monkeypatch.setitem(rules.RULES, "cumsum", rules.RULES["sin"])
 
   def run(p: Params, x: jax.Array) -> jax.Array:
     x = jnp.cumsum(x @ p["first"], -1)

@@ -151,7 +151,7 @@ EVEN = {"gate", "heads", "shuffle", "crop"}
 
 @pytest.mark.filterwarnings("error:permuting the channel groups")
 @pytest.mark.filterwarnings("error:.*no rule for the primitives")
-@pytest.mark.filterwarnings("ignore:the self-check of the channel groups saw")
+@pytest.mark.filterwarnings("ignore:the self-check of .* proves nothing")
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
 def test_no_group_of_a_random_program_fails_the_check(seed):
   builder = Builder(seed)

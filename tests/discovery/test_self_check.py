@@ -1,4 +1,4 @@
-"""The self-check has to see every wrong tie, and only those."""
+"""The self-check has to notice every wrong tie, and nothing else."""
 
 from typing import Any
 
@@ -11,11 +11,10 @@ from jax import lax
 
 from pqf_jax import errors
 from pqf_jax.core import channels, trees
-from pqf_jax.discovery import discover, self_check
+from pqf_jax.discovery import discover, self_check, tracing
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
-KEY = jax.random.key(7)
 IMAGES = jnp.zeros((1, 6, 6, 3))
 
 
@@ -54,6 +53,25 @@ def small_axes(fresh: Any) -> channels.ChannelAxes:
   return discover.infer_channels(Small().apply, fresh, IMAGES)
 
 
+@pytest.fixture(scope="module", name="network")
+def small_network(fresh: Any) -> self_check.CompiledNetwork:
+  return compile_network(Small().apply, fresh, IMAGES)
+
+
+def compile_network(
+  apply_fn: tracing.ApplyFn, variables: Any, *inputs: Any
+) -> self_check.CompiledNetwork:
+  program = tracing.trace_program(apply_fn, variables, inputs)
+  rng = np.random.default_rng(7)
+  return self_check.compile_network(rng, program, variables, inputs)
+
+
+def check(
+  network: self_check.CompiledNetwork, axes: channels.ChannelAxes, seed: int = 7
+) -> channels.ChannelAxes:
+  return self_check.check_groups(np.random.default_rng(seed), network, axes)
+
+
 def ties(axes: channels.ChannelAxes) -> list[tuple[str, int]]:
   return [
     (path, dim)
@@ -76,19 +94,18 @@ def test_right_axes_pass_unchanged(fresh, axes):
   assert sizes == {"stem": 6, "conv1": 8, "fc1": 10}
   assert len(ties(axes)) == 15
   before = jax.tree.map(np.array, fresh)
-  checked = self_check.check_channels(KEY, Small().apply, fresh, axes, IMAGES)
+  program = tracing.trace_program(Small().apply, fresh, (IMAGES,))
+  key = jax.random.key(7)
+  checked = self_check.check_program(key, program, fresh, axes, (IMAGES,))
   assert checked == axes
   assert jax.tree.all(jax.tree.map(np.array_equal, before, fresh))
 
 
-def test_every_dropped_tie_is_noticed_and_named(fresh, axes):
-  program = jax.make_jaxpr(Small().apply)(fresh, IMAGES)
+def test_every_dropped_tie_is_noticed_and_named(fresh, axes, network):
   for path, dim in ties(axes):
     group = axes[path][dim].group
     with pytest.warns(UserWarning, match=rf"\['{group}'\] changes the outputs"):
-      kept = self_check.check_program(
-        KEY, program, fresh, drop(axes, path, dim), (IMAGES,)
-      )
+      kept = check(network, drop(axes, path, dim))
     assert channels.group_sizes(fresh, kept).keys() == (
       channels.group_sizes(fresh, axes).keys() - {group}
     )
@@ -97,44 +114,39 @@ def test_every_dropped_tie_is_noticed_and_named(fresh, axes):
 def test_a_network_of_little_precision_is_checked_in_float64(fresh, axes):
   """A tolerance fit for bfloat16 would let a forgotten bias through."""
   with jax.numpy_dtype_promotion("standard"):
-    program = jax.make_jaxpr(Small(jnp.bfloat16).apply)(fresh, IMAGES)
-  arguments = (KEY, program, fresh)
-  checked = self_check.check_program(*arguments, axes, (IMAGES,))
-  assert checked == axes
-  wrong = drop(axes, "params/norm/bias", 0)
+    network = compile_network(Small(jnp.bfloat16).apply, fresh, IMAGES)
+  assert check(network, axes) == axes
   with pytest.warns(UserWarning, match=r"\['conv1'\] changes the outputs"):
-    self_check.check_program(*arguments, wrong, (IMAGES,))
+    check(network, drop(axes, "params/norm/bias", 0))
 
 
-def test_transposed_axes_of_a_transposed_convolution_are_noticed(fresh, axes):
+def test_transposed_axes_of_a_transposed_convolution_are_noticed(axes, network):
   row = axes["params/conv2/kernel"]
   swapped = {**axes, "params/conv2/kernel": (None, None, row[3], row[2])}
   with pytest.raises(errors.InputError, match="params/conv2/kernel"):
-    self_check.check_channels(KEY, Small().apply, fresh, swapped, IMAGES)
+    check(network, swapped)
 
 
-def test_wrong_order_of_flattened_features_is_noticed(fresh, axes):
+def test_wrong_order_of_flattened_features_is_noticed(fresh, axes, network):
   flattened, features = axes["params/fc1/kernel"]
   assert (flattened.outer, flattened.inner) == (4, 1)
   row = (flattened._replace(outer=1, inner=4), features)
-  wrong = {**axes, "params/fc1/kernel": row}
   with pytest.warns(UserWarning, match=r"\['stem'\]"):
-    kept = self_check.check_channels(KEY, Small().apply, fresh, wrong, IMAGES)
+    kept = check(network, {**axes, "params/fc1/kernel": row})
   assert list(channels.group_sizes(fresh, kept)) == ["conv1", "fc1"]
 
 
 def test_groups_of_two_are_really_permuted():
   params = {"first": np.eye(2), "second": np.eye(2)}
+  network = compile_network(
+    lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
+    params,
+    jnp.ones((1, 2)),
+  )
   axes = {"first": (None, channels.ChannelAxis("hidden"))}
   for seed in range(8):
     with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
-      assert not self_check.check_channels(
-        jax.random.key(seed),
-        lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"],
-        params,
-        axes,
-        jnp.ones((1, 2)),
-      )
+      assert not check(network, axes, seed)
 
 
 @pytest.mark.parametrize(
@@ -146,27 +158,23 @@ def test_groups_of_two_are_really_permuted():
   ],
   ids=["nan", "constant", "empty"],
 )
-def test_a_check_that_saw_nothing_says_so(apply_fn):
+def test_a_check_that_proves_nothing_warns(apply_fn):
   hidden = channels.ChannelAxis("hidden")
   params = {"first": np.ones((3, 5)), "second": np.ones((5, 3))}
   axes = {"first": (None, hidden), "second": (hidden, None)}
-  with pytest.warns(UserWarning, match="saw nothing"):
-    assert axes == self_check.check_channels(
-      KEY, apply_fn, params, axes, jnp.ones((1, 3))
-    )
+  network = compile_network(apply_fn, params, jnp.ones((1, 3)))
+  with pytest.warns(UserWarning, match="proves nothing"):
+    assert axes == check(network, axes)
 
 
 def test_whole_numbers_of_the_output_have_to_agree_exactly():
   params = {"first": np.ones((3, 8))}
   axes = {"first": (None, channels.ChannelAxis("hidden"))}
+  network = compile_network(
+    lambda p, x: jnp.argsort((x @ p["first"])[0]), params, jnp.ones((1, 3))
+  )
   with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
-    assert not self_check.check_channels(
-      KEY,
-      lambda p, x: jnp.argsort((x @ p["first"])[0]),
-      params,
-      axes,
-      jnp.ones((1, 3)),
-    )
+    assert not check(network, axes)
 
 
 def test_what_cannot_run_in_float64_is_checked_in_its_own_precision():
@@ -182,19 +190,13 @@ def test_what_cannot_run_in_float64_is_checked_in_its_own_precision():
   hidden = channels.ChannelAxis("hidden")
   axes = {"first": (None, hidden), "second": (hidden, None)}
   with pytest.warns(UserWarning, match="cannot be run in float64") as caught:
-    assert axes == self_check.check_channels(
-      KEY, run, params, axes, jnp.ones((1, 3))
-    )
+    network = compile_network(run, params, jnp.ones((1, 3)))
   assert len(caught) == 1
-  wrong = drop(axes, "second", 0)
-  with (
-    pytest.warns(UserWarning, match="cannot be run in float64"),
-    pytest.warns(UserWarning, match=r"\['hidden'\] changes"),
-  ):
-    self_check.check_channels(KEY, run, params, wrong, jnp.ones((1, 3)))
+  assert axes == check(network, axes)
+  with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
+    check(network, drop(axes, "second", 0))
 
 
-def test_bad_tables_are_refused(fresh, axes):
-  wrong = {**axes, "params/none/kernel": (None,)}
+def test_axes_of_unknown_variables_are_refused(axes, network):
   with pytest.raises(errors.InputError, match="params/none/kernel"):
-    self_check.check_channels(KEY, Small().apply, fresh, wrong, IMAGES)
+    check(network, {**axes, "params/none/kernel": (None,)})

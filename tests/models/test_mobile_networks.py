@@ -244,8 +244,8 @@ def test_recipes_give_the_sizes_that_they_name(name, variant, payload_bytes):
   text = (pathlib.Path(__file__).parents[2] / f"configs/{name}.py").read_text()
   assert f"{payload_bytes:,}" in text
   for row in size(config).layers:
-    if row.block and row.shape[2:3] == (1,):
-      assert row.block == np.prod(row.shape[:2])  # a sub-vector a channel
+    if row.length and row.shape[2:3] == (1,):
+      assert row.length == np.prod(row.shape[:2])  # a sub-vector a channel
       assert row.num_codes >= 32
 
 

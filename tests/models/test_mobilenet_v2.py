@@ -40,7 +40,7 @@ def test_rules_of_the_authors_give_their_sizes(channels, payload_bytes):
   template = shapes(num_classes=1000)
   size = plans.predict_size(plans.make_plan(rules, template), template)
   assert size.payload_bytes == payload_bytes
-  dense = {row.path for row in size.layers if len(row.shape) > 1 > row.block}
+  dense = {row.path for row in size.layers if len(row.shape) > 1 > row.length}
   assert dense == {"params/features/0/0/kernel"}
 
 
