@@ -1,14 +1,14 @@
-r"""The paper's claims, one switch at a time: order, k-means, fine-tuning.
+r"""Tests the paper's claims one by one: permutation, k-means, fine-tuning.
 
     python -m benchmarks.ablation --data DIR --weights NAME=FILE ... \
         --devices 0 1 --jobs 6
 
 Runs the whole job for every study, channel order, k-means and seed that
-`docs/ablation.json` does not hold yet, adds what came out, and writes
-`docs/ablation.md` and `docs/ablation.svg` from all it holds (which needs
-matplotlib). DIR is the parent folder of the data sets; NAME is resnet18_cifar10
-or mobilenet_v2. --studies picks some, --jobs says how many run side by side on
-each of the GPUs of --devices.
+`docs/ablation.json` does not hold yet, adds the results there, and writes
+`docs/ablation.md` and `docs/ablation.svg` (with matplotlib) from all of them.
+DIR is the parent folder of the data sets; NAME is resnet18_cifar10 or
+mobilenet_v2. --studies selects some, --jobs is the number of jobs that run at
+the same time on each of the GPUs of --devices.
 """
 
 import argparse
@@ -29,8 +29,8 @@ class Study(NamedTuple):
   """One network, data set and block size.
 
   Attributes:
-    title: what it is, for the table.
-    weights: which file of --weights it starts from.
+    title: of its table.
+    weights: the name in --weights of the file that it starts from.
     flags: of main.py.
   """
 
@@ -39,8 +39,8 @@ class Study(NamedTuple):
   flags: tuple[str, ...]
 
 
-# 3,500 images of 10 classes are no ImageNet: labels would teach the network
-# that the other 990 classes do not exist, so the dense network is the teacher.
+# Labels of 3,500 images of 10 classes would teach the network that the other
+# 990 classes do not exist, so the dense network is the teacher.
 MOBILENET = ("--config.distillation=1.0", "--config.finetune.epochs=6")
 STUDIES = {
   "resnet18_large": Study(
@@ -63,7 +63,7 @@ STUDIES = {
     "mobilenet_v2",
     ("--config=configs/mobilenet_v2.py:imagenet2012,large", *MOBILENET),
   ),
-  # What fine-tuning on 10 classes makes of the network as it is.
+  # The control: what the same fine-tuning does to the dense network.
   "mobilenet_v2_dense": Study(
     "MobileNetV2, 10 classes of ImageNet, nothing compressed",
     "mobilenet_v2",
@@ -102,7 +102,7 @@ COLUMNS = {
 
 
 def main() -> None:
-  """Runs what is missing and writes the page."""
+  """Runs the missing jobs and writes the page."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -120,7 +120,7 @@ def main() -> None:
   records = studies.Records(options.docs / "ablation.json")
   weights = dict(pair.split("=", 1) for pair in options.weights)
   devices = studies.Devices(options.devices, options.workdir)
-  wanted = [
+  missing = [
     (name, study, order, annealed, seed)
     for seed, study, order, annealed in itertools.product(
       options.seeds, options.studies, options.orders, KMEANS
@@ -138,7 +138,7 @@ def main() -> None:
         weights,
         devices.environment(position, options.jobs),
       )
-      for position, run in enumerate(wanted)
+      for position, run in enumerate(missing)
     ]
     for done in concurrent.futures.as_completed(waiting):
       records.add(done.result())
@@ -158,7 +158,7 @@ def run_one(
   weights: dict[str, str],
   environment: dict[str, str],
 ) -> Record:
-  """One whole job in a process of its own, from wherever it stopped."""
+  """Runs one whole job in a process of its own, from where it stopped."""
   workdir = options.workdir / name
   flags = [
     *STUDIES[study].flags,
@@ -183,17 +183,17 @@ def run_one(
 
 
 def page(records: Sequence[Record]) -> Iterable[str]:
-  """The tables of docs/ablation.md."""
-  for study, ours in _by_study(records).items():
-    dense = 100 * ours[0]["top1_dense"]
-    seeds = sorted({record["seed"] for record in ours})
-    devices = ", ".join(sorted({record["device"] for record in ours}))
+  """Yields the lines of the tables of docs/ablation.md."""
+  for study, rows in _by_study(records).items():
+    dense = 100 * rows[0]["top1_dense"]
+    seeds = sorted({row["seed"] for row in rows})
+    devices = ", ".join(sorted({row["device"] for row in rows}))
     yield from (
       f"## {STUDIES[study].title}",
       "",
       f"`{' '.join(STUDIES[study].flags)}`; dense {dense:.2f} % top-1, payload "
-      f"{ours[0]['payload_bytes']:,} B, seeds {seeds}, {devices}, "
-      f"{max(record['date'] for record in ours)[:10]}.",
+      f"{rows[0]['payload_bytes']:,} B, seeds {seeds}, {devices}, "
+      f"{max(row['date'] for row in rows)[:10]}.",
       "",
       "| order | k-means | "
       + " | ".join(title for title, *_ in COLUMNS.values())
@@ -201,7 +201,7 @@ def page(records: Sequence[Record]) -> Iterable[str]:
       "|---|---|" + "---|" * len(COLUMNS),
     )
     for order, annealed in itertools.product(ORDERS, KMEANS):
-      if not (runs := _of(ours, order, annealed)):
+      if not (runs := _select(rows, order, annealed)):
         continue
       cells = [
         studies.mean_and_range([scale * run[field] for run in runs], digits)
@@ -212,25 +212,25 @@ def page(records: Sequence[Record]) -> Iterable[str]:
 
 
 def draw(records: Sequence[Record], path: pathlib.Path) -> None:
-  """Top-1 after quantization and after fine-tuning, a panel a study."""
-  from matplotlib import pyplot  # only here, and not on every machine
+  """Plots top-1 after quantization and after fine-tuning, a panel a study."""
+  from matplotlib import pyplot  # not installed on every machine
 
   both = set(KMEANS)
-  studies = {
-    study: ours
-    for study, ours in _by_study(records).items()
-    if {record["annealed"] for record in ours} == both
+  plotted = {
+    study: rows
+    for study, rows in _by_study(records).items()
+    if {row["annealed"] for row in rows} == both
   }
   figure, axes = pyplot.subplots(
-    2, len(studies), figsize=(3.2 * len(studies), 5), squeeze=False
+    2, len(plotted), figsize=(3.2 * len(plotted), 5), squeeze=False
   )
   bars = list(itertools.product(ORDERS, KMEANS))
   labels = [f"{ORDERS[o]}\n{KMEANS[a]}" for o, a in bars]
-  for column, (study, ours) in enumerate(studies.items()):
-    for row, field in enumerate(("top1_quantized", "top1_finetuned")):
-      panel = axes[row][column]
+  for column, (study, rows) in enumerate(plotted.items()):
+    for line, field in enumerate(("top1_quantized", "top1_finetuned")):
+      panel = axes[line][column]
       for x, (order, annealed) in enumerate(bars):
-        values = [100 * r[field] for r in _of(ours, order, annealed)]
+        values = [100 * row[field] for row in _select(rows, order, annealed)]
         if not values:
           continue
         panel.plot([x] * len(values), values, "o", alpha=0.6, color="C0")
@@ -247,14 +247,17 @@ def draw(records: Sequence[Record], path: pathlib.Path) -> None:
 
 
 def _by_study(records: Sequence[Record]) -> dict[str, list[Record]]:
-  found = {
+  """Returns {study: its records} of the studies that have any."""
+  by_study = {
     study: [record for record in records if record["study"] == study]
     for study in STUDIES
   }
-  return {study: ours for study, ours in found.items() if ours}
+  return {study: rows for study, rows in by_study.items() if rows}
 
 
-def _of(records: Sequence[Record], order: str, annealed: bool) -> list[Record]:
+def _select(
+  records: Sequence[Record], order: str, annealed: bool
+) -> list[Record]:
   return [
     record
     for record in records

@@ -1,14 +1,14 @@
-"""Weak scaling of the fine-tuning step over host devices, collectives counted.
+"""Measures the fine-tuning step over host devices and counts collectives.
 
     python -m benchmarks.scaling [--devices 1,2,4,8] [--per_device 4]
 
 Each device gets the same number of images of ResNet-18 (CIFAR stem, random
-weights, the recipe's kernels as codebook + codes), so a perfect machine takes
-the same time for any number. Host devices share the cores of this machine: with
-C cores N > C devices take at least N / C times as long. Printed are therefore
-the time of a step over the time of one device with as many images in all, which
-is what sharding and exchanging cost, and the plain ratio. Each number runs in a
-process of its own; medians of --repeats steps.
+weights, the recipe's kernels as codebook + codes), so on a perfect machine the
+time does not depend on the number of devices. But host devices share the cores
+of this machine: with C cores N > C devices take at least N / C times as long.
+So it prints two ratios: to one device with as many images in all, which is the
+cost of dividing and exchanging, and to one device with its share of them. Each
+number of devices runs in a process of its own; medians of --repeats steps.
 """
 
 import argparse
@@ -26,12 +26,13 @@ def main() -> None:
   parser.add_argument("--devices", default="1,2,4,8")
   parser.add_argument("--per_device", type=int, default=4, help="images")
   parser.add_argument("--repeats", type=int, default=7)
-  parser.add_argument("--run", default="", help="devices,batch; used by itself")
+  parser.add_argument(
+    "--run", default="", help="devices,batch; for the script itself"
+  )
   options = parser.parse_args()
   if options.run:
     num_devices, batch_size = map(int, options.run.split(","))
-    found = _measure(num_devices, batch_size, options.repeats)
-    print(json.dumps(found))
+    print(json.dumps(_measure(num_devices, batch_size, options.repeats)))
     return
 
   print(f"{os.cpu_count()} CPU cores, {options.per_device} images a device")
@@ -56,7 +57,7 @@ def main() -> None:
 
 def _in_process(num_devices: int, batch_size: int, repeats: int) -> dict:
   flag = f"--xla_force_host_platform_device_count={num_devices}"
-  told = subprocess.run(
+  process = subprocess.run(
     [
       sys.executable,
       "-m",
@@ -69,7 +70,7 @@ def _in_process(num_devices: int, batch_size: int, repeats: int) -> dict:
     text=True,
     check=True,
   )
-  return json.loads(told.stdout.splitlines()[-1])
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 def _measure(num_devices: int, batch_size: int, repeats: int) -> dict:
@@ -90,7 +91,7 @@ def _measure(num_devices: int, batch_size: int, repeats: int) -> dict:
   model = models.get_model(arguments.pop("name")).make(**arguments)
   images = jnp.zeros((1, 32, 32, 3))
   dense = jax.jit(model.init)(jax.random.key(0), images)
-  # The codes only have to be there; two k-means steps find some.
+  # Any codes will do, so k-means takes two steps.
   plan = plans.make_plan(
     [plans.Rule(*rule[:3], 2) for rule in config.rules], dense
   )
@@ -109,7 +110,7 @@ def _measure(num_devices: int, batch_size: int, repeats: int) -> dict:
     optimizer,
     mesh=distributed.mesh(),
   )
-  # Copied, because the step takes its buffers.
+  # Copied, because the step donates its buffers.
   state = distributed.replicate(
     jax.tree.map(jnp.array, finetune.init_state(variables, optimizer))
   )

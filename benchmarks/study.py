@@ -1,4 +1,4 @@
-"""What benchmarks that run whole jobs share: records, processes, pages."""
+"""Records, processes and pages of the benchmarks that run whole jobs."""
 
 import json
 import os
@@ -15,10 +15,10 @@ Record = dict[str, Any]
 
 
 class Records:
-  """What was found so far, in a JSON file; each record has the name 'run'."""
+  """The results so far, in a JSON file; the field 'run' of each is its name."""
 
   def __init__(self, file: pathlib.Path):
-    """Reads the file, if there is one."""
+    """Reads the file, if it exists."""
     self._file = file
     self.rows = json.loads(file.read_text()) if file.exists() else []
 
@@ -26,22 +26,22 @@ class Records:
     return any(record["run"] == run for record in self.rows)
 
   def add(self, record: Record) -> None:
-    """Prints the record and writes them all."""
+    """Prints the record and writes all records."""
     print(json.dumps(record), flush=True)
     self.rows = sorted([*self.rows, record], key=lambda row: row["run"])
     self._file.write_text(json.dumps(self.rows, indent=1) + "\n")
 
 
 class Devices:
-  """GPUs that jobs are dealt to, and the cache of programs that they share."""
+  """GPUs that run the jobs, and the cache of compiled programs they share."""
 
   def __init__(self, numbers: Sequence[str], workdir: pathlib.Path):
-    """Args: as on the command line."""
+    """Takes --devices and --workdir."""
     self._numbers = numbers
     self._cache = (workdir / "compiled").resolve()
 
   def environment(self, position: int, num_jobs: int) -> dict[str, str]:
-    """Of one of `num_jobs` jobs on the GPU at `position`, counted around."""
+    """Returns the variables of a job; GPUs take turns, `num_jobs` on each."""
     return {
       "CUDA_VISIBLE_DEVICES": self._numbers[position % len(self._numbers)],
       "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / num_jobs:.3f}",
@@ -54,18 +54,18 @@ def run_main(
   workdir: pathlib.Path,
   environment: Mapping[str, str],
 ) -> Record:
-  """main.py in a process of its own, from wherever it stopped.
+  """Runs main.py in a process of its own, from where an earlier run stopped.
 
   Args:
     flags: without --workdir.
     workdir: of the job; its output goes to `log` there.
-    environment: beyond that of this process.
+    environment: variables, besides those of this process.
 
   Returns:
-    Its results.json.
+    The content of results.json.
 
   Raises:
-    RuntimeError: it failed; with the end of its output.
+    RuntimeError: the process failed; with the end of its output.
   """
   results = workdir / "results.json"
   if results.exists():
@@ -73,34 +73,34 @@ def run_main(
   workdir.mkdir(parents=True, exist_ok=True)
   log = workdir / "log"
   with log.open("a") as output:
-    done = subprocess.run(
+    process = subprocess.run(
       [sys.executable, str(ROOT / "main.py"), *flags, f"--workdir={workdir}"],
       cwd=ROOT,
       env=os.environ | environment,
       stdout=output,
       stderr=subprocess.STDOUT,
     )
-  if done.returncode:
+  if process.returncode:
     raise RuntimeError(
-      f"{workdir} ended with {done.returncode}:\n{log.read_text()[-3000:]}"
+      f"{workdir} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
     )
   return json.loads(results.read_text())
 
 
 def quantization_error(workdir: pathlib.Path) -> float:
-  """Mean over layers of the squared error, relative to the weights' own."""
+  """Returns the mean over layers of squared error / variance of the weights."""
   stored = json.loads((workdir / "checkpoints/quantize.json").read_text())
   return statistics.mean(stored["distortion"].values() or [0.0])
 
 
 def write_page(page: pathlib.Path, script: str, lines: Iterable[str]) -> None:
-  """Writes the generated part; what is above it is by hand, and stays."""
+  """Writes the generated part of a page and keeps the prose above it."""
   mark = GENERATED.format(script=script)
   prose = page.read_text().partition(mark)[0] if page.exists() else ""
   page.write_text("\n".join((prose + mark, "", *lines)))
 
 
 def mean_and_range(values: Sequence[float], digits: int) -> str:
-  """'2.00 (1.00 to 3.00)', with so many digits behind the point."""
+  """Returns mean and range as '2.00 (1.00 to 3.00)'."""
   ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
   return f"{statistics.mean(values):.{digits}f} ({ends})"

@@ -1,12 +1,12 @@
-"""What fine-tuning from codebooks costs next to training the dense network.
+"""Compares a fine-tuning step of codebooks with a step of the dense network.
 
     python -m benchmarks.training_step [--depth 50] [--batch_size 128]
 
-Times the jitted Adam step of a ResNet (random weights, images that are on the
-device already) once dense and once with the kernels of the recipe as codebook +
-codes, alternately in one process; medians of --repeats, each of --steps steps.
-Printed besides: images per second, which times the 1,281,167 images of an epoch
-says how long ImageNet takes if its loader keeps up (`benchmarks/loader.py`).
+Times the jitted Adam step of a ResNet (random weights, images on the device)
+dense and with the kernels of the recipe as codebook + codes, alternately in one
+process; medians of --repeats, each of --steps steps. Prints images per second
+too, and the hours of an ImageNet epoch of 1,281,167 images if the loader keeps
+up (`benchmarks/loader.py`).
 """
 
 import argparse
@@ -26,7 +26,7 @@ IMAGENET_IMAGES = 1_281_167
 
 
 def main() -> None:
-  """Prints a row for the dense and one for the compressed network."""
+  """Prints a row for the dense and a row for the compressed network."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--depth", type=int, default=50)
   parser.add_argument("--batch_size", type=int, default=128)
@@ -40,7 +40,7 @@ def main() -> None:
   model = models.get_model("resnet").make(depth=options.depth, num_classes=1000)
   images = jnp.zeros((1, 64, 64, 3))
   dense = jax.jit(model.init)(jax.random.key(0), images)
-  # The codes only have to be there; two k-means steps find some.
+  # Any codes will do, so k-means takes two steps.
   rules = [plans.Rule(*rule[:3], 2) for rule in config.rules]
   plan = plans.make_plan(rules, dense)
   compressed, _ = quantize.quantize_params(jax.random.key(1), dense, plan)
@@ -70,8 +70,8 @@ def main() -> None:
       f"{run.compile_seconds:.1f} |"
     )
   ratios = [
-    ours / theirs
-    for ours, theirs in zip(
+    compressed / dense
+    for compressed, dense in zip(
       seconds["compressed"], seconds["dense"], strict=True
     )
   ]
@@ -91,7 +91,7 @@ class _Run:
 
     loss_fn = classification.make_loss(model.apply, preprocess)
     self._step = finetune.make_finetune_step(loss_fn, optimizer)
-    # The buffers are donated, and both networks share those of the stem.
+    # Copied: steps donate their buffers, and both networks share the stem's.
     self._state = finetune.init_state(
       jax.tree.map(jnp.array, variables), optimizer
     )
@@ -99,7 +99,7 @@ class _Run:
     self.compile_seconds = self.seconds(1)
 
   def seconds(self, steps: int) -> float:
-    """Of one step, averaged over so many."""
+    """Returns the mean time of a step."""
     start = time.perf_counter()
     for _ in range(steps):
       self._state, metrics = self._step(self._state, self._batch)

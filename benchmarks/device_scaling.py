@@ -1,14 +1,15 @@
-"""The same work on one chip of this machine and on all of them.
+"""Measures the same work on one device of this machine and on all of them.
 
-    python -m benchmarks.chips [--depth 50] [--side 224] [--per_chip 64]
+    python -m benchmarks.device_scaling [--depth 50] [--per_device 64]
 
-Fine-tuning step of a ResNet (random weights, the recipe's kernels as codebook +
-codes): each chip gets the same number of images, so a perfect machine takes the
-same time for any number of chips. `batch` and `device`: norms take statistics
-from all chips or from their own; `dense` is the step of `mesh=None`, in which
-XLA exchanges the gradients of whole kernels. Memory: what the compiler states,
-and the most that one chip ever held. K-means: one layer, on one chip and spread
-over all; the codes have to be equal bit for bit. Medians of --repeats.
+Fine-tuning step: a ResNet with random weights, the recipe's kernels as codebook
++ codes. Each device gets the same number of images, so on a perfect machine the
+time does not depend on the number of devices. `batch` and `device`: norms take
+statistics from all devices or from their own; `dense` is the step of
+`mesh=None`, in which XLA exchanges the gradients of whole kernels. Memory: by
+the compiler, and the most that one device ever held. K-means: one layer on one
+device and divided among all; codes must be equal bit for bit. Medians of
+--repeats.
 """
 
 import argparse
@@ -34,16 +35,16 @@ LAYERS = ((262_144, 9, 256), (4_194_304, 9, 256))
 
 
 def main() -> None:
-  """Prints a row for each program."""
+  """Prints a row for each program and layer."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--depth", type=int, default=50)
   parser.add_argument("--side", type=int, default=224, help="pixels")
-  parser.add_argument("--per_chip", type=int, default=64, help="images")
+  parser.add_argument("--per_device", type=int, default=64, help="images")
   parser.add_argument("--repeats", type=int, default=20)
   parser.add_argument("--kmeans_steps", type=int, default=100, help="0: none")
   options = parser.parse_args()
-  chips = jax.devices()
-  print(f"jax {jax.__version__}, {len(chips)} x {chips[0].device_kind}")
+  devices = jax.devices()
+  print(f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}")
   config = RECIPES[options.depth].get_config("imagenet2012")
   _time_steps(config, options)
   for layer in LAYERS if options.kmeans_steps else ():
@@ -53,18 +54,20 @@ def main() -> None:
 def _time_steps(
   config: ml_collections.ConfigDict, options: argparse.Namespace
 ) -> None:
-  chips = jax.devices()
+  devices = jax.devices()
   programs = {}
   for dtype in ("float32", "bfloat16"):
-    programs[f"1 {dtype}"] = chips[:1], "batch", dtype
-    for norms in ("batch", "device", "dense") if len(chips) > 1 else ():
-      programs[f"{len(chips)} {dtype} {norms}"] = chips, norms, dtype
+    programs[f"1 {dtype}"] = devices[:1], "batch", dtype
+    for norms in ("batch", "device", "dense") if len(devices) > 1 else ():
+      programs[f"{len(devices)} {dtype} {norms}"] = devices, norms, dtype
   with futures.ThreadPoolExecutor() as pool:
     built = {
       name: pool.submit(_build, config, options, *program)
       for name, program in programs.items()
     }
-  print("| chips | ms a step | images/s | to 1 | all-reduces | largest | all |")
+  print(
+    "| devices | ms a step | images/s | to 1 | all-reduces | largest | all |"
+  )
   first = 0.0
   for name, (used, *_) in programs.items():
     compiled, state, batch, cost = built[name].result()
@@ -78,14 +81,15 @@ def _time_steps(
     sizes = [collective.num_bytes for collective in cost.collectives]
     print(
       f"| {name} | {1e3 * typical:.2f} | "
-      f"{len(used) * options.per_chip / typical:.0f} | {typical / first:.3f} | "
-      f"{len(sizes)} | {max(sizes, default=0):,} | {sum(sizes):,} | "
+      f"{len(used) * options.per_device / typical:.0f} | "
+      f"{typical / first:.3f} | {len(sizes)} | "
+      f"{max(sizes, default=0):,} | {sum(sizes):,} | "
       f"loss {float(metrics['loss']):.6f}",
       flush=True,
     )
     peak = (used[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     print(
-      f"  memory of a chip: {cost.hbm_bytes:,.0f} B by the compiler, at most "
+      f"  memory of a device: {cost.hbm_bytes:,.0f} B by the compiler, at most "
       f"{peak:,} B held so far",
       flush=True,
     )
@@ -94,12 +98,12 @@ def _time_steps(
 def _build(
   config: ml_collections.ConfigDict,
   options: argparse.Namespace,
-  chips: list[jax.Device],
+  devices: list[jax.Device],
   norms: str,
   dtype: str,
 ) -> tuple[Any, Any, Any, costs.Cost]:
-  """(compiled step, state, batch, cost)."""
-  mesh = distributed.mesh(tuple(chips))
+  """Returns (compiled step, state, batch, cost)."""
+  mesh = distributed.mesh(tuple(devices))
   arguments = dict(config.model)
   model = models.get_model(arguments.pop("name")).make(**arguments)
   template = jax.eval_shape(
@@ -128,7 +132,7 @@ def _build(
   state = finetune.init_state(
     jax.tree.map(fill, plans.compressed_shapes(plan, template)), optimizer
   )
-  size = len(chips) * options.per_chip
+  size = len(devices) * options.per_device
   images = draw.integers(
     0, 256, (size, options.side, options.side, 3), np.uint8
   )
@@ -149,11 +153,11 @@ def _time_kmeans(
   count, length, num_codes = layer
   vectors = np.random.default_rng(1).normal(size=(count, length))
   vectors = vectors.astype(np.float32)
-  chips = jax.devices()
-  found, seconds = [], []
-  for used in ((), chips[:1], chips):
+  devices = jax.devices()
+  results, seconds = [], []
+  for used in ((), devices[:1], devices):
     mesh = distributed.mesh(tuple(used)) if used else None
-    place = distributed.sharded(mesh) if used else chips[0]
+    place = distributed.sharded(mesh) if used else devices[0]
     placed = jax.device_put(vectors, place)
     for _ in range(4):
       start = time.perf_counter()
@@ -167,16 +171,16 @@ def _time_kmeans(
         )
       )
       seconds.append(time.perf_counter() - start)
-    found.append(jax.device_get((result.codes, result.codebook)))
+    results.append(jax.device_get((result.codes, result.codebook)))
   each = [statistics.median(seconds[i + 1 : i + 4]) for i in (0, 4, 8)]
   equal = [
-    all((a == b).all() for a, b in zip(found[0], other, strict=True))
-    for other in found[1:]
+    all((a == b).all() for a, b in zip(results[0], other, strict=True))
+    for other in results[1:]
   ]
   print(
     f"k-means N={count} D={length} K={num_codes}, us an iteration: alone "
     f"{1e6 * each[0] / options.kmeans_steps:.0f}, mesh of 1 "
-    f"{1e6 * each[1] / options.kmeans_steps:.0f}, mesh of {len(chips)} "
+    f"{1e6 * each[1] / options.kmeans_steps:.0f}, mesh of {len(devices)} "
     f"{1e6 * each[2] / options.kmeans_steps:.0f}; codes and codebook equal to "
     f"the first: {equal}",
     flush=True,
