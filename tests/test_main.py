@@ -94,9 +94,10 @@ def test_preflight_gets_an_unlimited_stack_and_the_same_arguments():
   if most != resource.RLIM_INFINITY:
     pytest.skip("the stack of this machine is limited")
   script = (
-    "import resource, sys, main\n"
+    "import resource, sys\n"
+    "from pqf_jax import cli\n"
     "print('begun')\n"
-    "main.grow_stack()\n"
+    "cli._grow_stack()\n"
     "print(resource.getrlimit(resource.RLIMIT_STACK)[0], sys.argv[1:])"
   )
   told = subprocess.run(

@@ -17,7 +17,6 @@ from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import summary, training, workspace
-from pqf_jax.report import schema
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -87,7 +86,7 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         gather=distributed.gather_records,
         on_group=lambda group: bar.advance(),
       )
-    rows = [schema.GroupRow(**group._asdict()) for group in groups]
+    rows = summary.group_rows(groups)
     progress.show(report.permutation_table(rows))
     return job.evaluated(
       variables,
@@ -232,7 +231,7 @@ def write_report(
     plan_rows=summary.plan_rows(size),
     layers=summary.layer_rows(size, records["quantized"]["distortion"]),
     # No order changes the sub-vectors of the other groups.
-    groups=[row for row in records["permuted"]["groups"] if row["children"]],
+    groups=[row for row in records["permuted"]["groups"] if row["consumers"]],
     history=job.files.history(),
     pictures=pictures,
   )

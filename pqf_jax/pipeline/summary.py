@@ -3,13 +3,14 @@
 import datetime
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 from etils import epath
 
+from pqf_jax import permute
 from pqf_jax.core import plan as plans
 from pqf_jax.report import schema
 from pqf_jax.runtime import checkpoint
@@ -44,6 +45,26 @@ def layer_rows(
     }
     for layer in size.layers
     if layer.num_codes
+  ]
+
+
+def group_rows(
+  groups: Iterable[permute.GroupReport],
+) -> list[schema.GroupRow]:
+  """Builds one row a channel group; see `report.schema.GroupRow`."""
+  return [
+    {
+      "group": group.group,
+      "consumers": list(group.consumers),
+      "size": group.size,
+      "log_det_before": group.log_det_before,
+      "log_det_after": group.log_det_after,
+      "error_before": group.error_before,
+      "error_after": group.error_after,
+      "accepted": group.accepted,
+      "note": group.note,
+    }
+    for group in groups
   ]
 
 
