@@ -1,14 +1,14 @@
-"""The layout of the files that the paper's authors released <-> our variables.
+"""Conversion of the compressed files of the paper's authors, and back.
 
     params/layer1/0/conv1/kernel,   layer1.0.conv1.codes_matrix [C_out, M],
     a VQArray                         uint8, or int16 where K > 256
                                     layer1.0.conv1.codebook [K, D], float16
     params/bn1/scale, bias [n]      bn1.weight, bias: of a norm with mean 0,
     batch_stats/bn1/mean, var         variance 1 and epsilon 1e-5
-    all else                        as in `torch_weights`
+    other variables                 as in `torch_names`
 
-Sub-vectors have the same order there as here, see `blocks.BlockSpec`. The
-authors' own files are not for commercial use.
+Sub-vectors have the same order in both layouts, see `blocks.BlockSpec`. The
+files that the authors released are not for commercial use.
 """
 
 import math
@@ -25,13 +25,13 @@ from pqf_jax.core import plan as plans
 from pqf_jax.models import torch_names
 
 PyTree = Any
-# What the weight of a norm is divided by when their network computes.
+# Divisor of a norm's weight when the authors' network computes.
 ROOT = math.sqrt(1 + 1e-5)
 CODES, CODEBOOK = ".codes_matrix", ".codebook"
 
 
 def is_authors_layout(state_dict: Mapping[str, Any]) -> bool:
-  """Whether a state dict has the codes of this layout."""
+  """Returns whether a state dict has codes in the authors' layout."""
   return any(name.endswith(CODES) for name in state_dict)
 
 
@@ -41,10 +41,10 @@ def from_authors_layout(
   *,
   norm_epsilon: float = 1e-5,
 ) -> PyTree:
-  """Maps a state dict of this layout to variables with `VQArray`s.
+  """Maps a state dict in the authors' layout to variables with `VQArray`s.
 
-  Norms become what `pack.unpack_model` makes of them, mean 0 and variance
-  1 - epsilon, so that packing and loading the variables changes no bit.
+  Norms get mean 0 and variance 1 - epsilon, as in `pack.unpack_model`, so that
+  packing and loading the variables changes no bit.
 
   Args:
     state_dict: {name: array}; every name must be used.
@@ -53,36 +53,36 @@ def from_authors_layout(
 
   Raises:
     InputError: the weights are of another architecture (one message lists all
-      that is missing, left over or of another shape), codes point outside of
+      names that are missing, extra or of another shape), codes point outside of
       their codebook, or a codebook does not fit its kernel.
   """
-  found = {name: np.asarray(value) for name, value in state_dict.items()}
+  arrays = {name: np.asarray(value) for name, value in state_dict.items()}
   flat = trees.flatten(template)
   norms = plans.foldable_norms(flat).values()
   modules = {path: _module(path) for path in flat if path.endswith("/kernel")}
   compressed = {
     path: module
     for path, module in modules.items()
-    if {module + CODES, module + CODEBOOK} & found.keys()
+    if {module + CODES, module + CODEBOOK} & arrays.keys()
   }
   statistics = {path for norm in norms for path in norm[2:]}
-  shapes = {}
+  shapes: dict[str, tuple[int, ...]] = {}
   for path, leaf in flat.items():
     if path in compressed:
-      shapes |= _shapes(compressed[path], found, leaf.shape)
+      shapes |= _compressed_shapes(compressed[path], arrays, leaf.shape)
     elif path not in statistics:
       shapes[torch_names.torch_name(path)] = torch_names.torch_shape(path, leaf)
-  torch_names.check_fit(found, shapes)
+  torch_names.check_fit(arrays, shapes)
 
   nodes = {
-    path: _node(module, found, flat[path])
+    path: _vq_array(module, arrays, flat[path])
     for path, module in compressed.items()
   }
   dense = {path: leaf for path, leaf in flat.items() if path not in compressed}
   names = {path: torch_names.torch_name(path) for path in dense}
-  entries = {name: found[name] for name in names.values() if name in found}
+  entries = {name: arrays[name] for name in names.values() if name in arrays}
   for scale, _, mean, var in norms:
-    weight = np.float64(found[names[scale]]) / ROOT
+    weight = arrays[names[scale]].astype(np.float64) / ROOT
     entries[names[scale]] = weight.astype(np.float32)
     entries[names[mean]] = np.zeros(weight.shape, np.float32)
     entries[names[var]] = np.full(weight.shape, 1 - norm_epsilon, np.float32)
@@ -93,18 +93,18 @@ def from_authors_layout(
 def to_authors_layout(
   variables: PyTree, *, norm_epsilon: float = 1e-5
 ) -> torch_names.StateDict:
-  """The state dict of which `from_authors_layout` makes these variables.
+  """Maps variables to the authors' layout; undoes `from_authors_layout`.
 
-  Mean and variance are folded into weight and bias, codebooks rounded to
-  float16; otherwise nothing is lost but the last bit of a norm's weight.
+  Mean and variance are folded into weight and bias, and codebooks are rounded
+  to float16. Otherwise only the last bit of a norm's weight may change.
 
   Args:
     variables: with `VQArray`s or all dense.
     norm_epsilon: of the model's norms.
 
   Raises:
-    InputError: a kernel that this layout cannot hold: stacked, cut along other
-      axes, or with a codebook beyond float16.
+    InputError: the layout cannot hold a kernel: it is stacked, cut along other
+      axes, or has a codebook beyond the range of float16.
   """
   flat = trees.flatten(jax.device_get(variables), vq_array.is_vq)
   norms = plans.foldable_norms(flat).values()
@@ -113,7 +113,7 @@ def to_authors_layout(
   rest = {path: leaf for path, leaf in flat.items() if path not in done}
   state_dict = torch_names.flax_to_torch(trees.nest(rest))
   for path in compressed:
-    state_dict |= _entries(path, flat[path])
+    state_dict |= _codes_and_codebook(path, flat[path])
   for norm in norms:
     scale, bias, mean, var = (np.float64(flat[path]) for path in norm)
     slope = scale / np.sqrt(var + norm_epsilon)
@@ -124,48 +124,50 @@ def to_authors_layout(
 
 
 def _module(path: str) -> str:
-  """'params/layer1/0/conv1/kernel' -> 'layer1.0.conv1'."""
+  """Returns 'layer1.0.conv1' for 'params/layer1/0/conv1/kernel'."""
   return torch_names.torch_name(path).rpartition(".")[0]
 
 
-def _shapes(
-  module: str, found: Mapping[str, np.ndarray], shape: tuple[int, ...]
+def _compressed_shapes(
+  module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-  """The shapes that codes and codebook of a kernel must have.
+  """Returns the shapes that codes and codebook of a kernel must have.
 
-  The codebook says itself how it cuts the kernel; `_node` checks that it can.
+  The codebook's own shape says how it cuts the kernel; `_vq_array` checks that
+  it can.
   """
   *taps, c_in, c_out = shape
   row = c_in * math.prod(taps)
-  # Of a codebook that is missing, one input channel a sub-vector.
-  codebook = found.get(module + CODEBOOK, np.empty((1, math.prod(taps))))
-  num_codes, block = np.atleast_2d(codebook).shape[-2:]
+  # A missing codebook counts as one with one input channel a sub-vector.
+  codebook = arrays.get(module + CODEBOOK, np.empty((1, math.prod(taps))))
+  num_codes, length = np.atleast_2d(codebook).shape[-2:]
   return {
-    module + CODES: (c_out, row // max(block, 1)),
-    module + CODEBOOK: (num_codes, block),
+    module + CODES: (c_out, row // max(length, 1)),
+    module + CODEBOOK: (num_codes, length),
   }
 
 
-def _node(
-  module: str, found: Mapping[str, np.ndarray], leaf: Any
+def _vq_array(
+  module: str, arrays: Mapping[str, np.ndarray], leaf: Any
 ) -> vq_array.VQArray:
-  codes, codebook = found[module + CODES], found[module + CODEBOOK]
-  num_codes, block = codebook.shape
+  codes, codebook = arrays[module + CODES], arrays[module + CODEBOOK]
+  num_codes, length = codebook.shape
   taps = leaf.shape[:-2]
-  if not block or block % math.prod(taps):
+  if not length or length % math.prod(taps):
     raise errors.InputError(
-      f"{module + CODEBOOK} has sub-vectors of {block} weights, which is no "
-      f"multiple of the {math.prod(taps)} of a kernel of size {taps}; choose "
-      "the weights of another network"
+      f"{module + CODEBOOK} has sub-vectors of {length} weights, which is not "
+      f"a multiple of the {math.prod(taps)} taps of a kernel of size {taps}; "
+      "choose the weights of another network"
     )
-  spec = blocks.BlockSpec(block // math.prod(taps))
+  spec = blocks.BlockSpec(length // math.prod(taps))
   spec.layout(leaf.shape)  # Refuses channels that the block does not divide.
-  whole = np.issubdtype(codes.dtype, np.integer)
-  if not whole or codes.min() < 0 or codes.max() >= num_codes:
+  is_integer = np.issubdtype(codes.dtype, np.integer)
+  if not is_integer or codes.min() < 0 or codes.max() >= num_codes:
     raise errors.InputError(
       f"{module + CODES} has codes from {codes.min()} to {codes.max()} of type "
       f"{codes.dtype}, but the {num_codes} codewords of {module + CODEBOOK} "
-      f"need integers from 0 to {num_codes - 1}; the file is damaged"
+      f"need integers from 0 to {num_codes - 1}; the file is damaged, copy it "
+      "again"
     )
   return vq_array.VQArray(
     jnp.array(codebook, leaf.dtype),
@@ -175,13 +177,15 @@ def _node(
   )
 
 
-def _entries(path: str, node: vq_array.VQArray) -> torch_names.StateDict:
+def _codes_and_codebook(
+  path: str, node: vq_array.VQArray
+) -> torch_names.StateDict:
   if (
     node.codebook.ndim != 2 or blocks.BlockSpec(node.spec.channels) != node.spec
   ):
     raise errors.InputError(
-      f"{path} is stacked or cut along other axes than [..., in, out], which "
-      "the authors' layout cannot hold; keep it dense by vq_array.decode_params"
+      f"{path} is stacked, or cut along other axes than [..., in, out], which "
+      "the authors' layout cannot hold; decode it by vq_array.decode_params"
     )
   num_codes = len(node.codebook)
   signed = np.min_scalar_type(-num_codes)  # int16 up to 32,768 codewords
@@ -189,8 +193,9 @@ def _entries(path: str, node: vq_array.VQArray) -> torch_names.StateDict:
     codebook = np.asarray(node.codebook).astype(np.float16)
   if not np.isfinite(codebook).all():
     raise errors.InputError(
-      f"{path} has codewords that float16 cannot hold (largest "
-      f"{np.abs(node.codebook).max():g}); was the training stable?"
+      f"{path} has codewords beyond the range of float16 (largest "
+      f"{np.abs(node.codebook).max():g}); lower the learning rate, since the "
+      "training was probably unstable"
     )
   return {
     _module(path) + CODES: np.asarray(

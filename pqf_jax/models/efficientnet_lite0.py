@@ -1,12 +1,12 @@
 """EfficientNet-Lite0: EfficientNet-B0 (arXiv 1905.11946) for small devices.
 
-It has ReLU6 instead of swish, and no squeeze-and-excitation. It comes from
-TensorFlow: 'SAME' padding, norms with epsilon 1e-3, and images normalized as
-(x - 127) / 128 for x in 0..255. Variables have timm's names (of
-`tf_efficientnet_lite0`): `blocks.1.0.conv_dw.weight` is
+It has ReLU6 instead of swish, and no squeeze-and-excitation. It was trained in
+TensorFlow, hence 'SAME' padding, norms with epsilon 1e-3, and images normalized
+as (x - 127) / 128 for x in 0..255. Variables have the names of timm's
+`tf_efficientnet_lite0`: `blocks.1.0.conv_dw.weight` is
 `params/blocks/1/0/conv_dw/kernel`. Maps are [B, H, W, C]. Dropout and drop-path
 are left out: a network whose weights are codes is fine-tuned for few epochs and
-underfits if anything.
+underfits rather than overfits.
 """
 
 import functools
@@ -36,8 +36,8 @@ STAGES = (
 STEM = 32
 HEAD = 1280
 
-# Modules by the names of the package efficientnet_pytorch, and by timm's. The
-# block of the first stage does not expand, and timm names what is left anew.
+# {module's name in the package efficientnet_pytorch: in timm}. The block of the
+# first stage does not expand; timm numbers its remaining layers from 1.
 RENAMED = {
   "_conv_stem": "conv_stem",
   "_bn0": "bn1",
@@ -64,7 +64,7 @@ RENAMED_IN_BLOCK = {
 
 
 class Block(nn.Module):
-  """Expands, filters every channel, projects; plus x where the shape allows."""
+  """Expansion, depthwise convolution and projection, plus x if shapes agree."""
 
   expansion: int
   size: int
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H / stride, W / stride, features], rounded up."""
+    """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
     inner = self.expansion * x.shape[-1]
     expand = functools.partial(self.conv, 1, inner, 1)
     deep = functools.partial(
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-  """The network; `make` says what the settings are and checks them.
+  """The network; `make` describes the settings and checks them.
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
@@ -110,7 +110,7 @@ class EfficientNetLite0(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, 3] -> [B, num_classes]."""
+    """Maps images [B, H, W, 3] to logits [B, num_classes]."""
     conv = functools.partial(
       layers.convolution, padding="SAME", dtype=self.dtype
     )
@@ -134,7 +134,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def _stages(conv: layers.Layer, norm: layers.Layer) -> tuple[layers.Layer, ...]:
-  """The stages, each a chain of blocks."""
+  """Returns the stages, each a chain of blocks."""
 
   def stage(
     expansion: int, size: int, features: int, length: int, first_stride: int
@@ -159,16 +159,16 @@ def make(
     dtype: floating type of the computation.
 
   Raises:
-    InputError: a setting has another value than these.
+    InputError: a setting has an unsupported value.
   """
   layers.check_settings("EfficientNet-Lite0", num_classes, dtype)
   return EfficientNetLite0(num_classes, dtype)
 
 
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
-  """Variables from a state dict with timm's names or efficientnet_pytorch's.
+  """Maps a state dict with timm's or efficientnet_pytorch's names to variables.
 
-  See `torch_weights`.
+  See `torch_names`.
   """
   renamed = _timm_names()
 
@@ -182,7 +182,7 @@ def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
 
 
 def _timm_names() -> dict[str, str]:
-  """{module's name in efficientnet_pytorch: in timm}."""
+  """Returns {module's name in efficientnet_pytorch: in timm}."""
   names = dict(RENAMED)
   number = 0  # efficientnet_pytorch counts blocks through all stages
   for i, (expansion, _, _, length, _) in enumerate(STAGES):

@@ -1,6 +1,6 @@
-"""What the networks share: convolutions, norms, and how settings are checked.
+"""Convolutions, norms and checks of settings that the networks share.
 
-Parameters, statistics of norms and logits are float32 at least, whatever the
+Parameters, statistics of norms and logits are float32 or wider, whatever the
 type of the computation in between.
 """
 
@@ -16,25 +16,25 @@ from jax.typing import DTypeLike
 from pqf_jax import errors
 
 Layer = Callable[..., Callable[[jax.Array], jax.Array]]
-"""Takes a `name` and gives a layer."""
+"""A function of a `name` that returns a layer."""
 DTYPES = tuple(map(np.dtype, (jnp.bfloat16, "float16", "float32", "float64")))
 
 
 class Chain(nn.Module):
-  """Layers one after the other, named '0', '1', ... as torch's Sequential."""
+  """Layers in sequence, named '0', '1', ... as in torch's Sequential."""
 
   layers: Sequence[Layer]
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """What the last layer gives for x."""
+    """Applies the layers in order."""
     for i, layer in enumerate(self.layers):
       x = layer(name=str(i))(x)
     return x
 
 
 def stateless(function: Callable[[jax.Array], jax.Array]) -> Layer:
-  """A function as a layer of a `Chain`: it has a number but no variables."""
+  """Wraps a function as a layer of a `Chain` that has no variables."""
   return lambda name: function
 
 
@@ -48,15 +48,15 @@ def convolution(
   dtype: DTypeLike,
   name: str,
 ) -> nn.Conv:
-  """A convolution without bias.
+  """Builds a convolution without bias.
 
   Args:
     size: side of the kernel in pixels.
     features: output channels.
-    stride: pixels of the input to one of the output.
+    stride: input pixels between two neighbouring outputs.
     groups: as many as there are channels makes it depthwise.
-    padding: None: the same amount on every side, as torch; 'SAME', as
-      TensorFlow, pads strided ones by less on the left and at the top.
+    padding: None pads all sides alike, as torch; 'SAME' is TensorFlow's, which
+      pads strided convolutions less at the left and the top.
     dtype: of the computation.
     name: of the module.
   """
@@ -82,15 +82,16 @@ def batch_norm(
   axis: str | None = None,
   name: str,
 ) -> nn.BatchNorm:
-  """A norm with the statistics of the batch in training, else the running ones.
+  """Builds a norm that uses batch statistics in training, else running ones.
 
-  The batch is that of all devices along `axis`, the name of a `shard_map`'s, or
-  where that is None what the norm itself is given.
+  The batch is that of all devices along `axis`, the name of a `shard_map` axis;
+  without an axis it is the norm's own input.
 
-  In training, `mutable=["batch_stats"]` also returns the new running ones, 0.9
-  old + 0.1 batch. That is torch's momentum of 0.1, but of the variance torch
-  averages the unbiased one, n / (n - 1) times that of Flax, where n = B * H * W
-  of the norm's map. What a batch is divided by is the same.
+  In training, `mutable=["batch_stats"]` also returns the new running
+  statistics, 0.9 * old + 0.1 * batch. This is torch's momentum of 0.1, except
+  that torch averages the unbiased variance, which is n / (n - 1) times that of
+  Flax, with n = B * H * W of the norm's map. Both divide a batch by the same
+  number.
   """
   return nn.BatchNorm(
     use_running_average=not train,
@@ -104,38 +105,40 @@ def batch_norm(
 
 
 def linear(num_classes: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
-  """The classifier: its logits are of float32 or wider."""
+  """Builds the classifier, whose logits are float32 or wider."""
   wide = at_least_float32(dtype)
   return nn.Dense(num_classes, dtype=wide, param_dtype=wide, name=name)
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
-  """The type of parameters and logits where the rest is of type `dtype`."""
+  """Returns the type of parameters and logits for a computation in `dtype`."""
   return np.promote_types(dtype, np.float32)
 
 
 def check_choice(
   network: str, name: str, value: Any, choices: tuple[Any, ...]
 ) -> None:
-  """Refuses a setting that is none of the choices.
+  """Refuses a setting that is not among the choices.
 
   Raises:
     InputError: names the setting, its value and the choices.
   """
   if value not in choices:
     raise errors.InputError(
-      f"{network} has no {name}={value!r}; choose from {choices}"
+      f"{network} does not support {name}={value!r}; choose from {choices}"
     )
 
 
 def check_settings(network: str, num_classes: int, dtype: DTypeLike) -> None:
-  """Refuses what no network can have.
+  """Refuses values that no network supports.
 
   Raises:
-    InputError: no floating type, or no number of classes.
+    InputError: `dtype` is not a floating type, or `num_classes` is not a
+      positive integer.
   """
   check_choice(network, "dtype", dtype, DTYPES)
   if not isinstance(num_classes, int) or num_classes < 1:
     raise errors.InputError(
-      f"{network} has no num_classes={num_classes!r}; choose an integer >= 1"
+      f"{network} does not support num_classes={num_classes!r}; choose an "
+      "integer >= 1"
     )

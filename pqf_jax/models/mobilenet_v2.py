@@ -1,9 +1,9 @@
-"""MobileNetV2 (arXiv 1801.04381) as torchvision's, of width 1.
+"""MobileNetV2 (arXiv 1801.04381) of width 1 as in torchvision.
 
 Variables have torchvision's names: `features.1.conv.0.0.weight` is
 `params/features/1/conv/0/0/kernel`. Maps are [B, H, W, C]. The dropout before
 the classifier is left out: a network whose weights are codes is fine-tuned for
-few epochs and underfits if anything.
+few epochs and underfits rather than overfits.
 """
 
 import functools
@@ -34,19 +34,19 @@ HEAD = 1280
 
 
 class InvertedResidual(nn.Module):
-  """Expands, filters every channel, projects; plus x where the shape allows."""
+  """Expansion, depthwise convolution and projection, plus x if shapes agree."""
 
   convs: tuple[layers.Layer, ...]
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> the shape that the last convolution gives."""
+    """Maps [B, H, W, C] to the output shape of the last convolution."""
     y = layers.Chain(self.convs, name="conv")(x)
     return x + y if x.shape == y.shape else y
 
 
 class MobileNetV2(nn.Module):
-  """The network; `make` says what the settings are and checks them.
+  """The network; `make` describes the settings and checks them.
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
@@ -61,11 +61,11 @@ class MobileNetV2(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, 3] -> [B, num_classes]."""
+    """Maps images [B, H, W, 3] to logits [B, num_classes]."""
     wide = layers.at_least_float32(self.dtype)
     x = layers.Chain(tuple(self._features(train)), name="features")(images)
     x = jnp.mean(x, (1, 2), dtype=wide)
-    dropout = layers.stateless(lambda x: x)  # in torchvision it has number 0
+    dropout = layers.stateless(lambda x: x)  # number 0 in torchvision
     linear = functools.partial(
       layers.linear, self.num_classes, dtype=self.dtype
     )
@@ -110,12 +110,12 @@ def make(*, num_classes: int, dtype: DTypeLike = jnp.float32) -> MobileNetV2:
     dtype: floating type of the computation.
 
   Raises:
-    InputError: a setting has another value than these.
+    InputError: a setting has an unsupported value.
   """
   layers.check_settings("MobileNetV2", num_classes, dtype)
   return MobileNetV2(num_classes, dtype)
 
 
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
-  """Variables from torchvision's state dict; see `torch_weights`."""
+  """Maps torchvision's state dict to variables; see `torch_names`."""
   return torch_names.torch_to_flax(state_dict, template)

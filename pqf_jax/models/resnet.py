@@ -1,4 +1,4 @@
-"""ResNet v1.5: deep residual networks (arXiv 1512.03385) as torchvision's.
+"""ResNet v1.5: deep residual networks (arXiv 1512.03385) as in torchvision.
 
 In "v1.5" the 3x3 convolution of a bottleneck has the stride. Variables have
 torchvision's names: `layer1.0.conv1.weight` is `params/layer1/0/conv1/kernel`.
@@ -22,12 +22,12 @@ Conv = tuple[int, int, int]
 
 
 def basic(features: int, stride: int) -> tuple[Conv, ...]:
-  """The convolutions of a block of the shallow networks."""
+  """Returns the convolutions of a block of the shallow networks."""
   return (3, features, stride), (3, features, 1)
 
 
 def bottleneck(features: int, stride: int) -> tuple[Conv, ...]:
-  """The convolutions of a block of the deep networks."""
+  """Returns the convolutions of a block of the deep networks."""
   return (1, features, 1), (3, features, stride), (1, 4 * features, 1)
 
 
@@ -51,13 +51,13 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H / stride, W / stride, features], rounded up."""
+    """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
     x = self.conv(1, self.features, self.stride, name="0")(x)
     return self.norm(name="1")(x)
 
 
 class Block(nn.Module):
-  """relu(shortcut(x) + convolutions(x)), a norm after every convolution."""
+  """relu(shortcut(x) + convolutions(x)) with a norm after every convolution."""
 
   convs: tuple[Conv, ...]
   conv: layers.Layer
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> the shape that the convolutions give."""
+    """Maps [B, H, W, C] to the output shape of the last convolution."""
     y = x
     for i, settings in enumerate(self.convs, start=1):
       y = nn.relu(y) if i > 1 else y
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-  """Blocks in a row, each given by its convolutions."""
+  """Blocks in sequence, each given by its convolutions."""
 
   blocks: tuple[tuple[Conv, ...], ...]
   conv: layers.Layer
@@ -89,14 +89,14 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> the shape that the last block gives."""
+    """Maps [B, H, W, C] to the output shape of the last block."""
     for i, convs in enumerate(self.blocks):
       x = Block(convs, self.conv, self.norm, name=str(i))(x)
     return x
 
 
 class ResNet(nn.Module):
-  """The network; `make` says what the settings are and checks them.
+  """The network; `make` describes the settings and checks them.
 
   `apply(variables, images)` maps images [B, H, W, 3] to logits
   [B, num_classes] of float32 or wider. With `train=True` the norms use the
@@ -113,38 +113,66 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """[B, H, W, 3] -> [B, num_classes]."""
+    """Maps images [B, H, W, 3] to logits [B, num_classes]."""
+    maps = feature_maps(
+      images,
+      depth=self.depth,
+      stem=self.stem,
+      train=train,
+      dtype=self.dtype,
+      norm_epsilon=self.norm_epsilon,
+      norm_axis=self.norm_axis,
+    )
     wide = layers.at_least_float32(self.dtype)
-    x = jnp.mean(self.maps(images, train)[-1], (1, 2), dtype=wide)
+    x = jnp.mean(maps[-1], (1, 2), dtype=wide)
     return layers.linear(self.num_classes, dtype=self.dtype, name="fc")(x)
 
-  def maps(self, images: jax.Array, train: bool) -> list[jax.Array]:
-    """What the four stages give, as detectors use it.
 
-    To be called in a compact method, such as that of a class derived from this.
-    """
-    conv = functools.partial(layers.convolution, dtype=self.dtype)
-    norm = functools.partial(
-      layers.batch_norm,
-      train=train,
-      epsilon=self.norm_epsilon,
-      dtype=self.dtype,
-      axis=self.norm_axis,
-    )
-    x = conv(*STEMS[self.stem], name="conv1")(images)
-    x = nn.relu(norm(name="bn1")(x))
-    if self.stem == "imagenet":
-      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+def feature_maps(
+  images: jax.Array,
+  *,
+  depth: int,
+  stem: str = "imagenet",
+  train: bool = False,
+  dtype: DTypeLike,
+  norm_epsilon: float,
+  norm_axis: str | None = None,
+) -> list[jax.Array]:
+  """Computes the outputs of the four stages; a classifier reads the last.
 
-    maps = []
-    block, lengths = DEPTHS[self.depth]
-    for i, length in enumerate(lengths):
-      features, stride = 64 * 2**i, 1 if i == 0 else 2
-      first, rest = block(features, stride), block(features, 1)
-      blocks = (first,) + (rest,) * (length - 1)
-      x = Stage(blocks, conv, norm, name=f"layer{i + 1}")(x)
-      maps.append(x)
-    return maps
+  The compact method that calls this becomes the parent of all layers.
+
+  Args:
+    images: [B, H, W, 3].
+    depth: see `make`.
+    stem: see `make`.
+    train: whether norms use the statistics of the batch.
+    dtype: of the computation.
+    norm_epsilon: of the norms.
+    norm_axis: see `layers.batch_norm`.
+  """
+  conv = functools.partial(layers.convolution, dtype=dtype)
+  norm = functools.partial(
+    layers.batch_norm,
+    train=train,
+    epsilon=norm_epsilon,
+    dtype=dtype,
+    axis=norm_axis,
+  )
+  x = conv(*STEMS[stem], name="conv1")(images)
+  x = nn.relu(norm(name="bn1")(x))
+  if stem == "imagenet":
+    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+  maps = []
+  block, lengths = DEPTHS[depth]
+  for i, length in enumerate(lengths):
+    features, stride = 64 * 2**i, 1 if i == 0 else 2
+    first, rest = block(features, stride), block(features, 1)
+    blocks = (first,) + (rest,) * (length - 1)
+    x = Stage(blocks, conv, norm, name=f"layer{i + 1}")(x)
+    maps.append(x)
+  return maps
 
 
 def make(
@@ -159,12 +187,12 @@ def make(
   Args:
     depth: number of layers: 18, 34, 50, 101 or 152.
     num_classes: length of the logits.
-    stem: 'imagenet': 7x7 convolution of stride 2, then max-pool; 'small', for
-      images of about 32 x 32: 3x3 convolution of stride 1.
+    stem: 'imagenet', a 7x7 convolution of stride 2 and max-pooling, or 'small',
+      a 3x3 convolution of stride 1 for images of about 32 x 32.
     dtype: floating type of the computation.
 
   Raises:
-    InputError: a setting has another value than these.
+    InputError: a setting has an unsupported value.
   """
   layers.check_choice("ResNet", "depth", depth, tuple(DEPTHS))
   layers.check_choice("ResNet", "stem", stem, tuple(STEMS))
@@ -173,5 +201,5 @@ def make(
 
 
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
-  """Variables from torchvision's state dict; see `torch_weights`."""
+  """Maps torchvision's state dict to variables; see `torch_names`."""
   return torch_names.torch_to_flax(state_dict, template)

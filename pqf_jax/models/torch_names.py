@@ -1,4 +1,4 @@
-"""Torch state dicts <-> Flax variables of modules with the same names.
+"""Conversion between torch state dicts and Flax variables of the same names.
 
     params/layer1/0/conv1/kernel [h, w, in, out]   layer1.0.conv1.weight
                                                    [out, in, h, w]
@@ -8,9 +8,9 @@
 
 The same rule holds for grouped and depthwise convolutions, where `in` counts
 the channels of one group, and for convolutions over one or three dimensions.
-It does not hold for `nn.ConvTranspose`, whose weight torch has as
-[in, out, h, w] and applies without the flip of Flax: a model with such layers
-maps those itself.
+It does not hold for `nn.ConvTranspose`: torch stores its weight as
+[in, out, h, w] and applies it without the flip of Flax. A model that has such
+layers maps them itself.
 """
 
 import os
@@ -43,22 +43,23 @@ NUM_LISTED = 5
 def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
   """Maps a state dict to the variables of a Flax module with the same names.
 
-  Torch's counters `num_batches_tracked` are dropped; all else must be used.
+  Torch's counters `num_batches_tracked` are dropped; every other entry must
+  be used.
 
   Args:
-    state_dict: {name: array}, such as `read_safetensors` gives; CPU tensors of
-      a type that NumPy has will do as well.
+    state_dict: {name: array}, such as `read_safetensors` returns; the values
+      may also be CPU tensors of a type that NumPy has.
     template: the variables as arrays or `jax.ShapeDtypeStruct`s, such as
-      `jax.eval_shape(model.init, key, images)` gives.
+      `jax.eval_shape(model.init, key, images)` returns.
 
   Returns:
-    Variables of the template's structure, shapes, and types, as copies.
+    Variables with the template's structure, shapes and types, as copies.
 
   Raises:
-    InputError: names are missing or left over, shapes differ, or weights are
-      NaN or infinite; one message lists them all, in torch's terms.
+    InputError: names are missing or extra, shapes differ, or weights are NaN
+      or infinite; one message lists them all by torch's names.
   """
-  found = {
+  arrays = {
     name: np.asarray(value)
     for name, value in state_dict.items()
     if name.rpartition(".")[2] != "num_batches_tracked"
@@ -68,11 +69,11 @@ def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
   shapes = {
     names[path]: torch_shape(path, leaf) for path, leaf in leaves.items()
   }
-  check_fit(found, shapes)
+  check_fit(arrays, shapes)
   # jnp.array copies, where jnp.asarray may keep the caller's memory.
   variables = {
     path: jnp.array(
-      found[names[path]].transpose(np.argsort(_torch_axes(path, leaf))),
+      arrays[names[path]].transpose(np.argsort(_torch_axes(path, leaf))),
       leaf.dtype,
     )
     for path, leaf in leaves.items()
@@ -81,10 +82,10 @@ def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
 
 
 def flax_to_torch(variables: PyTree) -> StateDict:
-  """The state dict of which `torch_to_flax` makes these variables.
+  """Maps variables to a torch state dict; undoes `torch_to_flax`.
 
-  Torch's strict `load_state_dict` accepts it: missing `num_batches_tracked`
-  are set to 0.
+  Torch's strict `load_state_dict` accepts the result: it sets the missing
+  `num_batches_tracked` to 0.
 
   Args:
     variables: dense arrays; decode compressed kernels first.
@@ -96,7 +97,7 @@ def flax_to_torch(variables: PyTree) -> StateDict:
     InputError: a variable has no counterpart in torch.
   """
   return {
-    # Contiguous, because safetensors writes the bytes of others in disorder.
+    # Contiguous, because safetensors writes other arrays in the wrong order.
     torch_name(path): np.array(
       np.asarray(leaf).transpose(_torch_axes(path, leaf)), order="C"
     )
@@ -108,7 +109,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
   """Reads {name: array} from a `.safetensors` file.
 
   Raises:
-    InputError: there is no such file, it is damaged or of another format, or
+    InputError: the file does not exist, is damaged, has another format, or
       holds a type that NumPy lacks.
   """
   path = pathlib.Path(path).absolute()
@@ -120,11 +121,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
     return safetensors_numpy.load_file(path)
   except safetensors.SafetensorError as error:
     raise errors.InputError(
-      f"{path} is incomplete or no safetensors file ({error}); copy it "
+      f"{path} is incomplete or not a safetensors file ({error}); copy it "
       "again or, if torch.save wrote it, rename it to .pth"
     ) from error
   except AttributeError as error:
-    # How safetensors says it of types such as float8.
+    # Safetensors raises this for types such as float8.
     raise errors.InputError(
       f"{path} holds weights of a type that NumPy lacks ({error}); store "
       "them as float16 or float32"
@@ -132,31 +133,31 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
 
 
 def check_fit(
-  found: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+  weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-  """Refuses weights of another architecture than the model's, and NaN.
+  """Refuses weights of another architecture, and weights with NaN.
 
   Args:
-    found: {name: array, or node of arrays with a shape}.
-    shapes: {name: shape} of the model, by the same names.
+    weights: {name: array or `VQArray`}.
+    shapes: {name: shape} that the model expects.
 
   Raises:
-    InputError: names are missing or left over, shapes differ, or weights are
-      NaN or infinite; one message lists them all.
+    InputError: names are missing or extra, shapes differ, or weights are NaN
+      or infinite; one message lists them all.
   """
-  both = sorted(shapes.keys() & found.keys())
+  both = sorted(shapes.keys() & weights.keys())
   problems = {
-    "missing": sorted(shapes.keys() - found.keys()),
-    "extra": sorted(found.keys() - shapes.keys()),
+    "missing": sorted(shapes.keys() - weights.keys()),
+    "extra": sorted(weights.keys() - shapes.keys()),
     "of another shape": [
-      f"{name} is {tuple(found[name].shape)}, the model has {shapes[name]}"
+      f"{name} is {tuple(weights[name].shape)}, the model has {shapes[name]}"
       for name in both
-      if tuple(found[name].shape) != shapes[name]
+      if tuple(weights[name].shape) != shapes[name]
     ],
     "NaN or infinite": [
       name
       for name in both
-      if not all(np.isfinite(x).all() for x in jax.tree.leaves(found[name]))
+      if not all(np.isfinite(x).all() for x in jax.tree.leaves(weights[name]))
     ],
   }
   listed = [
@@ -167,19 +168,21 @@ def check_fit(
   if listed:
     raise errors.InputError(
       f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
-      "weights, or the settings of the model that they were trained with"
+      "weights, or the model settings that they were trained with"
     )
 
 
 def shorten(names: Sequence[str]) -> str:
-  """The first few names, and how many more there are."""
+  """Joins the first few names and says how many more there are."""
   rest = len(names) - NUM_LISTED
   more = f", and {rest} more" if rest > 0 else ""
   return ", ".join(names[:NUM_LISTED]) + more
 
 
 def torch_name(path: str) -> str:
-  """'params/layer1/0/conv1/kernel' -> 'layer1.0.conv1.weight'.
+  """Returns torch's name of a variable.
+
+  'params/layer1/0/conv1/kernel' becomes 'layer1.0.conv1.weight'.
 
   Raises:
     InputError: torch has no such variable.
@@ -196,26 +199,27 @@ def torch_name(path: str) -> str:
 
 
 def torch_shape(path: str, leaf: Any) -> tuple[int, ...]:
-  """The shape that torch has for a variable of Flax.
+  """Returns the shape of a variable in torch.
 
   Args:
     path: of the variable.
     leaf: an array or a `jax.ShapeDtypeStruct`.
 
   Raises:
-    InputError: a kernel of a rank that torch lacks.
+    InputError: torch has no kernels of this rank.
   """
   return tuple(leaf.shape[axis] for axis in _torch_axes(path, leaf))
 
 
 def _torch_axes(path: str, leaf: Any) -> tuple[int, ...]:
-  """The axes of a Flax array in the order in which torch has them."""
+  """Returns the axes of a Flax array in torch's order."""
   rank = len(leaf.shape)
   if path.rpartition("/")[2] != "kernel":
     return tuple(range(rank))
   if not 2 <= rank <= 5:
     raise errors.InputError(
-      f"{path} of shape {tuple(leaf.shape)} has rank {rank}; kernels of "
-      "torch have rank 2 (linear) to 5 (convolution in three dimensions)"
+      f"{path} of shape {tuple(leaf.shape)} has rank {rank}, but torch's "
+      "kernels have rank 2 (linear) to 5 (three-dimensional convolution); "
+      "map this layer in the load_torch of the model"
     )
   return (rank - 1, rank - 2, *range(rank - 2))

@@ -1,4 +1,4 @@
-"""Anchors of a region proposal network (arXiv 1506.01497), as torchvision's."""
+"""Anchors of region proposal networks (arXiv 1506.01497), as in torchvision."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Grid(NamedTuple):
-  """The anchors of one map, those of a position side by side, row by row.
+class AnchorGrid(NamedTuple):
+  """The anchors of one map, row by row; those of a position are adjacent.
 
   Attributes:
     boxes: [H * W * A, 4] in pixels of the network's input.
-    exists: bool [H * W * A], whether the image reaches the position.
+    exists: bool [H * W * A], whether the image covers the position.
   """
 
   boxes: jax.Array
@@ -21,14 +21,14 @@ class Grid(NamedTuple):
 
 
 def base_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
-  """Anchors around the origin, rounded to whole pixels.
+  """Returns anchors around the origin, rounded to whole pixels.
 
   Args:
-    sizes: roots of the areas.
+    sizes: square roots of the areas.
     ratios: heights over widths.
 
   Returns:
-    float32 [A, 4] with A = ratios * sizes, sizes fastest.
+    float32 [A, 4], one per ratio and size; sizes change fastest.
   """
   # Float32 throughout: the rounding at the end depends on it.
   root = np.sqrt(np.asarray(ratios, np.float32))[:, None]
@@ -39,13 +39,13 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
 
 def anchor_grid(
   base: np.ndarray,
-  shape: tuple[int, int],
+  shape: Sequence[int],
   grid: jax.Array,
   size: jax.Array,
   *,
   dtype: np.dtype,
-) -> Grid:
-  """Anchors at every position of a map.
+) -> AnchorGrid:
+  """Places anchors at every position of a map.
 
   Args:
     base: [A, 4] around the origin.
@@ -61,7 +61,7 @@ def anchor_grid(
   y, x = jnp.meshgrid(rows * step[0], columns * step[1], indexing="ij")
   shift = jnp.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4).astype(dtype)
   inside = (rows < grid[0])[:, None] & (columns < grid[1])[None, :]
-  return Grid(
+  return AnchorGrid(
     (shift + jnp.asarray(base, dtype)[None]).reshape(-1, 4),
     jnp.repeat(inside.ravel(), len(base)),
   )

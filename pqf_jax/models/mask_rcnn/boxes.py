@@ -1,7 +1,7 @@
-"""Axis-aligned boxes (x1, y1, x2, y2), their overlaps, and offsets from others.
+"""Axis-aligned boxes (x1, y1, x2, y2), their overlaps and regression offsets.
 
 Coordinates are continuous: a box is x2 - x1 wide, with no + 1. All functions
-take any leading axes. The parametrization is that of R-CNN (appendix C of
+accept any leading axes. The parametrization is that of R-CNN (appendix C of
 arXiv 1311.2524) with torchvision's weights and bound.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# What exp() may enlarge a side by; from the 1000 / 16 of Fast R-CNN.
+# Log of the largest growth of a side, 1000 / 16 as in Fast R-CNN.
 MAX_LOG_SCALE = math.log(1000 / 16)
 UNIT = (1.0, 1.0, 1.0, 1.0)
 
 
 def area(boxes: jax.Array) -> jax.Array:
-  """Boxes [..., 4] -> areas [...]."""
+  """Returns the areas [...] of boxes [..., 4]."""
   return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def iou_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
-  """Intersection over union of all pairs.
+  """Computes the intersection over union of all pairs.
 
   Args:
     first: [..., N, 4].
@@ -41,28 +41,28 @@ def iou_matrix(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def clip(boxes: jax.Array, height: jax.Array, width: jax.Array) -> jax.Array:
-  """Cuts boxes [..., 4] at the border of an image; sizes are of their type."""
+  """Clips boxes [..., 4] to an image whose sides have the same type."""
   high = jnp.stack([width, height, width, height], axis=-1)
   high = jnp.broadcast_to(high, boxes.shape)
   return jnp.minimum(jnp.maximum(boxes, 0), high)
 
 
-def has_sides(boxes: jax.Array, least: float) -> jax.Array:
-  """[..., 4] -> bool [...]: whether no side is shorter than `least`."""
+def is_large(boxes: jax.Array, min_side: float) -> jax.Array:
+  """Returns whether both sides of boxes [..., 4] are at least `min_side`."""
   width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-  return (width >= least) & (height >= least)
+  return (width >= min_side) & (height >= min_side)
 
 
 def decode(
   offsets: jax.Array, boxes: jax.Array, *, weights: Sequence[float] = UNIT
 ) -> jax.Array:
-  """Moves boxes by what a network says.
+  """Moves and scales boxes by predicted offsets.
 
   Args:
     offsets: [..., 4] (dx, dy, dw, dh): the shift of the center in sides of the
       box, and the log of the growth of the sides, times `weights`.
-    boxes: [..., 4], of leading axes that broadcast.
-    weights: what the network's outputs are scaled by.
+    boxes: [..., 4], with leading axes that broadcast.
+    weights: scales of the network's outputs.
 
   Returns:
     Boxes [..., 4].
@@ -80,7 +80,7 @@ def decode(
 def encode(
   targets: jax.Array, boxes: jax.Array, *, weights: Sequence[float] = UNIT
 ) -> jax.Array:
-  """The offsets that `decode` makes these targets of.
+  """Computes the offsets from boxes to targets; undoes `decode`.
 
   Args:
     targets: [..., 4].
@@ -88,8 +88,8 @@ def encode(
     weights: see `decode`.
 
   Returns:
-    Offsets [..., 4]; finite also where a box or a target is empty, as padding
-    is, but then without meaning.
+    Offsets [..., 4]; finite but meaningless where a box or a target is empty,
+    as padding is.
   """
   width, height, x, y = _centered(boxes)
   target_w, target_h, target_x, target_y = _centered(targets)
@@ -105,7 +105,7 @@ def encode(
 
 
 def _centered(boxes: jax.Array) -> tuple[jax.Array, ...]:
-  """(width, height, x and y of the center)."""
+  """Returns (width, height, x and y of the center)."""
   width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
   return (
     width,

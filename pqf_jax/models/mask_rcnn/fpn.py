@@ -1,10 +1,9 @@
 """Feature pyramid (arXiv 1612.03144) over a ResNet, for images of any size.
 
-Images lie in the top left of a common canvas. What is zero around an image is
-what a convolution pads with, so the network sees each image as if it were
-alone, if only everything outside of it is set to zero again before each layer
-that looks there. Results then depend neither on the canvas nor on the other
-images of a batch; torchvision's do, on both.
+Images lie in the top left of a common canvas. A convolution pads with zeros, so
+each image is processed as if it were alone if everything outside of it is set
+to zero again before each layer that reads there. Results then depend neither on
+the canvas nor on the other images of a batch; torchvision's depend on both.
 """
 
 from collections.abc import Callable
@@ -12,25 +11,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
 from pqf_jax.models import layers, resnet
 
 STRIDE = 32
-"""Of the coarsest map of the body; images are padded to its multiples."""
+"""Stride of the body's coarsest map; images are padded to its multiples."""
 
 
-class Region:
-  """Where the images of a batch are, in maps of any stride."""
+class ImageArea:
+  """The area that each image of a batch covers, in maps of any stride."""
 
   def __init__(self, sizes: jax.Array, canvas: tuple[int, int]):
-    """Sizes int [B, 2] and the canvas, both multiples of 32."""
+    """Stores sizes int [B, 2] and the canvas, both multiples of 32."""
     self.sizes = sizes
     self.canvas = canvas
 
-  def keep(self, x: jax.Array) -> jax.Array:
-    """Maps [B, H, W, C] with zeros outside of the images."""
+  def zero_outside(self, x: jax.Array) -> jax.Array:
+    """Sets maps [B, H, W, C] to zero outside of the images."""
     length = jnp.asarray(x.shape[1:3], self.sizes.dtype)[None]
     # Exact: both are multiples of the stride.
     inside = self.sizes * length // jnp.asarray(self.canvas)[None]
@@ -40,33 +40,43 @@ class Region:
     return jnp.where(mask, x, 0)
 
 
-class Body(resnet.ResNet):
-  """The maps of a ResNet whose norms use their running statistics."""
+class Body(nn.Module):
+  """The feature maps of a ResNet whose norms use their running statistics."""
+
+  depth: int
+  norm_epsilon: float
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, images: jax.Array, region: Region) -> list[jax.Array]:
-    """[B, H, W, 3] -> maps of strides 4, 8, 16 and 32."""
+  def __call__(self, images: jax.Array, area: ImageArea) -> list[jax.Array]:
+    """Maps images [B, H, W, 3] to maps of strides 4, 8, 16 and 32."""
 
-    # Only kernels larger than one pixel see what lies outside. So does max-pool
-    # at the far borders, but nothing of it gets inside: its windows end one
-    # pixel behind their centers, which are even, as the sizes of maps are.
-    def zero_outside(
+    # Only kernels larger than one pixel read outside of the images. Max-pooling
+    # does so too at the far borders, but this never reaches the inside: its
+    # windows end one pixel behind their centers, which are even, as the sizes
+    # of maps are.
+    def mask_input(
       method: Callable[..., Any],
       args: tuple[Any, ...],
       kwargs: dict[str, Any],
       context: nn.module.InterceptorContext,
     ) -> Any:
       layer = context.module
-      if isinstance(layer, nn.Conv) and max(layer.kernel_size) > 1:
-        args = (region.keep(args[0]), *args[1:])
+      if isinstance(layer, nn.Conv) and np.max(layer.kernel_size) > 1:
+        args = (area.zero_outside(args[0]), *args[1:])
       return method(*args, **kwargs)
 
-    with nn.intercept_methods(zero_outside):
-      return self.maps(images, train=False)
+    with nn.intercept_methods(mask_input):
+      return resnet.feature_maps(
+        images,
+        depth=self.depth,
+        dtype=self.dtype,
+        norm_epsilon=self.norm_epsilon,
+      )
 
 
 class ConvEach(nn.Module):
-  """One convolution of its own for each map, named 0, 1, ..."""
+  """A separate convolution for each map, named 0, 1, ..."""
 
   size: int
   features: int
@@ -74,7 +84,7 @@ class ConvEach(nn.Module):
 
   @nn.compact
   def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
-    """[B, H, W, C] each -> [B, H, W, features] each."""
+    """Maps [B, H, W, C] each to [B, H, W, features] each."""
     return [
       convolution(self.size, self.features, dtype=self.dtype, name=str(i))(x)
       for i, x in enumerate(maps)
@@ -82,21 +92,21 @@ class ConvEach(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-  """Gives all maps the same channels, and fine ones what coarse ones know."""
+  """Top-down pathway that adds coarse maps to fine ones (Figure 3)."""
 
   features: int
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, maps: list[jax.Array], region: Region) -> list[jax.Array]:
-    """Maps of strides 4 to 32 -> maps of strides 4 to 64, `features` deep."""
+  def __call__(self, maps: list[jax.Array], area: ImageArea) -> list[jax.Array]:
+    """Turns maps of strides 4 to 32 into maps of 4 to 64, `features` deep."""
     inner = ConvEach(1, self.features, self.dtype, name="inner_blocks")(maps)
     merged = [inner[-1]]
     for x in reversed(inner[:-1]):
-      merged.insert(0, x + double(merged[0]))
-    merged = [region.keep(x) for x in merged]
+      merged.insert(0, x + upsample(merged[0]))
+    merged = [area.zero_outside(x) for x in merged]
     outer = ConvEach(3, self.features, self.dtype, name="layer_blocks")(merged)
-    outer = [region.keep(x) for x in outer]
+    outer = [area.zero_outside(x) for x in outer]
     return [*outer, outer[-1][:, ::2, ::2]]
 
 
@@ -109,23 +119,17 @@ class Backbone(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, images: jax.Array, region: Region) -> list[jax.Array]:
-    """[B, H, W, 3] -> maps of strides 4, 8, 16, 32 and 64."""
-    body = Body(
-      self.depth,
-      num_classes=0,
-      dtype=self.dtype,
-      norm_epsilon=self.norm_epsilon,
-      name="body",
-    )
+  def __call__(self, images: jax.Array, area: ImageArea) -> list[jax.Array]:
+    """Maps images [B, H, W, 3] to maps of strides 4, 8, 16, 32 and 64."""
+    body = Body(self.depth, self.norm_epsilon, self.dtype, name="body")
     pyramid = FeaturePyramid(self.features, self.dtype, name="fpn")
-    return pyramid(body(images, region), region)
+    return pyramid(body(images, area), area)
 
 
 def convolution(
   size: int, features: int, *, dtype: DTypeLike, name: str
 ) -> nn.Conv:
-  """A convolution with bias of the heads and the pyramid."""
+  """Builds a convolution with bias, as the heads and the pyramid have."""
   return nn.Conv(
     features,
     (size, size),
@@ -136,22 +140,22 @@ def convolution(
   )
 
 
-def double(x: jax.Array) -> jax.Array:
-  """Every position twice along both sides."""
+def upsample(x: jax.Array) -> jax.Array:
+  """Repeats every position twice along both sides."""
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-def padded(sizes: Any) -> Any:
-  """Lengths rounded up to multiples of 32; of arrays or integers."""
-  return (sizes + STRIDE - 1) // STRIDE * STRIDE
+def round_up(lengths: Any) -> Any:
+  """Rounds lengths, an integer or an array, up to multiples of 32."""
+  return (lengths + STRIDE - 1) // STRIDE * STRIDE
 
 
 def grid_sizes(sizes: jax.Array, num_maps: int) -> list[jax.Array]:
-  """How much of each map of the pyramid belongs to the images.
+  """Computes how much of each map of the pyramid belongs to the images.
 
   Args:
     sizes: int [B, 2], multiples of 32.
-    num_maps: 5, or less for small pyramids.
+    num_maps: 5, or fewer for small pyramids.
 
   Returns:
     int [B, 2] for each of the strides 4, 8, ..., rounded up.

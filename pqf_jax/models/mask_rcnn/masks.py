@@ -1,7 +1,7 @@
-"""Instance masks: cut out for training, pasted into the image for evaluation.
+"""Instance masks, cropped for training and pasted into images for evaluation.
 
-A network's mask is a small square that covers a box. Masks of images are
-packed, eight pixels a byte, first pixel in the highest bit (`np.packbits`).
+A network's mask is a small square that covers a box. Masks of images hold eight
+pixels a byte, the first pixel in the highest bit (`np.packbits`).
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from pqf_jax.models.mask_rcnn import resize, roi_align
 
 # Boxes whose masks are unpacked at a time: 16 of 640 x 640 are 26 MB.
 NUM_UNPACKED = 16
+# Probability that a pixel of an object exceeds.
 THRESHOLD = 0.5
 Array = Any
 """A NumPy or JAX array."""
@@ -22,7 +23,7 @@ Array = Any
 
 def crop_masks(
   packed: jax.Array,
-  objects: jax.Array,
+  object_index: jax.Array,
   boxes: jax.Array,
   size: jax.Array,
   scaled: jax.Array,
@@ -30,17 +31,17 @@ def crop_masks(
   num_bins: int,
   longest: int,
 ) -> jax.Array:
-  """What a network should say about the masks of the given boxes.
+  """Computes the mask targets of the given boxes.
 
-  ROIAlign of the scaled mask, each bin the mean of as many bilinear samples as
-  it has pixels, rounded up, along each side; the values are not rounded to 0
-  and 1. The scaling (nearest) is part of the sampling: the large masks are
-  never made.
+  This is ROIAlign of the scaled mask. Each bin is the mean of as many bilinear
+  samples as it has pixels, rounded up, along each side; the values are not
+  rounded to 0 and 1. The scaling (nearest) is part of the sampling: the large
+  masks are never stored.
 
   Args:
     packed: uint8 [G, S, ceil(T / 8)], masks of the objects of an image, in
       original pixels.
-    objects: int [R], the object of each box.
+    object_index: int [R], the object of each box.
     boxes: [R, 4], in scaled pixels.
     size: int [2], height and width of the original image.
     scaled: int [2], the same after scaling.
@@ -48,12 +49,14 @@ def crop_masks(
     longest: bound of the sides of boxes, in scaled pixels (static).
 
   Returns:
-    [R, P, P] of the boxes' type, from 0 to 1.
+    [R, P, P] from 0 to 1, of the boxes' type.
   """
   lengths = packed.shape[1], 8 * packed.shape[2]
   settings = {"num_bins": num_bins, "num_samples": -(-longest // num_bins) + 1}
-  rows = _averages(boxes[:, 1::2], size[0], scaled[0], lengths[0], **settings)
-  columns = _averages(
+  rows = _bin_weights(
+    boxes[:, 1::2], size[0], scaled[0], lengths[0], **settings
+  )
+  columns = _bin_weights(
     boxes[:, 0::2], size[1], scaled[1], lengths[1], **settings
   )
 
@@ -66,10 +69,10 @@ def crop_masks(
       "ph,hw,qw->pq", row, mask, column, precision=lax.Precision.HIGHEST
     )
 
-  return lax.map(crop, (objects, rows, columns), batch_size=NUM_UNPACKED)
+  return lax.map(crop, (object_index, rows, columns), batch_size=NUM_UNPACKED)
 
 
-def _averages(
+def _bin_weights(
   ends: jax.Array,
   length: jax.Array,
   scaled: jax.Array,
@@ -78,7 +81,7 @@ def _averages(
   num_bins: int,
   num_samples: int,
 ) -> jax.Array:
-  """[R, P, buffer]: the weight that each original row has in each bin."""
+  """Returns [R, P, buffer], the weight of each original row in each bin."""
   start = ends[:, 0, None, None]
   side = jnp.maximum(ends[:, 1, None, None] - start, 1)
   step = side / num_bins
@@ -102,17 +105,14 @@ def paste_masks(
   boxes: np.ndarray,
   height: int,
   width: int,
-  *,
-  threshold: float = THRESHOLD,
 ) -> np.ndarray:
-  """Puts masks into their boxes, on the host; equal to torchvision's.
+  """Pastes masks into their boxes on the host; equal to torchvision's.
 
   Args:
     masks: [N, P, P] probabilities.
     boxes: [N, 4] in pixels of the image.
     height: of the image.
     width: of the image.
-    threshold: what a probability must exceed.
 
   Returns:
     bool [N, height, width].
@@ -125,7 +125,7 @@ def paste_masks(
     inside = _inside(top, bottom, height), _inside(left, right, width)
     rows = _stretch(inside[0], top, bottom, mask)
     columns = _stretch(inside[1], left, right, mask)
-    image[inside] = rows @ mask @ columns.T > threshold
+    image[inside] = rows @ mask @ columns.T > THRESHOLD
   return pasted
 
 
@@ -134,18 +134,16 @@ def paste_on_device(
   boxes: jax.Array,
   *,
   canvas: tuple[int, int],
-  threshold: float = THRESHOLD,
 ) -> jax.Array:
-  """`paste_masks` under jit: every image in a canvas of one size.
+  """Pastes masks under jit, into canvases of one size; see `paste_masks`.
 
-  The canvas takes part in full, the host's form in what boxes cover of it.
+  It computes all pixels of the canvas, `paste_masks` only those in boxes.
 
   Args:
     masks: [N, P, P] probabilities.
     boxes: [N, 4] in pixels of the image, which is the top left of the canvas.
-    canvas: height and width of the result; what lies outside of the image is
-      to be cut off.
-    threshold: as there.
+    canvas: height and width of the result; the caller cuts off pixels outside
+      of the image.
 
   Returns:
     bool [N, *canvas].
@@ -169,16 +167,16 @@ def paste_on_device(
       stretch(corners[:, 0], corners[:, 2], canvas[1]),
       precision=lax.Precision.HIGHEST,
     )
-    > threshold
+    > THRESHOLD
   )
 
 
 def _with_rim(masks: Array, boxes: Array) -> tuple[Array, Array]:
-  """Masks with a rim of zeros, in boxes larger by as much: edges fade out.
+  """Adds a rim of zeros to masks and enlarges their boxes; edges fade out.
 
   Returns:
     (masks [N, P + 2, P + 2], first and last pixels int [N, 4] as x1, y1, x2,
-    y2), of the arrays' own library.
+    y2), NumPy or JAX arrays as the arguments are.
   """
   numpy = masks.__array_namespace__()
   bins = masks.shape[1]
@@ -193,7 +191,7 @@ def _with_rim(masks: Array, boxes: Array) -> tuple[Array, Array]:
 def _sources(
   pixels: Array, size: Array | int, mask: Array
 ) -> tuple[Array, Array, Array]:
-  """What bilinear interpolation reads of a mask stretched to `size` pixels.
+  """Computes the rows that bilinear interpolation to `size` pixels reads.
 
   Returns:
     (row before int, row behind int, weight of the latter) of every pixel.
@@ -210,7 +208,7 @@ def _sources(
 
 
 def _inside(first: int, last: int, length: int) -> slice:
-  """The pixels from first to last that an image has."""
+  """Returns the pixels from first to last that lie inside of an image."""
   start = min(max(first, 0), length)
   return slice(start, max(min(last + 1, length), start))
 
@@ -218,7 +216,7 @@ def _inside(first: int, last: int, length: int) -> slice:
 def _stretch(
   inside: slice, first: int, last: int, mask: np.ndarray
 ) -> np.ndarray:
-  """[pixels inside, P + 2]: bilinear weights of the mask's rows."""
+  """Returns bilinear weights of the mask's rows, [pixels inside, P + 2]."""
   pixels = np.arange(inside.start, inside.stop) - first
   low, high, above = _sources(pixels, np.asarray(last - first + 1), mask)
   matrix = np.zeros((len(pixels), len(mask)), mask.dtype)

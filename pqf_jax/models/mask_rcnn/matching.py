@@ -1,7 +1,7 @@
-"""Which boxes a detector is trained on, and which object each should find.
+"""Assignment of objects to candidate boxes, and sampling of boxes to train on.
 
-Static shapes: objects are padded to G rows, and samples to a fixed number, both
-with masks. Decisions are torchvision's.
+Shapes are static: objects are padded to G rows and samples to a fixed number,
+both with masks. Decisions are torchvision's.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,17 @@ from pqf_jax.models.mask_rcnn import boxes as box_ops
 
 
 class Matches(NamedTuple):
-  """What N candidates are matched to.
+  """Objects that N candidates are matched to.
 
   Attributes:
-    object: int32 [N], index of the object; of the nearest one where none is
-      matched.
+    object_index: int32 [N], index of the object that overlaps most, matched or
+      not.
     positive: bool [N], matched.
-    negative: bool [N], background. What is neither is not trained on.
+    negative: bool [N], background. Candidates that are neither are not trained
+      on.
   """
 
-  object: jax.Array
+  object_index: jax.Array
   positive: jax.Array
   negative: jax.Array
 
@@ -32,12 +33,12 @@ class Samples(NamedTuple):
   """The candidates to train on, positive ones first.
 
   Attributes:
-    index: int32 [num], among the candidates; any number where not valid.
+    indices: int32 [num], among the candidates; any number where not valid.
     positive: bool [num].
     valid: bool [num], positive or negative.
   """
 
-  index: jax.Array
+  indices: jax.Array
   positive: jax.Array
   valid: jax.Array
 
@@ -49,7 +50,7 @@ def match(
   *,
   low: float,
   high: float,
-  best_too: bool,
+  allow_low_quality: bool,
 ) -> Matches:
   """Matches candidates to the object that they overlap most.
 
@@ -57,21 +58,22 @@ def match(
     objects: boxes [G, 4].
     exists: bool [G], which rows are objects.
     candidates: boxes [N, 4].
-    low: overlap (intersection over union) below which it is background.
-    high: overlap from which on it is matched.
-    best_too: also match, to its own best object, each candidate that overlaps
-      any object as much as none does more, ties included.
+    low: overlap (intersection over union) below which a candidate is
+      background.
+    high: least overlap at which a candidate is matched.
+    allow_low_quality: also match the candidates that overlap some object most,
+      ties included, each to the object that it overlaps most itself.
   """
   overlap = box_ops.iou_matrix(objects, candidates)
   # Padding overlaps nothing, not even by 0.
   overlap = jnp.where(exists[:, None], overlap, -1)
-  # The equality below needs the very numbers that the maximum was taken of.
+  # The equality below needs the very numbers that `max` has read.
   overlap = lax.optimization_barrier(overlap)
   best = overlap.max(axis=0)
   positive = best >= high
-  if best_too:
-    of_object = overlap.max(axis=1, keepdims=True)
-    ties = (overlap == of_object) & exists[:, None]
+  if allow_low_quality:
+    best_of_object = overlap.max(axis=1, keepdims=True)
+    ties = (overlap == best_of_object) & exists[:, None]
     positive = positive | ties.any(axis=0)
   return Matches(
     overlap.argmax(axis=0).astype(jnp.int32),
@@ -81,7 +83,7 @@ def match(
 
 
 def draw_priorities(key: jax.Array, count: int) -> jax.Array:
-  """Uniform numbers [count]; the least are sampled. `key` is consumed."""
+  """Draws uniform numbers [count]; the least are sampled. Consumes `key`."""
   return jax.random.uniform(key, (count,), jnp.float32)
 
 
@@ -92,10 +94,10 @@ def sample(
   num_samples: int,
   max_positive: int,
 ) -> Samples:
-  """Picks candidates without replacement, those of least priority.
+  """Picks the candidates of least priority, without replacement.
 
-  As many positive ones as there are, at most `max_positive`; then negative
-  ones, as many as there are, up to `num_samples` in all.
+  It takes all positive ones, at most `max_positive`, then negative ones up to
+  `num_samples` in all.
   """
 
   def pick(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -125,11 +127,11 @@ def match_and_sample(
   *,
   low: float,
   high: float,
-  best_too: bool,
+  allow_low_quality: bool,
   num_samples: int,
   max_positive: int,
 ) -> tuple[Samples, jax.Array]:
-  """Draws the candidates to train on, and says which object each should find.
+  """Draws the candidates to train on and assigns an object to each.
 
   Args:
     key: consumed.
@@ -139,15 +141,20 @@ def match_and_sample(
     usable: bool [N], which rows are candidates.
     low: see `match`.
     high: see `match`.
-    best_too: see `match`.
+    allow_low_quality: see `match`.
     num_samples: see `sample`.
     max_positive: see `sample`.
 
   Returns:
-    (samples, int32 [num_samples] the object of each).
+    (samples, index of the object of each, int32 [num_samples]).
   """
   matches = match(
-    objects, exists, candidates, low=low, high=high, best_too=best_too
+    objects,
+    exists,
+    candidates,
+    low=low,
+    high=high,
+    allow_low_quality=allow_low_quality,
   )
   matches = matches._replace(
     positive=matches.positive & usable, negative=matches.negative & usable
@@ -158,4 +165,4 @@ def match_and_sample(
     num_samples=num_samples,
     max_positive=max_positive,
   )
-  return samples, matches.object[samples.index]
+  return samples, matches.object_index[samples.indices]

@@ -1,38 +1,294 @@
 """Mask R-CNN with ResNet-FPN (arXiv 1703.06870), equal to torchvision's.
 
-Variables have the names of torchvision's first weights:
-`roi_heads.mask_head.mask_fcn1.weight` is
-`params/roi_heads/mask_head/mask_fcn1/kernel`.
+    images -> scaled -> backbone -> rpn -> proposed boxes -> roi_heads
+
+All shapes are static: images of any size lie in buffers of one size, and
+results are padded and have masks.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jax import lax
 from jax.typing import DTypeLike
 
 from pqf_jax import errors
-from pqf_jax.core import trees
-from pqf_jax.models import authors_files, layers, resnet, torch_names
-from pqf_jax.models.mask_rcnn import detector, fpn, roi_heads
+from pqf_jax.models import layers, resnet
+from pqf_jax.models.mask_rcnn import anchors, fpn, resize, roi_heads, rpn
+from pqf_jax.models.mask_rcnn import masks as mask_ops
+from pqf_jax.models.mask_rcnn import roi_align as roi_ops
 
-PyTree = Any
-Detections = detector.Detections
-TrainingOutputs = detector.TrainingOutputs
+Batch = Mapping[str, jax.Array]
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+FEATURES = 256
+BOX_FEATURES = 1024
 ANCHOR_SIZES = ((32,), (64,), (128,), (256,), (512,))
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
-# torchvision named these layers anew; the first names are kept here.
-RENAMED = (
-  (r"(backbone\.fpn\.(inner|layer)_blocks\.\d+)\.0\.", r"\1."),
-  (r"rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
-)
-MASK_LAYER = re.compile(r"roi_heads\.mask_head\.(\d+)\.0\.")
-DECONVOLUTION = "roi_heads.mask_predictor.conv5_mask"
-DECONVOLUTION_TAPS = 4
-BOX_HEAD = "roi_heads.box_head"
+# {order of the rows of the first dense layer: name of the layer}.
 FC6_LAYOUTS = {"chw": "fc6", "hwc": "fc6_hwc"}
+
+
+class Detections(NamedTuple):
+  """Detected objects, best first; zeros where `valid` is False.
+
+  Attributes:
+    boxes: [B, K, 4] (x1, y1, x2, y2) in pixels of the original images.
+    scores: [B, K].
+    labels: int32 [B, K], from 1.
+    masks: [B, K, 28, 28] probabilities; `masks.paste_masks` puts them into the
+      image.
+    valid: bool [B, K].
+  """
+
+  boxes: jax.Array
+  scores: jax.Array
+  labels: jax.Array
+  masks: jax.Array
+  valid: jax.Array
+
+
+class TrainingOutputs(NamedTuple):
+  """Predictions for sampled boxes and their targets, as the losses need them.
+
+  An image has N anchors, R boxes and M masks; `valid` separates samples from
+  padding.
+
+  Attributes:
+    anchors: predictions [B, N] for anchors, and their targets.
+    boxes: the sampled boxes [B, R], their labels and targets.
+    class_logits: [B, R, num_classes].
+    box_offsets: [B, R, 4], of the box's label.
+    mask_logits: [B, M, 28, 28] of the first M boxes, of the box's label.
+    mask_targets: [B, M, 28, 28], from 0 to 1.
+    mask_valid: bool [B, M].
+  """
+
+  anchors: rpn.AnchorSamples
+  boxes: roi_heads.BoxSamples
+  class_logits: jax.Array
+  box_offsets: jax.Array
+  mask_logits: jax.Array
+  mask_targets: jax.Array
+  mask_valid: jax.Array
+
+
+class _Features(NamedTuple):
+  """Feature maps and anchors of B images, for inference and for training.
+
+  Attributes:
+    scaled: int [B, 2], sizes within the canvas.
+    padded: the same rounded up to multiples of 32.
+    maps: the pyramid.
+    predictions: of the region proposal network, from the finest map to the
+      coarsest.
+    grids: the anchors of each map.
+  """
+
+  scaled: jax.Array
+  padded: jax.Array
+  maps: list[jax.Array]
+  predictions: list[rpn.AnchorPredictions]
+  grids: list[anchors.AnchorGrid]
+
+
+class MaskRCNN(nn.Module):
+  """The network; `make` describes the settings.
+
+  `apply(variables, images, sizes)` detects objects; `apply(variables, batch,
+  key, method="training_outputs")` computes what the losses need.
+  """
+
+  num_classes: int
+  min_size: int
+  max_size: int
+  canvas: tuple[int, int]
+  depth: int
+  norm_epsilon: float
+  first_dense: str
+  anchor_sizes: tuple[tuple[int, ...], ...]
+  anchor_ratios: tuple[float, ...]
+  num_proposals: int
+  num_training_proposals: int
+  num_detections: int
+  score_threshold: float
+  dtype: DTypeLike
+
+  def setup(self) -> None:
+    """Creates the three parts under torchvision's names."""
+    num_anchors = len(self.anchor_ratios) * len(self.anchor_sizes[0])
+    self.backbone = fpn.Backbone(
+      self.depth, FEATURES, self.norm_epsilon, self.dtype
+    )
+    self.rpn = rpn.RegionProposal(num_anchors, self.dtype)
+    self.roi_heads = roi_heads.RoIHeads(
+      self.num_classes, self.first_dense, BOX_FEATURES, FEATURES, self.dtype
+    )
+
+  def __call__(self, images: jax.Array, sizes: jax.Array) -> Detections:
+    """Detects objects.
+
+    Args:
+      images: uint8 [B, S, T, 3], each in the top left of its buffer.
+      sizes: int32 [B, 2], their heights and widths.
+    """
+    features = self._extract(images, sizes)
+
+    def propose(*of_image: Any) -> rpn.Proposals:
+      return rpn.propose(*of_image, num_proposals=self.num_proposals)
+
+    proposals = jax.vmap(propose)(
+      features.predictions, features.grids, features.scaled
+    )
+    logits, offsets = self._classify(features, proposals.boxes)
+
+    def select(*of_image: jax.Array) -> roi_heads.Selected:
+      return roi_heads.select_detections(
+        *of_image,
+        score_threshold=self.score_threshold,
+        num_detections=self.num_detections,
+      )
+
+    selected = jax.vmap(select)(logits, offsets, *proposals, features.scaled)
+    masks = nn.sigmoid(self._segment(features, selected.boxes, selected.labels))
+    masks = jnp.where(selected.valid[:, :, None, None], masks, 0)
+    ratio = _ratio(sizes, features.scaled).astype(selected.boxes.dtype)
+    return Detections(
+      selected.boxes * ratio[:, None, :],
+      selected.scores,
+      selected.labels,
+      masks,
+      selected.valid,
+    )
+
+  def training_outputs(self, batch: Batch, key: jax.Array) -> TrainingOutputs:
+    """Samples anchors and boxes and computes predictions and targets for them.
+
+    Args:
+      batch: `image` and `size` as in `__call__`, and the objects, padded to G:
+        `boxes` float32 [B, G, 4] in original pixels, `labels` int32 [B, G]
+        from 1, `valid` bool [B, G], and `masks` uint8 [B, G, S, ceil(T / 8)]
+        as returned by `np.packbits(mask, axis=-1)`.
+      key: draws the samples; consumed.
+    """
+    features = self._extract(batch["image"], batch["size"])
+    wide = features.predictions[0].logits.dtype
+    ratio = _ratio(features.scaled, batch["size"]).astype(wide)
+    objects = batch["boxes"].astype(wide) * ratio[:, None, :]
+    keys = jax.random.split(key, (len(objects), 2))
+    anchor_samples = jax.vmap(rpn.training_samples)(
+      keys[:, 0], features.predictions, features.grids, objects, batch["valid"]
+    )
+
+    def propose(*of_image: Any) -> rpn.Proposals:
+      return rpn.propose(*of_image, num_proposals=self.num_training_proposals)
+
+    proposals = jax.vmap(propose)(
+      lax.stop_gradient(features.predictions), features.grids, features.scaled
+    )
+    samples = jax.vmap(roi_heads.training_samples)(
+      keys[:, 1], *proposals, objects, batch["labels"], batch["valid"]
+    )
+    logits, offsets = self._classify(features, samples.boxes)
+    index = samples.labels[:, :, None, None]
+    first = jax.tree.map(lambda x: x[:, : roi_heads.MAX_POSITIVE], samples)
+
+    def crop(*of_image: jax.Array) -> jax.Array:
+      return mask_ops.crop_masks(
+        *of_image,
+        num_bins=2 * roi_heads.MASK_BINS,
+        longest=max(self.canvas),
+      )
+
+    targets = jax.vmap(crop)(
+      batch["masks"],
+      first.object_index,
+      first.boxes,
+      batch["size"],
+      features.scaled,
+    )
+    return TrainingOutputs(
+      anchor_samples,
+      samples,
+      logits,
+      jnp.take_along_axis(offsets, index, axis=2)[:, :, 0],
+      self._segment(features, first.boxes, first.labels),
+      targets,
+      first.positive,
+    )
+
+  def _extract(self, images: jax.Array, sizes: jax.Array) -> _Features:
+    wide = layers.at_least_float32(self.dtype)
+    longest = max(images.shape[1:3])
+    scaled = resize.scaled_sizes(sizes, longest, self.min_size, self.max_size)
+    x = _normalize(images, wide)
+
+    def scale(*of_image: jax.Array) -> jax.Array:
+      return resize.resize_image(*of_image, canvas=self.canvas)
+
+    x = jax.vmap(scale)(x, sizes, scaled).astype(self.dtype)
+    padded = fpn.round_up(scaled)
+    maps = self.backbone(x, fpn.ImageArea(padded, self.canvas))
+    predictions = jax.tree.map(lambda part: part.astype(wide), self.rpn(maps))
+    grids = [
+      self._anchors(sizes_of_anchors, x.shape[1:3], grid, padded, wide)
+      for sizes_of_anchors, x, grid in zip(
+        self.anchor_sizes, maps, fpn.grid_sizes(padded, len(maps)), strict=True
+      )
+    ]
+    return _Features(scaled, padded, maps, predictions, grids)
+
+  def _anchors(
+    self,
+    sizes: Sequence[int],
+    shape: Sequence[int],
+    grid: jax.Array,
+    padded: jax.Array,
+    dtype: np.dtype,
+  ) -> anchors.AnchorGrid:
+    base = anchors.base_anchors(sizes, self.anchor_ratios)
+    return jax.vmap(
+      lambda grid, size: anchors.anchor_grid(
+        base, shape, grid, size, dtype=dtype
+      )
+    )(grid, padded)
+
+  def _pool(
+    self, features: _Features, boxes: jax.Array, num_bins: int
+  ) -> jax.Array:
+    """Maps boxes [B, R, 4] to [B * R, P, P, C] without the coarsest map."""
+
+    def pool(*of_image: Any) -> jax.Array:
+      return roi_ops.roi_align(*of_image, num_bins=num_bins)
+
+    pooled = jax.vmap(pool)(features.maps[:-1], boxes, features.padded)
+    return pooled.reshape(-1, *pooled.shape[2:])
+
+  def _classify(
+    self, features: _Features, boxes: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Maps boxes [B, R, 4] to logits [B, R, C] and offsets [B, R, C, 4]."""
+
+    def by_image(values: jax.Array) -> jax.Array:
+      shape = *boxes.shape[:2], *values.shape[1:]
+      return values.astype(boxes.dtype).reshape(shape)
+
+    pooled = self._pool(features, boxes, roi_heads.BOX_BINS)
+    logits, offsets = self.roi_heads.classify(pooled)
+    return by_image(logits), by_image(offsets)
+
+  def _segment(
+    self, features: _Features, boxes: jax.Array, labels: jax.Array
+  ) -> jax.Array:
+    """Maps boxes [B, R, 4], labels [B, R] to mask logits [B, R, 28, 28]."""
+    pooled = self._pool(features, boxes, roi_heads.MASK_BINS)
+    logits = self.roi_heads.segment(pooled, labels.ravel())
+    logits = logits.astype(boxes.dtype)
+    return logits.reshape(*boxes.shape[:2], *logits.shape[1:])
 
 
 def make(
@@ -51,17 +307,18 @@ def make(
   num_detections: int = 100,
   score_threshold: float = 0.05,
   dtype: DTypeLike = jnp.float32,
-) -> detector.MaskRCNN:
+) -> MaskRCNN:
   """Builds the network.
 
   Args:
     num_classes: with background, which is class 0: 91 for COCO.
-    min_size: what the short side of images is scaled to.
+    min_size: length that the short side of images is scaled to.
     max_size: bound of the long side.
-    canvas: height and width of what the network reads, multiples of 32. None:
-      the square that every scaled image fits into. Where all images of a batch
-      lie on the same side, (min_size, max_size) rounded up to multiples of 32
-      is enough and takes 60 % of the time; what exceeds it is lost.
+    canvas: height and width of the network's input, multiples of 32. None: the
+      square that every scaled image fits into. If all images of a batch have
+      their long side in the same direction, (min_size, max_size) rounded up to
+      multiples of 32 is enough and takes 60 % of the time; pixels beyond it are
+      lost.
     depth: of the ResNet; see `resnet.make`.
     norm_epsilon: of the ResNet's norms: 0 in torchvision's COCO_V1 weights,
       1e-5 in others.
@@ -69,38 +326,39 @@ def make(
       'hwc', in which 16 channels of one position are a sub-vector.
     anchor_sizes: for each of the five maps.
     anchor_ratios: heights over widths.
-    num_proposals: boxes to look at.
-    num_training_proposals: boxes that samples are drawn of in training.
+    num_proposals: boxes that the heads read in inference.
+    num_training_proposals: boxes that samples are drawn from in training.
     num_detections: bound of the objects of an image.
-    score_threshold: what the probability of a class must exceed.
+    score_threshold: probability that a class must exceed.
     dtype: floating type of the computation; boxes have at least float32.
 
   Raises:
-    InputError: settings that cannot be.
+    InputError: a setting has an unsupported value.
   """
-  fallback = fpn.padded(max(min_size, max_size))
-  canvas = (fallback, fallback) if canvas is None else tuple(canvas)
+  side = fpn.round_up(max(min_size, max_size))
+  shape = (side, side) if canvas is None else tuple(canvas)
   sizes = tuple(tuple(row) for row in anchor_sizes)
-  if len(canvas) != 2 or any(side < 1 or side % fpn.STRIDE for side in canvas):
+  if len(shape) != 2 or any(n < 1 or n % fpn.STRIDE for n in shape):
     raise errors.InputError(
-      f"Mask R-CNN has no canvas={canvas}; give height and width, multiples of "
-      f"{fpn.STRIDE}, such as ({fallback}, {fallback})"
+      f"Mask R-CNN does not support canvas={shape}; give height and width as "
+      f"multiples of {fpn.STRIDE}, such as ({side}, {side})"
     )
   if len(sizes) != len(ANCHOR_SIZES) or len({len(row) for row in sizes}) != 1:
     raise errors.InputError(
-      f"Mask R-CNN has no anchor_sizes={sizes}; give {len(ANCHOR_SIZES)} rows "
-      f"of one length, such as {ANCHOR_SIZES}"
+      f"Mask R-CNN does not support anchor_sizes={sizes}; give "
+      f"{len(ANCHOR_SIZES)} rows of one length, such as {ANCHOR_SIZES}"
     )
   layers.check_choice("Mask R-CNN", "depth", depth, tuple(resnet.DEPTHS))
   layers.check_choice(
     "Mask R-CNN", "fc6_layout", fc6_layout, tuple(FC6_LAYOUTS)
   )
   layers.check_settings("Mask R-CNN", num_classes, dtype)
-  return detector.MaskRCNN(
+  height, width = shape
+  return MaskRCNN(
     num_classes,
     min_size,
     max_size,
-    canvas,
+    (height, width),
     depth,
     norm_epsilon,
     FC6_LAYOUTS[fc6_layout],
@@ -115,88 +373,26 @@ def make(
 
 
 def backbone(*, depth: int = 50, **settings: Any) -> tuple[resnet.ResNet, str]:
-  """The ImageNet classifier that the body is, and the body's path.
+  """Returns the ImageNet classifier that the body comes from, and its path.
 
   Args:
     depth: as in `make`.
-    **settings: the others of `make`; they change nothing here.
+    **settings: the other settings of `make`, which change nothing here.
   """
   del settings
   return resnet.make(depth=depth, num_classes=1000), "backbone/body"
 
 
-def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
-  """Variables from torchvision's state dict, of either generation of names.
-
-  See `torch_weights.torch_to_flax`.
-  """
-  arranged = arrange(state_dict)
-  name, source = (f"{BOX_HEAD}.{layer}" for layer in ("fc6_hwc", "fc6"))
-  path = f"params/{name.replace('.', '/')}/kernel"
-  if path in trees.flatten(template) and f"{source}.weight" in arranged:
-    weight = np.asarray(arranged.pop(f"{source}.weight"))
-    positions = roi_heads.BOX_BINS**2
-    by_channel = weight.reshape(len(weight), -1, positions)
-    by_position = by_channel.swapaxes(1, 2).reshape(weight.shape)
-    arranged[f"{name}.weight"] = by_position
-    arranged[f"{name}.bias"] = arranged.pop(f"{source}.bias")
-  return torch_names.torch_to_flax(arranged, template)
-
-
-def arrange(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """Torchvision's first names, and the transposed convolution as others.
-
-  Torch has its kernel as [in, out, h, w], and the authors of the paper its
-  codes as [in, out]; here both begin with the output. Done twice to the first
-  names, it changes nothing.
-  """
-  arranged = {_first_name(name): array for name, array in state_dict.items()}
-  for entry in (f"{DECONVOLUTION}.weight", DECONVOLUTION + authors_files.CODES):
-    if entry in arranged:
-      swapped = np.asarray(arranged[entry]).swapaxes(0, 1)
-      # Safetensors writes the bytes of other arrays in disorder.
-      arranged[entry] = np.ascontiguousarray(swapped)
-  return arranged
-
-
-def to_authors_layout(
-  variables: PyTree, *, norm_epsilon: float = 0.0
-) -> torch_names.StateDict:
-  """The state dict of the authors' layout; see `official.to_authors_layout`.
-
-  `arrange` and `official.from_authors_layout` read it back. Their released file
-  could not be had: names, shapes and sizes are those of their configuration,
-  and what their code makes of them is not tested.
-
-  Args:
-    variables: with `VQArray`s; the transposed convolution may have sub-vectors
-      of one channel only, since theirs run over the outputs.
-    norm_epsilon: of the model's norms.
-
-  Raises:
-    InputError: a kernel that the layout cannot hold.
-  """
-  arranged = authors_files.to_authors_layout(
-    variables, norm_epsilon=norm_epsilon
+def _normalize(images: jax.Array, dtype: np.dtype) -> jax.Array:
+  """Normalizes images [B, S, T, 3] of 0 to 255 as in the body's training."""
+  mean, std = (
+    jnp.asarray(values, dtype).reshape(1, 1, 1, -1)
+    for values in (IMAGE_MEAN, IMAGE_STD)
   )
-  codes = arranged.get(DECONVOLUTION + authors_files.CODES)
-  codebook = arranged.get(DECONVOLUTION + authors_files.CODEBOOK)
-  if codes is not None and codebook.shape[1] != DECONVOLUTION_TAPS:
-    raise errors.InputError(
-      f"{DECONVOLUTION} has sub-vectors of {codebook.shape[1]} weights, but "
-      f"the authors' run over outputs; give it {DECONVOLUTION_TAPS}, that is "
-      "one channel"
-    )
-  if f"{BOX_HEAD}.fc6_hwc.bias" in arranged:
-    raise errors.InputError(
-      "fc6_layout='hwc' has no place in the authors' layout; use 'chw'"
-    )
-  return arrange(arranged)
+  return (images.astype(dtype) / 255 - mean) / std
 
 
-def _first_name(name: str) -> str:
-  for pattern, replacement in RENAMED:
-    name = re.sub(pattern, replacement, name)
-  return MASK_LAYER.sub(
-    lambda found: f"roi_heads.mask_head.mask_fcn{int(found[1]) + 1}.", name
-  )
+def _ratio(sizes: jax.Array, others: jax.Array) -> jax.Array:
+  """Returns sizes / others, [B, 2] each, as (x, y, x, y) float32 [B, 4]."""
+  ratio = sizes.astype(jnp.float32) / others.astype(jnp.float32)
+  return jnp.concatenate([ratio[:, ::-1], ratio[:, ::-1]], axis=1)

@@ -1,8 +1,8 @@
 """Non-maximum suppression with static shapes, equal to the greedy algorithm.
 
 A box is dropped if a better one that was kept overlaps it by more than a
-threshold. Boxes are ordered best first; which of the rows are boxes at all is
-told by a mask, never by their coordinates.
+threshold. Boxes are ordered best first. A mask marks the rows that are boxes;
+coordinates never do.
 """
 
 from typing import NamedTuple
@@ -23,24 +23,24 @@ def suppress(
   threshold: float,
   labels: jax.Array | None = None,
 ) -> jax.Array:
-  """Which boxes are kept.
+  """Returns which boxes non-maximum suppression keeps.
 
-  With S[i, j] = "i is better than j and overlaps it", keep = valid and not
-  any_i(keep[i] and S[i, :]) is iterated. S is strictly triangular, so that the
-  fixed point is unique and is the greedy solution; it is reached after as many
-  steps as the longest chain of boxes that suppress each other is long: 3 to 8
-  for 2,000 proposals.
+  With S[i, j] = "i is better than j and overlaps it", this iterates
+  keep = valid and not any_i(keep[i] and S[i, :]). S is strictly triangular, so
+  the fixed point is unique and is the greedy solution. The number of steps is
+  the length of the longest chain of boxes that suppress each other: 3 to 8 for
+  2,000 proposals.
 
   Args:
     boxes: [K, 4], best first.
-    valid: bool [K]; others neither stay nor suppress.
-    threshold: of the intersection over union; equal overlaps are kept.
-    labels: int [K]: only boxes of the same label suppress each other.
+    valid: bool [K]; other rows are neither kept nor suppress any.
+    threshold: largest intersection over union at which both boxes are kept.
+    labels: int [K]; only boxes of the same label suppress each other.
 
   Returns:
     bool [K].
   """
-  # by[j, i]: i would suppress j. The row of j is contiguous, as `any` reads it.
+  # by[j, i]: i would suppress j. Row j is contiguous, as `any` reads it.
   by = box_ops.iou_matrix(boxes, boxes) > threshold
   rank = jnp.arange(boxes.shape[0])
   by = by & (rank[None, :] < rank[:, None]) & valid[:, None]
@@ -60,11 +60,11 @@ def _fixed_point(by: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 class _Progress(NamedTuple):
-  """Of the walk over tiles: the next one, and what is kept so far."""
+  """State of the loop over tiles: the next one, and the boxes kept so far."""
 
   tile: jax.Array
   num_kept: jax.Array
-  index: jax.Array
+  indices: jax.Array
   boxes: jax.Array
   labels: jax.Array
 
@@ -77,18 +77,18 @@ def best_boxes(
   threshold: float,
   num_best: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """The first boxes that suppression per label keeps, however many there are.
+  """Returns the first boxes that suppression per label keeps.
 
-  Walks over tiles of boxes and stops once `num_best` are kept. This is exact
-  for any number of candidates, since what is dropped behind a kept box depends
-  on kept boxes only; and it needs no matrix of all pairs.
+  It goes through tiles of boxes and stops once `num_best` are kept. This is
+  exact for any number of candidates, since whether a box is dropped depends on
+  better kept boxes only; and it needs no matrix of all pairs.
 
   Args:
     boxes: [N, 4], best first.
     labels: int32 [N].
-    valid: bool [N]; all that are valid come first.
+    valid: bool [N]; all valid boxes come first.
     threshold: see `suppress`.
-    num_best: at most so many are kept.
+    num_best: largest number of boxes to keep.
 
   Returns:
     (indices int32 [num_best], best first; bool [num_best], which of them
@@ -101,8 +101,8 @@ def best_boxes(
   labels, valid = jnp.pad(labels, (0, rest)), jnp.pad(valid, (0, rest))
   slots = jnp.arange(num_best)
 
-  def go_on(state: _Progress) -> jax.Array:
-    # All that are valid come first: a tile that starts otherwise is the end.
+  def is_unfinished(state: _Progress) -> jax.Array:
+    # Valid boxes come first: a tile that starts with another one is the end.
     start = jnp.minimum(state.tile, num_tiles - 1) * size
     more = (state.tile < num_tiles) & valid[start]
     return more & (state.num_kept < num_best)
@@ -117,8 +117,8 @@ def best_boxes(
     beaten = box_ops.iou_matrix(tile, state.boxes) > threshold
     beaten &= tile_labels[:, None] == state.labels[None, :]
     beaten &= (slots < state.num_kept)[None, :]
-    open_ = cut(valid) & ~jnp.any(beaten, axis=1)
-    keep = suppress(tile, open_, threshold=threshold, labels=tile_labels)
+    remaining = cut(valid) & ~jnp.any(beaten, axis=1)
+    keep = suppress(tile, remaining, threshold=threshold, labels=tile_labels)
     # Slot s is filled by the (s - num_kept + 1)-th box that the tile keeps.
     count = jnp.cumsum(keep.astype(jnp.int32))
     source = jnp.searchsorted(count, slots - state.num_kept + 1)
@@ -128,7 +128,7 @@ def best_boxes(
     return _Progress(
       state.tile + 1,
       total,
-      jnp.where(new, start + source, state.index),
+      jnp.where(new, start + source, state.indices),
       jnp.where(new[:, None], tile[source], state.boxes),
       jnp.where(new, tile_labels[source], state.labels),
     )
@@ -138,5 +138,5 @@ def best_boxes(
   start = _Progress(
     zero, zero, none, jnp.zeros((num_best, 4), boxes.dtype), none
   )
-  found = lax.while_loop(go_on, step, start)
-  return found.index, slots < found.num_kept
+  end = lax.while_loop(is_unfinished, step, start)
+  return end.indices, slots < end.num_kept

@@ -1,8 +1,9 @@
 """Scaling images to the size that a detector works at.
 
-As torchvision's: the short side becomes `min_size` unless the long one would
-then exceed `max_size`; bilinear between pixel centers, without antialiasing.
-The sizes of the images are values, not shapes: one program serves all.
+As in torchvision, the short side becomes `min_size` unless the long one would
+then exceed `max_size`; interpolation is bilinear between pixel centers, without
+antialiasing. The sizes of the images are values, not shapes, so one compiled
+program serves all.
 """
 
 import functools
@@ -14,14 +15,14 @@ import numpy as np
 
 @functools.lru_cache(maxsize=8)
 def scaled_lengths(longest: int, min_size: int, max_size: int) -> np.ndarray:
-  """What the sides of every image up to a size are scaled to.
+  """Returns a table of the scaled sides of images of every size.
 
   A side is floor(side * scale) in double precision, which accelerators lack,
   and whose rounding decides: a square of 161 becomes 799, not 800.
 
   Args:
     longest: side of the largest image.
-    min_size: wanted length of the short side.
+    min_size: target length of the short side.
     max_size: bound of the long side.
 
   Returns:
@@ -41,7 +42,7 @@ def scaled_lengths(longest: int, min_size: int, max_size: int) -> np.ndarray:
 def scaled_sizes(
   sizes: jax.Array, longest: int, min_size: int, max_size: int
 ) -> jax.Array:
-  """(height, width) int32 [B, 2] of images -> the same after scaling."""
+  """Maps (height, width) int32 [B, 2] of images to those after scaling."""
   table = jnp.asarray(scaled_lengths(longest, min_size, max_size))
   height, width = sizes[:, 0], sizes[:, 1]
   return jnp.stack([table[height, width], table[width, height]], axis=1)
@@ -54,37 +55,33 @@ def resize_image(
   *,
   canvas: tuple[int, int],
 ) -> jax.Array:
-  """Scales one image within its buffer to one within another.
+  """Scales one image from its buffer into another one.
 
   Args:
     image: [S, T, C] float, the image at its top left.
     size: int [2], height and width of the image.
-    scaled: int [2], what it is scaled to; what exceeds the canvas is lost.
+    scaled: int [2], the same after scaling; pixels beyond the canvas are lost.
     canvas: height and width of the result.
 
   Returns:
     [*canvas, C], zero outside of the image.
   """
   for axis in (0, 1):
-    low, high, above = _between(
+    low, high, above = _sources(
       canvas[axis], size[axis], scaled[axis], image.dtype
     )
     above = above.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
     lower, upper = (jnp.take(image, i, axis, mode="clip") for i in (low, high))
     image = lower * (1 - above) + upper * above
-  return jnp.where(within(canvas, scaled), image, 0)
-
-
-def within(canvas: tuple[int, int], size: jax.Array) -> jax.Array:
-  """Bool [*canvas, 1]: the positions in the top left of this size."""
-  rows = jnp.arange(canvas[0])[:, None, None] < size[0]
-  return rows & (jnp.arange(canvas[1])[None, :, None] < size[1])
+  rows = jnp.arange(canvas[0])[:, None, None] < scaled[0]
+  columns = jnp.arange(canvas[1])[None, :, None] < scaled[1]
+  return jnp.where(rows & columns, image, 0)
 
 
 def nearest_source(
   positions: jax.Array, length: jax.Array, scaled: jax.Array
 ) -> jax.Array:
-  """Where torch's nearest interpolation takes the given positions from.
+  """Returns the positions that torch's nearest interpolation reads.
 
   Args:
     positions: int, after scaling.
@@ -92,18 +89,18 @@ def nearest_source(
     scaled: int [], after scaling.
 
   Returns:
-    int32, like `positions`. The product is of float32 on purpose: another
-    precision gives other positions.
+    int32 of the shape of `positions`. The product is float32 on purpose:
+    another precision returns other positions.
   """
   ratio = length.astype(jnp.float32) / scaled.astype(jnp.float32)
   source = jnp.floor(positions.astype(jnp.float32) * ratio).astype(jnp.int32)
   return jnp.clip(source, 0, length - 1)
 
 
-def _between(
+def _sources(
   count: int, length: jax.Array, scaled: jax.Array, dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(low, high, share of high) of `count` positions, by bilinear weights."""
+  """Returns (row before, row behind, its weight) of `count` positions."""
   ratio = length.astype(dtype) / scaled.astype(dtype)
   source = (jnp.arange(count).astype(dtype) + 0.5) * ratio - 0.5
   source = jnp.maximum(source, 0)

@@ -1,7 +1,7 @@
 """ROIAlign (section 3 of arXiv 1703.06870) over a pyramid of maps.
 
 The value of a bin is the mean of 2 x 2 samples, each bilinear between four
-positions of the map, as torchvision's with sampling_ratio=2 and aligned=False.
+positions of the map, as in torchvision with sampling_ratio=2 and aligned=False.
 Rows and columns separate: a bin is a weighted sum of 4 rows and 4 columns.
 Boxes get no gradient.
 """
@@ -16,7 +16,7 @@ from jax import lax
 
 NUM_SAMPLES = 2
 # A box of 224 x 224 reads the third map, of stride 16 (equation 1 of
-# arXiv 1612.03144); the small number is torchvision's.
+# arXiv 1612.03144); torchvision adds the small number.
 CANONICAL_SIZE = 224
 CANONICAL_LEVEL = 2
 LEVEL_EPSILON = 1e-6
@@ -27,12 +27,12 @@ class _Taps(NamedTuple):
   """The rows (or columns) that each of P bins is a weighted sum of.
 
   Attributes:
-    index: int32 [R, P, 4].
-    weight: [R, P, 4], of sum 1, or less where samples are outside of the map.
+    indices: int32 [R, P, 4].
+    weights: [R, P, 4], with sum 1, or less if samples are outside of the map.
   """
 
-  index: jax.Array
-  weight: jax.Array
+  indices: jax.Array
+  weights: jax.Array
 
 
 def roi_align(
@@ -44,13 +44,13 @@ def roi_align(
 ) -> jax.Array:
   """Pools boxes of one image, each from the map that suits its size.
 
-  On TPUs by `pool_by_product`, elsewhere by `pool_by_gather`.
+  TPUs use `pool_by_product`, other platforms `pool_by_gather`.
 
   Args:
     maps: of strides 4, 8, 16, ...: [H, W, C] each.
     boxes: [R, 4] in pixels of the network's input.
     size: int [2], height and width of the image in the network's input, a
-      multiple of the strides. Maps may be larger; the rest is not read.
+      multiple of the strides. Maps may be larger; only this part is read.
     num_bins: P, bins along each side.
 
   Returns:
@@ -65,8 +65,8 @@ def roi_align(
       default=functools.partial(pool_by_gather, num_bins=num_bins),
     )
 
-  # The backward pass needs boxes alone; without this the indices, weights and
-  # samples of the forward pass would be kept for it.
+  # The backward pass needs only the boxes; without `checkpoint` it would keep
+  # the indices, weights and samples of the forward pass.
   compute: Callable[..., jax.Array] = jax.checkpoint(pool)
   return compute(tuple(maps), boxes, size)
 
@@ -78,7 +78,7 @@ def pool_by_gather(
   *,
   num_bins: int,
 ) -> jax.Array:
-  """`roi_align` that reads the 16 positions of each bin from memory."""
+  """Computes `roi_align` by reading the 16 positions of each bin."""
   level = assign_levels(boxes, len(maps))
   lengths = [x.shape[0] * x.shape[1] for x in maps]
   table = jnp.concatenate([x.reshape(-1, x.shape[2]) for x in maps])
@@ -91,14 +91,14 @@ def pool_by_gather(
   stride = of_level([FIRST_STRIDE * 2**i for i in range(len(maps))])
   rows = _taps(boxes[:, 1::2], size[0], stride, num_bins)
   columns = _taps(boxes[:, 0::2], size[1], stride, num_bins)
-  base = first[:, None, None] + rows.index * row_length[:, None, None]
-  index = base[:, :, None, :, None] + columns.index[:, None, :, None, :]
-  weight = (
-    rows.weight[:, :, None, :, None] * columns.weight[:, None, :, None, :]
+  base = first[:, None, None] + rows.indices * row_length[:, None, None]
+  indices = base[:, :, None, :, None] + columns.indices[:, None, :, None, :]
+  weights = (
+    rows.weights[:, :, None, :, None] * columns.weights[:, None, :, None, :]
   )
-  # The taps never leave the table; 'clip' spares the check.
-  samples = jnp.take(table, index, axis=0, mode="clip")
-  return (samples * weight[..., None].astype(table.dtype)).sum((3, 4))
+  # The taps never leave the table; 'clip' saves the check.
+  samples = jnp.take(table, indices, axis=0, mode="clip")
+  return (samples * weights[..., None].astype(table.dtype)).sum((3, 4))
 
 
 def pool_by_product(
@@ -108,10 +108,10 @@ def pool_by_product(
   *,
   num_bins: int,
 ) -> jax.Array:
-  """`roi_align` by matrix products, every box with every map.
+  """Computes `roi_align` by matrix products of every box with every map.
 
-  On an H100 ten times slower than the gather, whose gradient is a scatter,
-  which is what TPUs are slow at.
+  On an H100 this is ten times slower than the gather; but the gradient of a
+  gather is a scatter, which is slow on TPUs.
   """
   level = assign_levels(boxes, len(maps))
   pooled = []
@@ -131,11 +131,11 @@ def pool_by_product(
         precision=lax.Precision.HIGHEST,
       )
     )
-  return sum(pooled)
+  return functools.reduce(jnp.add, pooled)
 
 
 def assign_levels(boxes: jax.Array, num_levels: int) -> jax.Array:
-  """Boxes [R, 4] -> int32 [R], the number of the map that each one reads."""
+  """Returns the number of the map that each box [R, 4] reads, int32 [R]."""
   sides = jnp.maximum(boxes[:, 2:] - boxes[:, :2], 0)
   scale = jnp.sqrt(sides[:, 0] * sides[:, 1]) / CANONICAL_SIZE
   # Empty boxes, such as padding, read the finest map.
@@ -148,10 +148,10 @@ class Neighbours(NamedTuple):
   """The two rows that bilinear interpolation reads at each position.
 
   Attributes:
-    inside: bool, False more than a row beyond either end; such read nothing.
+    inside: bool; positions more than a row beyond either end read nothing.
     low: int32, the row before.
-    high: int32, the row behind; both are the last one at its end.
-    above: weight of `high`; that of `low` is the rest to 1.
+    high: int32, the row behind; at the end both are the last row.
+    above: weight of `high`; the weight of `low` is 1 - above.
   """
 
   inside: jax.Array
@@ -161,7 +161,7 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(position: jax.Array, length: jax.Array) -> Neighbours:
-  """What torchvision's RoIAlign reads; shapes broadcast.
+  """Finds the rows that torchvision's RoIAlign reads; shapes broadcast.
 
   Args:
     position: in rows, float.
@@ -180,7 +180,7 @@ def neighbours(position: jax.Array, length: jax.Array) -> Neighbours:
 def _taps(
   ends: jax.Array, length: jax.Array, stride: jax.Array, num_bins: int
 ) -> _Taps:
-  """Of boxes from ends[:, 0] to ends[:, 1], in a map of length / stride."""
+  """Computes the taps of boxes [ends[:, 0], ends[:, 1]] in a strided map."""
   ends = ends / stride[:, None].astype(ends.dtype)
   length = (length.astype(jnp.int32) // stride)[:, None]
   start, side = ends[:, :1], jnp.maximum(ends[:, 1:] - ends[:, :1], 1)
@@ -192,17 +192,17 @@ def _taps(
   step = side / num_bins
   position = start + place * step + (within + 0.5) * step / NUM_SAMPLES
   inside, low, high, above = neighbours(position, length)
-  # Samples outside may have any position: they read somewhere and weigh 0.
+  # Samples outside may have any position: they read some row with weight 0.
   above = jnp.where(inside, above, 0)
   below = jnp.where(inside, 1 - above, 0)
   bins = (ends.shape[0], num_bins, NUM_SAMPLES)
-  index = [part.reshape(bins) for part in (low, high)]
-  weight = [part.reshape(bins) / NUM_SAMPLES for part in (below, above)]
-  return _Taps(jnp.concatenate(index, -1), jnp.concatenate(weight, -1))
+  indices = [part.reshape(bins) for part in (low, high)]
+  weights = [part.reshape(bins) / NUM_SAMPLES for part in (below, above)]
+  return _Taps(jnp.concatenate(indices, -1), jnp.concatenate(weights, -1))
 
 
 def _matrix(taps: _Taps, length: int) -> jax.Array:
-  """[R, P, length] of which a bin's row holds its weights."""
+  """Returns [R, P, length], the weight of every position in every bin."""
   position = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, -1)
-  at = taps.index[..., None] == position
-  return jnp.where(at, taps.weight[..., None], 0).sum(axis=2)
+  at = taps.indices[..., None] == position
+  return jnp.where(at, taps.weights[..., None], 0).sum(axis=2)

@@ -1,6 +1,6 @@
-"""What is in a box, where exactly, and which pixels it covers.
+"""Box head and mask head of Mask R-CNN (arXiv 1703.06870) on ResNet-FPN.
 
-The two heads of Mask R-CNN (arXiv 1703.06870) on ResNet-FPN.
+The box head classifies and refines a box, the mask head finds its pixels.
 """
 
 from typing import NamedTuple
@@ -23,15 +23,15 @@ MIN_SIDE = 1e-2
 NUM_SAMPLES = 512
 MAX_POSITIVE = 128
 MATCHED_FROM = 0.5
-# How [R, 7, 7, C] becomes [R, 49 C], by the name of the layer that reads it:
-# weights in one order must not be taken for those in the other.
+# How [R, 7, 7, C] becomes [R, 49 C], by the name of the layer that reads it.
+# Names differ so that weights in one order are never loaded as the other.
 FLATTEN = {
   "fc6": lambda x: jnp.moveaxis(x, -1, 1).reshape(len(x), -1),
   "fc6_hwc": lambda x: x.reshape(len(x), -1),
 }
 
 
-class Picked(NamedTuple):
+class Selected(NamedTuple):
   """The final boxes of an image, in pixels of the network's input.
 
   Attributes:
@@ -47,21 +47,21 @@ class Picked(NamedTuple):
   valid: jax.Array
 
 
-class Samples(NamedTuple):
-  """Boxes of an image to train on, those with an object first.
+class BoxSamples(NamedTuple):
+  """Boxes of an image to train on; boxes with an object come first.
 
   Attributes:
     boxes: [R, 4] in pixels of the network's input.
     labels: int32 [R], 0 for background.
-    objects: int32 [R], index of the matched object.
-    positive: bool [R]: has an object.
-    valid: bool [R]: not padding.
+    object_index: int32 [R], index of the matched object.
+    positive: bool [R], whether the box has an object.
+    valid: bool [R], False for padding.
     targets: [R, 4], offsets to the object where positive.
   """
 
   boxes: jax.Array
   labels: jax.Array
-  objects: jax.Array
+  object_index: jax.Array
   positive: jax.Array
   valid: jax.Array
   targets: jax.Array
@@ -70,10 +70,10 @@ class Samples(NamedTuple):
 class BoxHead(nn.Module):
   """Two dense layers.
 
-  The rows of the first run over (channel, row, column), as torch's do, where
-  it is named fc6: 16 consecutive ones are a sub-vector of the paper, and
-  `BlockSpec(16)` of the kernel. As fc6_hwc they run over (row, column,
-  channel): a sub-vector then holds 16 channels of one position.
+  If the first is named fc6, its rows run over (channel, row, column) as in
+  torch: 16 consecutive ones are a sub-vector of the paper, and `BlockSpec(16)`
+  of the kernel. If it is named fc6_hwc, they run over (row, column, channel): a
+  sub-vector then holds 16 channels of one position.
   """
 
   first: str
@@ -82,7 +82,7 @@ class BoxHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[R, 7, 7, C] -> [R, features]."""
+    """Maps [R, 7, 7, C] to [R, features]."""
     x = FLATTEN[self.first](x)
     for name in (self.first, "fc7"):
       x = nn.relu(dense(self.features, dtype=self.dtype, name=name)(x))
@@ -90,14 +90,14 @@ class BoxHead(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-  """Class logits, and for every class offsets of its own."""
+  """Class logits and, for every class, box offsets."""
 
   num_classes: int
   dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[R, features] -> [R, num_classes], [R, num_classes, 4]."""
+    """Maps [R, features] to [R, num_classes] and [R, num_classes, 4]."""
     settings = {"dtype": self.dtype}
     logits = dense(self.num_classes, name="cls_score", **settings)(x)
     offsets = dense(4 * self.num_classes, name="bbox_pred", **settings)(x)
@@ -112,7 +112,7 @@ class MaskHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[R, 14, 14, C] -> [R, 14, 14, features]."""
+    """Maps [R, 14, 14, C] to [R, 14, 14, features]."""
     for i in range(1, 5):
       name = f"mask_fcn{i}"
       x = nn.relu(
@@ -122,9 +122,10 @@ class MaskHead(nn.Module):
 
 
 class Deconvolution(nn.Module):
-  """Transposed convolution of size 2 and stride 2: every position becomes four.
+  """Transposed convolution of size 2 and stride 2.
 
-  The kernel [2, 2, in, out] is torch's [in, out, 2, 2].
+  Every position becomes four. The kernel [2, 2, in, out] is torch's
+  [in, out, 2, 2].
   """
 
   features: int
@@ -132,7 +133,7 @@ class Deconvolution(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[R, H, W, C] -> [R, 2 H, 2 W, features]."""
+    """Maps [R, H, W, C] to [R, 2 H, 2 W, features]."""
     wide = layers.at_least_float32(self.dtype)
     shape = (2, 2, x.shape[-1], self.features)
     initializer = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -152,7 +153,7 @@ class MaskPredictor(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[R, 14, 14, C] -> [R, 28, 28, num_classes]."""
+    """Maps [R, 14, 14, C] to [R, 28, 28, num_classes]."""
     x = Deconvolution(x.shape[-1], self.dtype, name="conv5_mask")(x)
     name = "mask_fcn_logits"
     return fpn.convolution(1, self.num_classes, dtype=self.dtype, name=name)(
@@ -170,25 +171,25 @@ class RoIHeads(nn.Module):
   dtype: DTypeLike
 
   def setup(self) -> None:
-    """Makes the layers, under torchvision's names."""
+    """Creates the layers under torchvision's names."""
     self.box_head = BoxHead(self.first_dense, self.box_features, self.dtype)
     self.box_predictor = BoxPredictor(self.num_classes, self.dtype)
     self.mask_head = MaskHead(self.mask_features, self.dtype)
     self.mask_predictor = MaskPredictor(self.num_classes, self.dtype)
 
   def classify(self, pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[R, 7, 7, C] -> logits [R, num_classes], offsets [R, num_classes, 4]."""
+    """Maps [R, 7, 7, C] to class logits [R, C'] and offsets [R, C', 4]."""
     return self.box_predictor(self.box_head(pooled))
 
   def segment(self, pooled: jax.Array, labels: jax.Array) -> jax.Array:
-    """[R, 14, 14, C], int [R] -> logits [R, 28, 28] of these classes."""
+    """Maps [R, 14, 14, C] to mask logits [R, 28, 28] of the labels int [R]."""
     logits = self.mask_predictor(self.mask_head(pooled))
     index = labels[:, None, None, None]
     return jnp.take_along_axis(logits, index, axis=3)[..., 0]
 
 
 def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
-  """A dense layer of the heads."""
+  """Builds a dense layer of the heads."""
   return nn.Dense(
     features,
     dtype=dtype,
@@ -197,7 +198,7 @@ def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
   )
 
 
-def pick(
+def select_detections(
   logits: jax.Array,
   offsets: jax.Array,
   boxes: jax.Array,
@@ -206,16 +207,16 @@ def pick(
   *,
   score_threshold: float,
   num_detections: int,
-) -> Picked:
-  """The final boxes of one image.
+) -> Selected:
+  """Selects the final boxes of one image.
 
   Args:
     logits: [R, C] with background as class 0.
     offsets: [R, C, 4].
-    boxes: [R, 4] that were looked at.
+    boxes: [R, 4], the proposals.
     valid: bool [R].
     scaled: int [2], height and width of the image.
-    score_threshold: what the probability of a class must exceed.
+    score_threshold: probability that a class must exceed.
     num_detections: K.
   """
   scores = nn.softmax(logits, axis=-1)[:, 1:]
@@ -223,25 +224,25 @@ def pick(
   height, width = scaled.astype(boxes.dtype)
   moved = box_ops.clip(moved, height, width)[:, 1:]
   is_candidate = valid[:, None] & (scores > score_threshold)
-  is_candidate &= box_ops.has_sides(moved, MIN_SIDE)
+  is_candidate &= box_ops.is_large(moved, MIN_SIDE)
   scores = jnp.where(is_candidate, scores, -1).ravel()
-  # No more classes of a box than this can exceed the threshold.
-  most = min(logits.shape[1] - 1, int(1 / max(score_threshold, 1e-9)))
-  scores, index = lax.top_k(scores, len(boxes) * most)
+  # At most so many classes of a box can exceed the threshold.
+  max_classes = min(logits.shape[1] - 1, int(1 / max(score_threshold, 1e-9)))
+  scores, index = lax.top_k(scores, len(boxes) * max_classes)
   labels = (index % (logits.shape[1] - 1) + 1).astype(jnp.int32)
   moved = moved.reshape(-1, 4)[index]
-  kept, found = nms.best_boxes(
+  kept, exists = nms.best_boxes(
     moved,
     labels,
     scores >= 0,
     threshold=NMS_THRESHOLD,
     num_best=num_detections,
   )
-  return Picked(
-    jnp.where(found[:, None], moved[kept], 0),
-    jnp.where(found, scores[kept], 0),
-    jnp.where(found, labels[kept], 0),
-    found,
+  return Selected(
+    jnp.where(exists[:, None], moved[kept], 0),
+    jnp.where(exists, scores[kept], 0),
+    jnp.where(exists, labels[kept], 0),
+    exists,
   )
 
 
@@ -252,8 +253,8 @@ def training_samples(
   objects: jax.Array,
   labels: jax.Array,
   exists: jax.Array,
-) -> Samples:
-  """Samples proposals of one image, the objects themselves among them.
+) -> BoxSamples:
+  """Samples from the proposals and the objects of one image.
 
   Args:
     key: consumed.
@@ -265,7 +266,7 @@ def training_samples(
   """
   boxes = lax.stop_gradient(jnp.concatenate([boxes, objects]))
   valid = jnp.concatenate([valid, exists])
-  samples, matched = matching.match_and_sample(
+  samples, object_index = matching.match_and_sample(
     key,
     objects,
     exists,
@@ -273,16 +274,16 @@ def training_samples(
     valid,
     low=MATCHED_FROM,
     high=MATCHED_FROM,
-    best_too=False,
+    allow_low_quality=False,
     num_samples=NUM_SAMPLES,
     max_positive=MAX_POSITIVE,
   )
-  boxes = boxes[samples.index]
-  return Samples(
+  boxes = boxes[samples.indices]
+  return BoxSamples(
     boxes,
-    jnp.where(samples.positive, labels[matched], 0),
-    matched,
+    jnp.where(samples.positive, labels[object_index], 0),
+    object_index,
     samples.positive,
     samples.valid,
-    box_ops.encode(objects[matched], boxes, weights=OFFSET_WEIGHTS),
+    box_ops.encode(objects[object_index], boxes, weights=OFFSET_WEIGHTS),
   )

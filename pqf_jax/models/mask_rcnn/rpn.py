@@ -1,4 +1,4 @@
-"""Region proposal network (arXiv 1506.01497): which boxes to look at."""
+"""Region proposal network (arXiv 1506.01497): boxes that may hold objects."""
 
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ MAX_POSITIVE = 128
 MATCHED_FROM, BACKGROUND_BELOW = 0.7, 0.3
 
 
-class Regions(NamedTuple):
-  """What the network says about the N anchors of one map.
+class AnchorPredictions(NamedTuple):
+  """Predictions for the N anchors of one map.
 
   Attributes:
     logits: [B, N].
-    offsets: [B, N, 4], see `ops.boxes.decode`.
+    offsets: [B, N, 4], see `boxes.decode`.
   """
 
   logits: jax.Array
@@ -31,26 +31,26 @@ class Regions(NamedTuple):
 
 
 class Proposals(NamedTuple):
-  """Boxes, best first.
+  """Proposed boxes, best first.
 
   Attributes:
     boxes: [K, 4] in pixels of the network's input.
-    valid: bool [K], those that exist.
+    valid: bool [K], False for padding.
   """
 
   boxes: jax.Array
   valid: jax.Array
 
 
-class Training(NamedTuple):
-  """Sampled anchors of an image.
+class AnchorSamples(NamedTuple):
+  """Sampled anchors of an image with predictions and targets.
 
   Attributes:
     logits: [num].
-    positive: bool [num]: contains an object.
-    valid: bool [num]: positive or background, not padding.
+    positive: bool [num], whether the anchor has an object.
+    valid: bool [num], False for padding.
     offsets: [num, 4].
-    targets: [num, 4], what they should be where positive.
+    targets: [num, 4], the true offsets where positive.
   """
 
   logits: jax.Array
@@ -61,14 +61,14 @@ class Training(NamedTuple):
 
 
 class Head(nn.Module):
-  """The same three convolutions for all maps."""
+  """Three convolutions that all maps share."""
 
   num_anchors: int
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, maps: list[jax.Array]) -> list[Regions]:
-    """[B, H, W, C] each -> regions of N = H * W * num_anchors each."""
+  def __call__(self, maps: list[jax.Array]) -> list[AnchorPredictions]:
+    """Maps [B, H, W, C] to predictions for H * W * num_anchors anchors each."""
     settings = {"dtype": self.dtype}
     features = maps[0].shape[-1]
     conv = fpn.convolution(3, features, name="conv", **settings)
@@ -76,16 +76,16 @@ class Head(nn.Module):
     offsets = fpn.convolution(
       1, 4 * self.num_anchors, name="bbox_pred", **settings
     )
-    found = []
+    predictions = []
     for x in maps:
       hidden = nn.relu(conv(x))
-      found.append(
-        Regions(
+      predictions.append(
+        AnchorPredictions(
           logits(hidden).reshape(len(x), -1),
           offsets(hidden).reshape(len(x), -1, 4),
         )
       )
-    return found
+    return predictions
 
 
 class RegionProposal(nn.Module):
@@ -95,53 +95,56 @@ class RegionProposal(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, maps: list[jax.Array]) -> list[Regions]:
-    """See `Head`."""
+  def __call__(self, maps: list[jax.Array]) -> list[AnchorPredictions]:
+    """Applies the head; see `Head`."""
     return Head(self.num_anchors, self.dtype, name="head")(maps)
 
 
 def propose(
-  regions: list[Regions],
-  grids: list[anchors.Grid],
+  predictions: list[AnchorPredictions],
+  grids: list[anchors.AnchorGrid],
   scaled: jax.Array,
   *,
   num_proposals: int,
 ) -> Proposals:
-  """The best boxes of one image.
+  """Proposes the best boxes of one image.
 
-  Of every map the best `num_proposals`, of which those that overlap better ones
-  of the same map by more than 0.7 are dropped; then the best of all maps.
+  It takes the best `num_proposals` of every map, drops those that overlap
+  better ones of the same map by more than 0.7, then takes the best of all maps.
 
   Args:
-    regions: of each map, without the batch axis.
+    predictions: of each map, without the batch axis.
     grids: anchors of each map.
     scaled: int [2], height and width of the image within the network's input.
     num_proposals: K.
   """
-  found = [
-    _best_of_map(region, grid, scaled, num_proposals)
-    for region, grid in zip(regions, grids, strict=True)
+  best = [
+    _best_of_map(prediction, grid, scaled, num_proposals)
+    for prediction, grid in zip(predictions, grids, strict=True)
   ]
-  logits, boxes, valid = (jnp.stack(part) for part in zip(*found, strict=True))
+  logits, boxes, valid = (jnp.stack(part) for part in zip(*best, strict=True))
   keep = jax.vmap(
     lambda boxes, valid: nms.suppress(boxes, valid, threshold=NMS_THRESHOLD)
   )(boxes, valid)
-  # By probability, not logit, so that ties of saturated ones are torchvision's.
+  # Probabilities, not logits, so that saturated ones tie as in torchvision.
   scores = jnp.where(keep, nn.sigmoid(logits), -1).ravel()
   scores, index = lax.top_k(scores, num_proposals)
   return Proposals(boxes.reshape(-1, 4)[index], scores >= 0)
 
 
 def _best_of_map(
-  region: Regions, grid: anchors.Grid, scaled: jax.Array, count: int
+  prediction: AnchorPredictions,
+  grid: anchors.AnchorGrid,
+  scaled: jax.Array,
+  count: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(logits [K], boxes [K, 4], valid [K]) of the best of one map."""
-  logits = jnp.where(grid.exists, region.logits, -jnp.inf)
+  """Returns (logits [K], boxes [K, 4], valid [K]) of the best of one map."""
+  logits = jnp.where(grid.exists, prediction.logits, -jnp.inf)
   logits, index = lax.top_k(logits, min(count, logits.size))
-  boxes = box_ops.decode(region.offsets[index], grid.boxes[index])
+  boxes = box_ops.decode(prediction.offsets[index], grid.boxes[index])
   height, width = scaled.astype(boxes.dtype)
   boxes = box_ops.clip(boxes, height, width)
-  valid = jnp.isfinite(logits) & box_ops.has_sides(boxes, MIN_SIDE)
+  valid = jnp.isfinite(logits) & box_ops.is_large(boxes, MIN_SIDE)
   rest = count - logits.size
   return (
     jnp.pad(logits, (0, rest)),
@@ -152,23 +155,23 @@ def _best_of_map(
 
 def training_samples(
   key: jax.Array,
-  regions: list[Regions],
-  grids: list[anchors.Grid],
+  predictions: list[AnchorPredictions],
+  grids: list[anchors.AnchorGrid],
   objects: jax.Array,
   exists: jax.Array,
-) -> Training:
-  """Samples anchors of one image and says what they should have found.
+) -> AnchorSamples:
+  """Samples anchors of one image with their targets.
 
   Args:
     key: consumed.
-    regions: of each map, without the batch axis.
+    predictions: of each map, without the batch axis.
     grids: anchors of each map.
     objects: boxes [G, 4] in pixels of the network's input.
     exists: bool [G].
   """
   boxes = jnp.concatenate([grid.boxes for grid in grids])
   inside = jnp.concatenate([grid.exists for grid in grids])
-  samples, matched = matching.match_and_sample(
+  samples, object_index = matching.match_and_sample(
     key,
     objects,
     exists,
@@ -176,16 +179,16 @@ def training_samples(
     inside,
     low=BACKGROUND_BELOW,
     high=MATCHED_FROM,
-    best_too=True,
+    allow_low_quality=True,
     num_samples=NUM_SAMPLES,
     max_positive=MAX_POSITIVE,
   )
-  logits = jnp.concatenate([region.logits for region in regions])
-  offsets = jnp.concatenate([region.offsets for region in regions])
-  return Training(
-    logits[samples.index],
+  logits = jnp.concatenate([maps.logits for maps in predictions])
+  offsets = jnp.concatenate([maps.offsets for maps in predictions])
+  return AnchorSamples(
+    logits[samples.indices],
     samples.positive,
     samples.valid,
-    offsets[samples.index],
-    box_ops.encode(objects[matched], boxes[samples.index]),
+    offsets[samples.indices],
+    box_ops.encode(objects[object_index], boxes[samples.indices]),
   )
