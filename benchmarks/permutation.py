@@ -137,13 +137,13 @@ def print_groups(
   print("|", " | ".join(names), "|\n|", " | ".join("-" * len(names)), "|")
   missed = []
   for report in reports:
-    path = report.children[0]
+    path = report.consumers[0]
     first = path.removeprefix("params/").removesuffix("/kernel")
     values = [
       _log_det(trees.flatten(tree)[path], plan[path].spec.channels)
       for tree in (variables, permuted)
     ]
-    row = [report.group, str(len(report.children))]
+    row = [report.group, str(len(report.consumers))]
     row += [f"{report.log_det_before:.3f}", f"{report.log_det_after:.3f}"]
     row += [first, *(f"{value:.3f}" for value in values)]
     row.append(f"{alone[first]:.3f}" if first in alone else "")

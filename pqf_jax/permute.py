@@ -1,4 +1,4 @@
-"""Stage 1: channels -> a better order, the function staying the same."""
+"""Stage 1: reorders channels so that they quantize better."""
 
 import functools
 import math
@@ -18,36 +18,36 @@ from pqf_jax.permutation import search as permutation_search
 from pqf_jax.runtime import threads
 
 PyTree = Any
-Search = Callable[[np.random.Generator, objective.Grams], objective.Order]
+Search = Callable[[np.random.Generator, objective.Grams], objective.ScoredOrder]
 
 # Ridge of every covariance, relative to the mean square of a weight: 1e-10
 # moves the log-determinants of ResNet-18 by less than 1e-4.
 RELATIVE_RIDGE = 1e-10
-# Groups that are searched at the same time. Each one in work holds the Gram
-# matrices of its kernels: 170 MB for 512 channels of 3x3.
+# Groups that are searched at the same time. Each one holds the Gram matrices of
+# its kernels: 170 MB for 512 channels of 3x3.
 _MOST_THREADS = 8
 
 
 class GroupReport(NamedTuple):
-  """What the search found for one channel group.
+  """Result of the search for one channel group.
 
   Attributes:
     group: its name.
-    children: paths of the compressed kernels that its order changes; the
-      figures are of these.
+    consumers: paths of the compressed kernels that its order changes; the
+      figures below are of these.
     size: channels.
-    log_det_before: natural log-determinant of the covariance of the children's
-      sub-vectors, averaged over the sub-vectors; 0 without children.
-    log_det_after: the same in the order that was found.
+    log_det_before: natural log-determinant of the covariance of the consumers'
+      sub-vectors, averaged over the sub-vectors; 0 without consumers.
+    log_det_after: the same in the new order.
     error_before: relative squared error of a short k-means, averaged over the
-      children's weights; 0 where it was not asked for.
-    error_after: the same in the order that was found.
-    accepted: whether that order was taken.
-    note: why not, or anything else worth saying.
+      consumers' weights; 0 where it was not requested.
+    error_after: the same in the new order.
+    accepted: whether the new order is applied.
+    note: why it is not, or a remark.
   """
 
   group: str
-  children: tuple[str, ...]
+  consumers: tuple[str, ...]
   size: int
   log_det_before: float
   log_det_after: float
@@ -58,32 +58,32 @@ class GroupReport(NamedTuple):
 
 
 class _Group(NamedTuple):
-  """A channel group that is searched.
+  """A channel group to search.
 
   Attributes:
-    children: the kernels that decide; at least one.
+    consumers: the kernels that decide; at least one.
     notes: on the other kernels.
     seed: of the search.
     kmeans_key: random number generator key of the k-means.
   """
 
-  children: list[consumers.Reader]
+  consumers: list[consumers.Consumer]
   notes: list[str]
   seed: np.ndarray
   kmeans_key: jax.Array
 
 
-class _Found(NamedTuple):
-  """What the search of one group came to.
+class _SearchResult(NamedTuple):
+  """Result of the search of one group, before it is judged.
 
   Attributes:
-    before: the order that the channels have.
-    after: the order that was found.
-    notes: what the report should say.
+    before: the present order of the channels.
+    after: the order that the search returned.
+    notes: for the report.
   """
 
-  before: objective.Order
-  after: objective.Order
+  before: objective.ScoredOrder
+  after: objective.ScoredOrder
   notes: list[str]
 
 
@@ -99,12 +99,12 @@ def permute_channels(
   gather: Callable[[dict[str, Any]], dict[str, Any]] = dict,
   on_group: Callable[[GroupReport], None] = lambda report: None,
 ) -> tuple[PyTree, dict[str, np.ndarray], tuple[GroupReport, ...]]:
-  """Orders the channels of every group so that less is lost by quantizing.
+  """Reorders the channels of every group so that quantizing loses less.
 
   Minimizes the log-determinant of the covariance of the sub-vectors (section
   3.2 of arXiv 2010.15703), averaged over all kernels that read the group. A
   group's result depends on the key, its name and its kernels only, and an order
-  is taken only if it lowers this objective.
+  is applied only if it lowers this objective.
 
   Args:
     key: random number generator key, consumed.
@@ -115,85 +115,91 @@ def permute_channels(
       `permutation_search.search_like_authors` is the paper's. Several groups
       are searched at the same time, each in a thread of its own.
     kmeans_steps: if not 0, every order is also judged by the squared error of
-      k-means of so many steps, and taken only if it lowers that as well. Off by
-      default: for ResNet-18 on one H200, 20 steps add 12 % to the stage and 7 s
-      of compilation, and agree with the log-determinant in all 12 groups.
-    share: {group: cost of its search} -> the groups that this process searches;
-      of several, each one its own.
+      k-means of so many steps, and applied only if it lowers that as well. Off
+      by default: for ResNet-18 on one H200, 20 steps add 12 % to the stage and
+      7 s of compilation, and agree with the log-determinant in all 12 groups.
+    share: {group: cost of its search} -> the groups that this process searches,
+      so that several processes divide the work.
     gather: {name: JSON} of this process's groups -> the same of all processes.
-    on_group: called after each group, for progress: as they are done, so in an
-      order that may vary.
+    on_group: called after each group, for progress; the order may vary.
 
   Returns:
     (variables in the new order, {group: int32 permutation} of the groups that
     were reordered, one report for each group); both in the order of `axes`.
 
   Raises:
-    InputError: NaN or infinite weights, found before any search; or axes that
-      do not fit the tree (`channels.group_sizes`).
+    InputError: NaN or infinite weights, before any search; or axes that do not
+      fit the tree (`channels.group_sizes`).
   """
   sizes = channels.group_sizes(variables, axes)
-  readers_of = consumers.find_readers(variables, axes, plan)
-  groups, permutations, reports = {}, {}, {}
+  consumers_of = consumers.find_consumers(variables, axes, plan)
+  groups: dict[str, _Group] = {}
+  permutations: dict[str, np.ndarray] = {}
+  reports: dict[str, GroupReport] = {}
 
   def finish(report: GroupReport) -> None:
     reports[report.group] = report
     on_group(report)
 
-  def judge(name: str, found: _Found) -> None:
-    permutations[name] = found.after.permutation.astype(np.int32)
-    finish(_judge(name, groups[name], found, kmeans_steps))
+  def judge(name: str, result: _SearchResult) -> None:
+    permutations[name] = result.after.permutation.astype(np.int32)
+    finish(_judge(name, groups[name], result, kmeans_steps))
 
   for name, size in sizes.items():
-    children, notes = readers_of.get(name, ([], []))
-    if children:
-      groups[name] = _group(key, name, children, notes)
+    usable, notes = consumers_of.get(name, ([], []))
+    if usable:
+      groups[name] = _group(key, name, usable, notes)
     else:
       note = "; ".join(notes) or "no compressed kernel reads it"
       finish(GroupReport(name, (), size, 0.0, 0.0, 0.0, 0.0, False, note))
   costs = {name: _effort(group) for name, group in groups.items()}
   tasks = {
-    name: functools.partial(_improve, groups[name], search)
+    name: functools.partial(_search_group, groups[name], search)
     for name in sorted(share(costs), key=lambda name: -costs[name])
   }
   threads.run_tasks(tasks, judge, max_threads=_MOST_THREADS)
-  told = gather(
+  gathered = gather(
     {
       name: (reports[name]._asdict(), permutations[name].tolist())
       for name in tasks
     }
   )
   for name in groups.keys() - tasks.keys():
-    report, permutation = told[name]
+    report, permutation = gathered[name]
     permutations[name] = np.array(permutation, np.int32)
-    finish(GroupReport(**report | {"children": tuple(report["children"])}))
-  taken = {name: permutations[name] for name in sizes if reports[name].accepted}
+    finish(GroupReport(**report | {"consumers": tuple(report["consumers"])}))
+  accepted = {
+    name: permutations[name] for name in sizes if reports[name].accepted
+  }
   ordered = tuple(reports[name] for name in sizes)
-  return _reorder(variables, axes, taken), taken, ordered
+  return _reorder(variables, axes, accepted), accepted, ordered
 
 
 def _group(
-  key: jax.Array, name: str, children: list[consumers.Reader], notes: list[str]
+  key: jax.Array,
+  name: str,
+  usable: list[consumers.Consumer],
+  notes: list[str],
 ) -> _Group:
-  """The group with random numbers of its own."""
+  """Gives a group random numbers of its own."""
   salt = np.uint32(zlib.crc32(name.encode()))
   seed, kmeans_key = _random_numbers(key, salt)
-  return _Group(children, notes, np.asarray(seed), kmeans_key)
+  return _Group(usable, notes, np.asarray(seed), kmeans_key)
 
 
 @jax.jit
 def _random_numbers(
   key: jax.Array, salt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The seed of a search and the key of its k-means; compiled once."""
+  """Returns the seed of a search and the key of its k-means; compiled once."""
   search_key, kmeans_key = jax.random.split(jax.random.fold_in(key, salt))
   return jax.random.bits(search_key, (4,), np.uint32), kmeans_key
 
 
 def _effort(group: _Group) -> float:
-  """Entries of the Gram matrices: what the time of a search grows with."""
+  """Returns the entries of the Gram matrices; the time grows with them."""
   return sum(
-    math.prod(child.weights.shape[1:]) ** 2 for child in group.children
+    math.prod(consumer.weights.shape[1:]) ** 2 for consumer in group.consumers
   )
 
 
@@ -202,7 +208,7 @@ def _reorder(
   axes: channels.ChannelAxes,
   permutations: channels.Permutations,
 ) -> PyTree:
-  """`apply_permutations` on the host, where there is nothing to compile."""
+  """Applies the permutations on the host, where nothing is compiled."""
   flat = trees.flatten(variables)
   host = jax.device_get({path: flat[path] for path in axes})
   moved = channels.apply_permutations(host, axes, permutations)
@@ -215,41 +221,41 @@ def _reorder(
   )
 
 
-def _improve(group: _Group, search: Search) -> _Found:
-  """The order that the search finds, beside the one that there is."""
+def _search_group(group: _Group, search: Search) -> _SearchResult:
+  """Searches an order for one group, and scores the present one."""
   grams = [
     covariance.channel_gram(
-      child.weights, slots=child.slots, relative_ridge=RELATIVE_RIDGE
+      consumer.weights, slots=consumer.slots, relative_ridge=RELATIVE_RIDGE
     )
-    for child in group.children
+    for consumer in group.consumers
   ]
   before = objective.evaluate(grams, np.arange(len(grams[0].sums)))
-  found = search(np.random.default_rng(group.seed), grams)
-  after = objective.evaluate(grams, found.permutation)
-  singular = _singular(group.children, grams, (before, after))
-  return _Found(before, after, [*group.notes, *singular])
+  best = search(np.random.default_rng(group.seed), grams)
+  after = objective.evaluate(grams, best.permutation)
+  singular = _singular(group.consumers, grams, (before, after))
+  return _SearchResult(before, after, [*group.notes, *singular])
 
 
 def _judge(
-  name: str, group: _Group, found: _Found, kmeans_steps: int
+  name: str, group: _Group, result: _SearchResult, kmeans_steps: int
 ) -> GroupReport:
-  """Whether the order that was found is taken, and why."""
-  before, after, notes = found
+  """Decides whether the new order is applied, and notes why not."""
+  before, after, notes = result
   accepted = after.log_det < before.log_det - objective.MIN_GAIN
   error_before = error_after = 0.0
   if accepted and kmeans_steps:
     error_before, error_after = (
       _kmeans_error(
-        group.kmeans_key, group.children, order.permutation, kmeans_steps
+        group.kmeans_key, group.consumers, order.permutation, kmeans_steps
       )
       for order in (before, after)
     )
     accepted = error_after < error_before
   if not accepted:
-    notes = [*notes, "the order that was found is not better"]
+    notes = [*notes, "the new order is not better"]
   return GroupReport(
     name,
-    tuple(child.path for child in group.children),
+    tuple(consumer.path for consumer in group.consumers),
     len(after.permutation),
     before.log_det,
     after.log_det,
@@ -261,38 +267,38 @@ def _judge(
 
 
 def _singular(
-  children: list[consumers.Reader],
+  usable: list[consumers.Consumer],
   grams: objective.Grams,
-  compared: tuple[objective.Order, ...],
+  compared: tuple[objective.ScoredOrder, ...],
 ) -> list[str]:
-  """Says which kernels owe a finite log-determinant to the ridge."""
+  """Names the kernels whose log-determinant is finite only by the ridge."""
   notes = []
-  for index, (child, gram) in enumerate(zip(children, grams, strict=True)):
+  for index, (consumer, gram) in enumerate(zip(usable, grams, strict=True)):
     least = min(
-      np.linalg.eigvalsh(covariance.covariance(gram, order.sums[index]))[0]
+      np.linalg.eigvalsh(covariance.covariance(gram, order.moments[index]))[0]
       for order in compared
     )
     if least < 2 * gram.ridge:
       notes.append(
-        f"{child.path} has a singular covariance (dead, constant or duplicate "
-        "channels, or too few sub-vectors): regularized"
+        f"{consumer.path} has a singular covariance (dead, constant or "
+        "duplicate channels, or too few sub-vectors): regularized"
       )
   return notes
 
 
 def _kmeans_error(
   key: jax.Array,
-  children: list[consumers.Reader],
+  usable: list[consumers.Consumer],
   permutation: np.ndarray,
   steps: int,
 ) -> float:
-  """Relative squared error of k-means, averaged over the children's weights."""
+  """Returns the relative squared error of k-means, averaged over weights."""
   lost, size = 0.0, 0
-  for child in children:
-    ordered = child.weights[:, permutation]
-    vectors = ordered.reshape(-1, child.slots * ordered.shape[2])
+  for consumer in usable:
+    ordered = consumer.weights[:, permutation]
+    vectors = ordered.reshape(-1, consumer.slots * ordered.shape[2])
     result = kmeans.annealed_kmeans(
-      key, jnp.asarray(vectors), num_codes=child.num_codes, num_steps=steps
+      key, jnp.asarray(vectors), num_codes=consumer.num_codes, num_steps=steps
     )
     error = float(result.distortion[-1]) / vectors.shape[1]
     # Not the variance: constant weights have none, and no error either.

@@ -85,7 +85,7 @@ def test_reports_are_of_the_sub_vectors_before_and_after(shapes, axes, plan):
     jax.random.key(0), variables, axes, plan
   )
   assert report.accepted and report.note == ""
-  assert report.children == tuple(plan)
+  assert report.consumers == tuple(plan)
   assert report.log_det_after < report.log_det_before
   for got, tree in (
     (report.log_det_before, variables),
@@ -106,7 +106,7 @@ TWO_PLAN = {"a/kernel": _layer(4), "b/kernel": _layer(4)}
 def test_a_group_depends_on_the_key_and_on_itself_only():
   variables = _kernels(a=(32, 64), b=(64, 32))
 
-  def found(seed, axes=TWO_GROUPS, plan=TWO_PLAN):
+  def permutations_of(seed, axes=TWO_GROUPS, plan=TWO_PLAN):
     key = jax.random.key(seed)
     _, permutations, reports = permute.permute_channels(
       key, variables, axes, plan
@@ -114,14 +114,16 @@ def test_a_group_depends_on_the_key_and_on_itself_only():
     assert list(permutations) == [report.group for report in reports]
     return permutations
 
-  first = found(0)
+  first = permutations_of(0)
   assert first["g"].dtype == np.int32
-  np.testing.assert_array_equal(first["g"], found(0)["g"])
+  np.testing.assert_array_equal(first["g"], permutations_of(0)["g"])
   np.testing.assert_array_equal(
     first["g"],
-    found(0, {"b/kernel": (GROUP, None)}, {"b/kernel": _layer(4)})["g"],
+    permutations_of(0, {"b/kernel": (GROUP, None)}, {"b/kernel": _layer(4)})[
+      "g"
+    ],
   )
-  assert np.any(first["g"] != found(1)["g"])
+  assert np.any(first["g"] != permutations_of(1)["g"])
 
 
 def test_results_do_not_depend_on_how_many_threads_search(monkeypatch):
@@ -133,21 +135,21 @@ def test_results_do_not_depend_on_how_many_threads_search(monkeypatch):
   }
   plan = {f"{name}/kernel": _layer(2) for name in "abc"}
 
-  def found(most):
-    monkeypatch.setattr(permute, "_MOST_THREADS", most)
-    monkeypatch.setattr("os.cpu_count", lambda: most)
-    seen = []
+  def run(num_threads):
+    monkeypatch.setattr(permute, "_MOST_THREADS", num_threads)
+    monkeypatch.setattr("os.cpu_count", lambda: num_threads)
+    progress = []
     _, permutations, reports = permute.permute_channels(
-      jax.random.key(0), variables, axes, plan, on_group=seen.append
+      jax.random.key(0), variables, axes, plan, on_group=progress.append
     )
-    assert sorted(seen) == sorted(reports)
+    assert sorted(progress) == sorted(reports)
     assert [report.group for report in reports] == ["g", "h", "small"]
     assert list(permutations) == ["g", "h", "small"]
     return permutations, reports
 
-  permutations, reports = found(1)
-  for most in (2, 5):
-    again, again_reports = found(most)
+  permutations, reports = run(1)
+  for num_threads in (2, 5):
+    again, again_reports = run(num_threads)
     assert again_reports == reports  # log-determinants too, to the last bit
     for group, permutation in permutations.items():
       np.testing.assert_array_equal(again[group], permutation)
@@ -168,13 +170,13 @@ def test_groups_that_cannot_gain_are_left_alone_and_say_why():
   }
   widths = {"one": 1, "cut": 4, "dead": 2, "flat": 1}
   plan = {f"{name}/kernel": _layer(n) for name, n in widths.items()}
-  seen = []
+  progress = []
   permuted, permutations, reports = permute.permute_channels(
-    jax.random.key(0), variables, axes, plan, on_group=seen.append
+    jax.random.key(0), variables, axes, plan, on_group=progress.append
   )
   assert not permutations
   jax.tree.map(np.testing.assert_array_equal, permuted, variables)
-  assert tuple(seen) == reports
+  assert tuple(progress) == reports
   assert tuple(report.group for report in reports) == names
   notes = {report.group: report.note for report in reports}
   assert "one channel in a sub-vector" in notes["one"]
@@ -182,7 +184,7 @@ def test_groups_that_cannot_gain_are_left_alone_and_say_why():
   assert "no compressed kernel" in notes["none"]
   assert "all zeros" in notes["dead"]
   assert "one channel" in notes["flat"]
-  assert not any(report.accepted or report.children for report in reports)
+  assert not any(report.accepted or report.consumers for report in reports)
 
 
 def test_bad_weights_are_named_before_any_search():
@@ -219,8 +221,7 @@ def test_an_order_that_is_worse_is_not_taken():
   variables = _kernels(b=(16, 32))
 
   def search(rng, grams):
-    found = permutation_search.search_permutation(rng, grams)
-    size = len(found.permutation)
+    size = len(grams[0].sums)
     trials = [
       objective.evaluate(grams, rng.permutation(size)) for _ in range(200)
     ]
@@ -287,39 +288,35 @@ def test_groups_may_be_divided_over_processes():
     key, variables, axes, plan
   )
   assert len(permutations) == 3
-  told = {}
+  gathered = {}
 
-  class Told(Exception):
+  class Waiting(Exception):
     """Raised where a process would wait for the others."""
 
-  def tell(found):
-    told.update(json.loads(json.dumps(found)))
-    raise Told
+  def wait(records):
+    gathered.update(json.loads(json.dumps(records)))
+    raise Waiting
 
-  shares = (["h"], ["g", "i"])
-  for mine in shares:
-    with pytest.raises(Told):
-      permute.permute_channels(
-        key,
-        variables,
-        axes,
-        plan,
-        share=lambda costs, mine=mine: mine,
-        gather=tell,
-      )
-  assert told.keys() == {"g", "h", "i"}
-  for mine in shares:
-    seen = []
-    found = permute.permute_channels(
+  def run(mine, gather, on_group):
+    return permute.permute_channels(
       key,
       variables,
       axes,
       plan,
-      share=lambda costs, mine=mine: mine,
-      gather=lambda found: told,
-      on_group=seen.append,
+      share=lambda costs: mine,
+      gather=gather,
+      on_group=on_group,
     )
-    jax.tree.map(np.testing.assert_array_equal, found[0], moved)
-    jax.tree.map(np.testing.assert_array_equal, found[1], permutations)
-    assert found[2] == reports
-    assert len(seen) == 3
+
+  shares = (["h"], ["g", "i"])
+  for mine in shares:
+    with pytest.raises(Waiting):
+      run(mine, wait, lambda report: None)
+  assert gathered.keys() == {"g", "h", "i"}
+  for mine in shares:
+    progress = []
+    result = run(mine, lambda records: gathered, progress.append)
+    jax.tree.map(np.testing.assert_array_equal, result[0], moved)
+    jax.tree.map(np.testing.assert_array_equal, result[1], permutations)
+    assert result[2] == reports
+    assert len(progress) == 3

@@ -1,7 +1,7 @@
-"""The compressed kernels that read a channel group, as its channels."""
+"""Consumers: the compressed kernels that read a channel group."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,12 @@ from pqf_jax.core import plan as plans
 PyTree = Any
 
 
-class Reader(NamedTuple):
-  """A compressed kernel that reads a group, as its channels.
+class Consumer(NamedTuple):
+  """A compressed kernel that reads a group, with its channels as an axis.
 
   Attributes:
     path: of the kernel.
-    weights: [rows, C, taps] float32; a channel's taps include entries that
+    weights: [rows, C, taps] float32; a channel's taps include all entries that
       move with it.
     slots: channels that share a sub-vector.
     num_codes: K.
@@ -31,10 +31,10 @@ class Reader(NamedTuple):
   num_codes: int
 
 
-def find_readers(
+def find_consumers(
   variables: PyTree, axes: channels.ChannelAxes, plan: plans.CompressionPlan
-) -> dict[str, tuple[list[Reader], list[str]]]:
-  """The kernels that an order of each group can help.
+) -> dict[str, tuple[list[Consumer], list[str]]]:
+  """Finds the kernels that a new order of each group can help.
 
   Args:
     variables: dense variable tree.
@@ -42,82 +42,80 @@ def find_readers(
     plan: which kernels are compressed, and how.
 
   Returns:
-    {group: (its readers, why an order helps none of its other kernels)} for the
-    groups that any compressed kernel reads.
+    {group: (its consumers, notes on why no order helps its other kernels)} for
+    the groups that any compressed kernel reads.
 
   Raises:
     InputError: NaN or infinite weights.
   """
-  paths_of = _paths_by_group(axes, plan)
-  entries = _channel_entries(variables, paths_of, plan)
-  return {
-    group: _usable(paths, entries, axes, plan)
-    for group, paths in paths_of.items()
+  axis_of = {
+    path: axis
+    for path, row in axes.items()
+    if path in plan and (axis := row[plan[path].spec.in_axis]) is not None
   }
+  weights = _channel_weights(variables, list(axis_of), plan)
+  consumers: dict[str, tuple[list[Consumer], list[str]]] = {}
+  for path, axis in axis_of.items():
+    usable, notes = consumers.setdefault(axis.group, ([], []))
+    note = _why_no_order_helps(path, weights[path], axis, plan[path])
+    if note:
+      notes.append(note)
+    else:
+      usable.append(_consumer(path, weights[path], axis, plan[path]))
+  return consumers
 
 
-def _paths_by_group(
-  axes: channels.ChannelAxes, plan: plans.CompressionPlan
-) -> dict[str, list[str]]:
-  """{group: paths of the compressed kernels whose sub-vectors it orders}."""
-  paths_of: dict[str, list[str]] = {}
-  for path, row in axes.items():
-    axis = row[plan[path].spec.in_axis] if path in plan else None
-    if axis is not None:
-      paths_of.setdefault(axis.group, []).append(path)
-  return paths_of
-
-
-def _channel_entries(
-  variables: PyTree,
-  paths_of: Mapping[str, list[str]],
-  plan: plans.CompressionPlan,
+def _channel_weights(
+  variables: PyTree, paths: Sequence[str], plan: plans.CompressionPlan
 ) -> dict[str, np.ndarray]:
-  """{path: [C_out, C_in, taps]} of the kernels that read any group."""
+  """Returns {path: [C_out, C_in, taps]} of these kernels."""
   flat = trees.flatten(variables)
-  paths = [path for paths in paths_of.values() for path in paths]
   for path in paths:
     trees.check_finite(path, flat[path])
   specs = tuple(plan[path].spec for path in paths)
-  entries = _by_channel([flat[path] for path in paths], specs)
-  return dict(zip(paths, jax.device_get(entries), strict=True))
+  weights = _to_channels([flat[path] for path in paths], specs)
+  return dict(zip(paths, jax.device_get(weights), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="specs")
-def _by_channel(
+def _to_channels(
   kernels: Sequence[jax.Array], specs: tuple[blocks.BlockSpec, ...]
 ) -> list[jax.Array]:
-  """Each as [C_out, C_in, taps] float32; compiled once, not once a call."""
+  """Returns each as [C_out, C_in, taps] float32; compiled once for all."""
   return [
     spec.to_channels(kernel).astype(jnp.float32)
     for kernel, spec in zip(kernels, specs, strict=True)
   ]
 
 
-def _usable(
-  paths: Sequence[str],
-  entries: Mapping[str, np.ndarray],
-  axes: channels.ChannelAxes,
-  plan: plans.CompressionPlan,
-) -> tuple[list[Reader], list[str]]:
-  """The kernels that an order of the group can help, and why not the others."""
-  readers, notes = [], []
-  for path in paths:
-    layer = plan[path]
-    axis = axes[path][layer.spec.in_axis]
-    c_out, c_in, _ = entries[path].shape
-    size = c_in // (axis.outer * axis.inner)
-    slots, rest = divmod(layer.spec.channels, axis.inner)
-    if axis.inner % layer.spec.channels == 0:
-      notes.append(f"{path} has one channel in a sub-vector: no order helps it")
-    elif rest or size % slots:
-      notes.append(
-        f"{path} has sub-vectors of {layer.spec.channels} entries, which cut "
-        f"its {size} channels of {axis.inner} entries: not looked at"
-      )
-    elif not entries[path].any():
-      notes.append(f"{path} is all zeros: no order helps it")
-    else:
-      weights = entries[path].reshape(c_out * axis.outer, size, -1)
-      readers.append(Reader(path, weights, slots, layer.num_codes))
-  return readers, notes
+def _why_no_order_helps(
+  path: str,
+  weights: np.ndarray,
+  axis: channels.ChannelAxis,
+  layer: plans.LayerPlan,
+) -> str:
+  """Returns the reason, or '' where an order of the group may help."""
+  size = weights.shape[1] // (axis.outer * axis.inner)
+  slots, rest = divmod(layer.spec.channels, axis.inner)
+  if axis.inner % layer.spec.channels == 0:
+    return f"{path} has one channel in a sub-vector: no order helps it"
+  if rest or size % slots:
+    return (
+      f"{path} has sub-vectors of {layer.spec.channels} entries, which cut "
+      f"its {size} channels of {axis.inner} entries: not considered"
+    )
+  if not weights.any():
+    return f"{path} is all zeros: no order helps it"
+  return ""
+
+
+def _consumer(
+  path: str,
+  weights: np.ndarray,
+  axis: channels.ChannelAxis,
+  layer: plans.LayerPlan,
+) -> Consumer:
+  c_out, _, taps = weights.shape
+  by_channel = weights.reshape(c_out * axis.outer, -1, axis.inner * taps)
+  slots = layer.spec.channels // axis.inner
+  return Consumer(path, by_channel, slots, layer.num_codes)

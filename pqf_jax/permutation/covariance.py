@@ -1,22 +1,22 @@
 """Log-determinants of sub-vector covariances, by channel Gram matrices.
 
 A kernel with C input channels of T taps each is cut into sub-vectors of Q
-consecutive channels, D = Q * T numbers. For Gaussian sub-vectors the error of
+consecutive channels, D = Q * T weights. For Gaussian sub-vectors the error of
 the best code of a given rate grows with the determinant of their covariance, so
 a good order of the channels has a small one (section 3.2 of "Permute, Quantize,
 and Fine-tune", arXiv 2010.15703).
 
-With G[i, j] = W_i^T W_j (the T x T products of channels i and j, summed over
-the rows of the kernel) and the order `permutation`, cut into blocks b of Q
-slots, the sums over all N sub-vectors that the covariance is made of are
+Let G[i, j] = W_i^T W_j be the T x T products of channels i and j, summed over
+the rows of the kernel. With the order `permutation`, cut into blocks b of Q
+slots, the covariance is computed from two sums over all N sub-vectors:
 
     second[a, c] = sum_b G[permutation[b, a], permutation[b, c]]
     first[a]     = sum_b sums[permutation[b, a]]
     covariance   = (second - first first^T / N) / (N - 1)
 
-so no order needs a pass over the weights. Everything here is float64 NumPy on
-the host: determinants at D = 18 span hundreds of nats and two orders may differ
-by 1e-6 of one; the one large matrix product is done once a kernel.
+so that no order needs a pass over the weights. Everything here is float64 NumPy
+on the host: determinants at D = 18 span hundreds of nats and two orders may
+differ by 1e-6 of one; the one large matrix product is done once a kernel.
 """
 
 import itertools
@@ -29,26 +29,26 @@ _STRIP = 256
 
 
 class ChannelGram(NamedTuple):
-  """What the orders of one kernel's input channels are judged by.
+  """Gram matrix of one kernel's input channels, which scores their orders.
 
   Attributes:
     products: [C, C, T, T] float64, G above.
     sums: [C, T] float64, every channel's taps summed over the rows.
     slots: Q, channels that share a sub-vector; divides C.
-    num_vectors: N, sub-vectors of the kernel.
+    num_subvectors: N.
     ridge: added to the diagonal of every covariance; 0 gives the plain one.
   """
 
   products: np.ndarray
   sums: np.ndarray
   slots: int
-  num_vectors: int
+  num_subvectors: int
   ridge: float
 
   @property
   def degrees(self) -> int:
-    """N - 1, what the scatter is divided by."""
-    return max(self.num_vectors - 1, 1)
+    """Returns N - 1, the divisor of an unbiased covariance."""
+    return max(self.num_subvectors - 1, 1)
 
 
 class Moments(NamedTuple):
@@ -63,7 +63,7 @@ class Moments(NamedTuple):
   first: np.ndarray
 
   def at(self, index: int) -> "Moments":
-    """One of several orders."""
+    """Returns the moments of one of several orders."""
     return Moments(self.second[index], self.first[index])
 
 
@@ -79,20 +79,21 @@ def channel_gram(
       dead, constant or duplicate channels give a finite log-determinant.
 
   Returns:
-    The Gram matrix, C^2 * T^2 float64 numbers, and what goes with it.
+    The Gram matrix, of C^2 * T^2 float64 numbers.
   """
   rows, num_channels, taps = weights.shape
   flat = np.asarray(weights, np.float64).reshape(rows, num_channels * taps)
   products = np.empty((num_channels, num_channels, taps, taps))
   # Strips of channels, so that the copies below stay in cache. Each strip is
-  # computed from itself to the end, and mirrored: half of the multiplications.
+  # multiplied only with itself and the later ones, and the result mirrored:
+  # half of the multiplications.
   strip = max(1, _STRIP // taps)
   for start in range(0, num_channels, strip):
     stop = min(start + strip, num_channels)
     part = flat[:, start * taps : stop * taps].T @ flat[:, start * taps :]
-    tiles = part.reshape(stop - start, taps, -1, taps).swapaxes(1, 2)
-    products[start:stop, start:] = tiles
-    products[stop:, start:stop] = tiles[:, stop - start :].transpose(1, 0, 3, 2)
+    pairs = part.reshape(stop - start, taps, -1, taps).swapaxes(1, 2)
+    products[start:stop, start:] = pairs
+    products[stop:, start:stop] = pairs[:, stop - start :].transpose(1, 0, 3, 2)
   return ChannelGram(
     products,
     flat.sum(axis=0).reshape(num_channels, taps),
@@ -102,8 +103,8 @@ def channel_gram(
   )
 
 
-def moments(gram: ChannelGram, permutation: np.ndarray) -> Moments:
-  """The sums over all sub-vectors when the channels are in this order.
+def order_moments(gram: ChannelGram, permutation: np.ndarray) -> Moments:
+  """Sums over all sub-vectors with the channels in this order.
 
   Args:
     gram: of the kernel.
@@ -117,15 +118,15 @@ def moments(gram: ChannelGram, permutation: np.ndarray) -> Moments:
 def swap_moments(
   gram: ChannelGram, permutation: np.ndarray, pairs: np.ndarray
 ) -> Moments:
-  """What swapping two positions of an order adds to its moments.
+  """Computes what swapping two positions of an order adds to its moments.
 
   Args:
     gram: of the kernel.
     permutation: [C], the order before the swaps.
-    pairs: [P, 2] positions; each row is one swap, and not followed by others.
+    pairs: [P, 2] positions; each row is one swap, on its own.
 
   Returns:
-    P changes, to be added to `moments(gram, permutation)`.
+    P changes, to be added to `order_moments(gram, permutation)`.
   """
   blocks = permutation.reshape(-1, gram.slots)
   block, slot = np.divmod(pairs, gram.slots)
@@ -146,30 +147,30 @@ def swap_moments(
 
 
 def add(left: Moments, right: Moments) -> Moments:
-  """The moments after a change of `swap_moments`, broadcast over orders."""
+  """Adds a change from `swap_moments` to moments, broadcast over orders."""
   return Moments(left.second + right.second, left.first + right.first)
 
 
-def covariance(gram: ChannelGram, sums: Moments) -> np.ndarray:
-  """[..., D, D] unbiased covariance of the sub-vectors, plus the ridge."""
-  outer = sums.first[..., :, None] * sums.first[..., None, :]
-  scatter = sums.second - outer / gram.num_vectors
-  return scatter / gram.degrees + gram.ridge * np.eye(sums.first.shape[-1])
+def covariance(gram: ChannelGram, moments: Moments) -> np.ndarray:
+  """Returns the unbiased covariance [..., D, D], plus the ridge."""
+  outer = moments.first[..., :, None] * moments.first[..., None, :]
+  scatter = moments.second - outer / gram.num_subvectors
+  return scatter / gram.degrees + gram.ridge * np.eye(moments.first.shape[-1])
 
 
-def log_det(gram: ChannelGram, sums: Moments) -> np.ndarray:
-  """[...] natural log-determinant of the covariance; -inf if singular."""
-  sign, value = np.linalg.slogdet(covariance(gram, sums))
+def log_det(gram: ChannelGram, moments: Moments) -> np.ndarray:
+  """Returns the covariance's log-determinant [...] in nats; -inf: singular."""
+  sign, value = np.linalg.slogdet(covariance(gram, moments))
   # Rounding may make a singular covariance slightly indefinite.
   return np.where(sign > 0, value, -np.inf)
 
 
 def _block_moments(gram: ChannelGram, blocks: np.ndarray) -> Moments:
-  """The share [..., D, D], [..., D] of each block [..., Q] of channels."""
-  tiles = gram.products[blocks[..., :, None], blocks[..., None, :]]
+  """Returns the moments of each block [..., Q] of channels on its own."""
+  pairs = gram.products[blocks[..., :, None], blocks[..., None, :]]
   block_length = blocks.shape[-1] * gram.sums.shape[1]
   lead = blocks.shape[:-1]
   return Moments(
-    tiles.swapaxes(-3, -2).reshape(*lead, block_length, block_length),
+    pairs.swapaxes(-3, -2).reshape(*lead, block_length, block_length),
     gram.sums[blocks].reshape(*lead, block_length),
   )

@@ -1,10 +1,10 @@
-"""Orders of a channel group, and what they are worth to its kernels.
+"""The objective of the search: how well an order serves all kernels of a group.
 
 A group's channels are read by one or more kernels k, and one order serves all
-of them. Its worth is F(order) = sum_k share_k * log det cov_k(order), where
+of them. The objective is F(order) = sum_k share_k * log det cov_k(order), where
 share_k is the share of kernel k in the sub-vectors of all of them. For a given
-rate the error of a number of kernel k grows with exp(log det cov_k / D_k), and
-the kernel has N_k * D_k numbers: so F weighs all numbers alike.
+rate the error of a weight of kernel k grows with exp(log det cov_k / D_k), and
+the kernel has N_k * D_k weights: so F counts all weights alike.
 """
 
 import math
@@ -19,73 +19,78 @@ Grams = Sequence[covariance.ChannelGram]
 """One for each kernel that reads the group's channels."""
 
 CovarianceModel = Callable[[np.ndarray, int], np.ndarray]
-"""(covariance [D, D], slots) -> the covariance whose inverse is to be used."""
+"""(covariance [D, D], slots) -> the covariance that is inverted instead."""
 
 # A smaller gain is rounding.
 MIN_GAIN = 1e-9
-# Bytes of tiles that are gathered at once: they should stay in cache. A gather
-# of larger slabs, all tiles of one channel, takes longer than their products.
+# Bytes of products that are gathered at once: they should stay in cache. A
+# gather of larger slabs, all products of one channel, takes longer than their
+# multiplication.
 _LARGEST_GATHER = 2**18
 _LARGEST_SLAB = 2**16
 
 
-class Order(NamedTuple):
-  """One order of a group's channels and what it is worth.
+class ScoredOrder(NamedTuple):
+  """One order of a group's channels, with its value of the objective.
 
   Attributes:
     permutation: [C] int; new channel i is old channel `permutation[i]`.
-    sums: the moments of every kernel in this order.
+    moments: of every kernel in this order.
     log_det: F.
   """
 
   permutation: np.ndarray
-  sums: tuple[covariance.Moments, ...]
+  moments: tuple[covariance.Moments, ...]
   log_det: float
 
 
-def evaluate(grams: Grams, permutation: np.ndarray) -> Order:
-  """The order of this permutation [C], with its worth."""
-  sums = tuple(covariance.moments(gram, permutation) for gram in grams)
-  return Order(permutation, sums, float(objective(grams, sums)))
+def evaluate(grams: Grams, permutation: np.ndarray) -> ScoredOrder:
+  """Scores the order of a permutation [C]."""
+  moments = tuple(covariance.order_moments(gram, permutation) for gram in grams)
+  return ScoredOrder(permutation, moments, float(mean_log_det(grams, moments)))
 
 
-def objective(grams: Grams, sums: Sequence[covariance.Moments]) -> np.ndarray:
-  """F [...] of moments whose leading axes are different orders."""
+def mean_log_det(
+  grams: Grams, moments: Sequence[covariance.Moments]
+) -> np.ndarray:
+  """Returns F [...] of moments whose leading axes are different orders."""
   return sum(
-    share * covariance.log_det(gram, moments)
-    for share, gram, moments in zip(shares(grams), grams, sums, strict=True)
+    share * covariance.log_det(gram, of_kernel)
+    for share, gram, of_kernel in zip(
+      shares(grams), grams, moments, strict=True
+    )
   )
 
 
 def shares(grams: Grams) -> np.ndarray:
-  """[kernels]: each one's share in the sub-vectors of all."""
-  sizes = np.array([gram.num_vectors for gram in grams], np.float64)
+  """Returns [kernels], each one's share in the sub-vectors of all."""
+  sizes = np.array([gram.num_subvectors for gram in grams], np.float64)
   return sizes / sizes.sum()
 
 
 def superblock(grams: Grams) -> int:
-  """Channels of the smallest block that cuts no kernel's sub-vectors."""
+  """Returns the fewest channels that hold whole sub-vectors of every kernel."""
   return math.lcm(*(gram.slots for gram in grams))
 
 
 def measured(matrix: np.ndarray, slots: int) -> np.ndarray:
-  """The `CovarianceModel` that believes what was measured."""
+  """Returns the measured covariance: the usual `CovarianceModel`."""
   del slots
   return matrix
 
 
 def placement_scores(
   grams: Grams,
-  order: Order,
+  order: ScoredOrder,
   positions: np.ndarray,
   model: CovarianceModel = measured,
 ) -> np.ndarray:
-  """The linear bound on F of each channel at each position.
+  """Bounds F linearly for each channel at each position.
 
   log det is concave, so with M the inverse covariance a change dS of the
   covariance gives log det(S + dS) <= log det S + tr(M dS). A score is the part
-  of sum_k share_k * tr(M_k S_k) that depends on who is at this position, all
-  other positions being as they are: only differences within a column mean
+  of sum_k share_k * tr(M_k S_k) that depends on the channel at this position,
+  all other positions being as they are: only differences within a column mean
   anything. The mean's part of S is linearized too, which is a bound as well,
   because -mean mean^T is concave.
 
@@ -99,31 +104,35 @@ def placement_scores(
     [C, P].
   """
   total = np.zeros((len(order.permutation), len(positions)))
-  for share, gram, sums in zip(shares(grams), grams, order.sums, strict=True):
-    matrix = model(covariance.covariance(gram, sums), gram.slots)
+  kernels = zip(shares(grams), grams, order.moments, strict=True)
+  for share, gram, moments in kernels:
+    matrix = model(covariance.covariance(gram, moments), gram.slots)
     inverse = np.linalg.inv(matrix) * (share / gram.degrees)
-    total += _scores(gram, order.permutation, sums, inverse, positions)
+    total += _scores(gram, order.permutation, moments, inverse, positions)
   return total
 
 
 def _scores(
   gram: covariance.ChannelGram,
   permutation: np.ndarray,
-  sums: covariance.Moments,
+  moments: covariance.Moments,
   inverse: np.ndarray,
   positions: np.ndarray,
 ) -> np.ndarray:
-  """`placement_scores` [C, P] of one kernel, with `inverse` [D, D] for M."""
+  """Returns `placement_scores` [C, P] of one kernel; `inverse` [D, D] is M."""
   num_channels, taps = gram.sums.shape
   slots = gram.slots
-  tiles = gram.products.reshape(num_channels, num_channels, taps * taps)
+  products = gram.products.reshape(num_channels, num_channels, taps * taps)
   by_slot = inverse.reshape(slots, taps, slots, taps).swapaxes(1, 2)
   each = np.arange(slots)
-  own = by_slot[each, each].reshape(slots, -1)
-  mean = sums.first / gram.num_vectors
-  pull = (inverse @ mean).reshape(slots, taps)
+  diagonal = by_slot[each, each].reshape(slots, -1)
+  mean = moments.first / gram.num_subvectors
+  mean_part = (inverse @ mean).reshape(slots, taps)
   channels = np.arange(num_channels)
-  alone = own @ tiles[channels, channels].T - 2 * pull @ gram.sums.T
+  # [slots, C]: the part that does not depend on the other channels.
+  alone = (
+    diagonal @ products[channels, channels].T - 2 * mean_part @ gram.sums.T
+  )
 
   block, slot = np.divmod(positions, slots)
   # The channels that share a block with each position, and their slots.
@@ -131,24 +140,28 @@ def _scores(
   other = others[slot, :-1]
   mates = permutation.reshape(-1, slots)[block[:, None], other]
   cross = 2 * by_slot.swapaxes(0, 1).reshape(slots, slots, -1)
-  pairs = _weighted_tiles(tiles, mates, cross[slot[:, None], other])
+  pairs = _weighted_products(products, mates, cross[slot[:, None], other])
   return (alone[slot] + pairs).T
 
 
-def _weighted_tiles(
-  tiles: np.ndarray, mates: np.ndarray, weights: np.ndarray
+def _weighted_products(
+  products: np.ndarray, mates: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-  """[P, C]: tiles [C, C, T^2] of mates [P, Q-1] times weights [P, Q-1, T^2]."""
-  total = np.zeros((len(mates), len(tiles)))
-  slab = tiles[0].nbytes
+  """Sums products [C, C, T^2] over mates [P, Q-1]; weights are [P, Q-1, T^2].
+
+  Returns:
+    [P, C].
+  """
+  total = np.zeros((len(mates), len(products)))
+  slab = products[0].nbytes
   if slab <= _LARGEST_SLAB:
     count = max(1, _LARGEST_GATHER // (slab * max(1, mates.shape[1])))
     for start in range(0, len(mates), count):
       part = slice(start, start + count)
-      gathered = tiles[mates[part]]
+      gathered = products[mates[part]]
       total[part] = np.einsum("pmct,pmt->pc", gathered, weights[part])
     return total
   for row, channels, columns in zip(total, mates, weights, strict=True):
     for channel, column in zip(channels, columns, strict=True):
-      row += tiles[channel] @ column
+      row += products[channel] @ column
   return total

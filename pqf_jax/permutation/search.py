@@ -1,14 +1,14 @@
 """The search for a channel order of small sub-vector log-determinant.
 
 Section 3.2 of arXiv 2010.15703 sorts the channels and then tries random swaps.
-Here, for the F of `orders`:
+This search minimizes the F of `objective` in four steps:
 
 1. **Sorted start.** Each slot of the sub-vectors takes the channels of one rank
    range of the channels' own log-determinants: F is at most the sum of the
    slots' own log-determinants (Hadamard), which sorting makes small.
 2. **Assignment.** Take one channel out of each block. The linear bound of
-   `orders.placement_scores` says what each of them costs in each of the holes,
-   and a linear assignment problem finds the best of all ways to fill them. This
+   `objective.placement_scores` says what each of them costs in each hole, and a
+   linear assignment problem finds the best of all ways to fill the holes. This
    is majorize-minimize: F cannot rise. First the holes are one slot of all
    blocks; then each block's slot is drawn at random, which also moves channels
    between slots.
@@ -17,8 +17,8 @@ Here, for the F of `orders`:
    covariance, in which all slots correlate equally in every tap, leads it to an
    order whose slots agree. On real weights the orders in which slots agree are
    better by up to 1.5 nats than those in which they oppose each other.
-4. **Swaps** of two channels (`swaps.swap_round`), which count what the linear
-   bound does not.
+4. **Swaps** of two channels (`swaps.swap_round`), evaluated exactly, without
+   the linear bound.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ def search_permutation(
   *,
   num_starts: int = 2,
   num_rounds: int = 4,
-) -> objective.Order:
+) -> objective.ScoredOrder:
   """Searches by sorting, assignments and swaps (see the module docstring).
 
   Args:
@@ -50,15 +50,15 @@ def search_permutation(
       all orders have regular covariances.
     num_starts: sorted starts, in turn aligned and not; the third and later ones
       are shuffled within their slots. The best after its assignments goes on.
-    num_rounds: rounds of random assignments and swaps that follow. A round that
-      brings nothing is followed by one that starts from the best order with a
+    num_rounds: rounds of random assignments and swaps that follow. A round
+      without a gain is followed by one that starts from the best order with a
       few channels moved.
 
   Groups of 128 channels or less have poorer optima and cheaper rounds: they get
   256 / C times as many starts and rounds, 16 times at most.
 
   Returns:
-    The best order found; an order that one already has may be better.
+    The best order of the search, which may be worse than the present one.
   """
   first = sorted_permutation(grams)
   starts = []
@@ -71,23 +71,23 @@ def search_permutation(
     starts.append(assign_slots(grams, order))
   best = trial = min(starts, key=lambda start: start.log_det)
   for _ in range(num_rounds * repeats):
-    found = assign_random(rng, grams, trial, _ASSIGNMENTS_PER_ROUND)
-    found = swaps.swap_round(grams, found)
-    stalled = found.log_det > trial.log_det - objective.MIN_GAIN
-    best = _better(best, found)
-    trial = _kick(rng, grams, best) if stalled else found
+    after = assign_random(rng, grams, trial, _ASSIGNMENTS_PER_ROUND)
+    after = swaps.swap_round(grams, after)
+    stalled = after.log_det > trial.log_det - objective.MIN_GAIN
+    best = _better(best, after)
+    trial = _kick(rng, grams, best) if stalled else after
   return best
 
 
 def search_like_authors(
   rng: np.random.Generator, grams: objective.Grams, *, num_swaps: int = 10_000
-) -> objective.Order:
-  """Sorting and random swaps, both judged by the first kernel alone.
+) -> objective.ScoredOrder:
+  """Sorts and swaps at random, both judged by the first kernel alone.
 
   Args:
     rng: random number generator, consumed.
     grams: of the kernels that read the group; the first one decides.
-    num_swaps: how many random swaps are tried.
+    num_swaps: how many random swaps to try.
   """
   start = sorted_permutation(grams[:1])
   return swaps.random_swaps(rng, grams, start, num_swaps)
@@ -95,24 +95,27 @@ def search_like_authors(
 
 def keep_order(
   rng: np.random.Generator, grams: objective.Grams
-) -> objective.Order:
-  """No search: the order that the channels have, to compare with."""
+) -> objective.ScoredOrder:
+  """Scores the present order, without a search, for comparison."""
   del rng
   return objective.evaluate(grams, np.arange(len(grams[0].sums)))
 
 
 def sorted_permutation(grams: objective.Grams) -> np.ndarray:
-  """[C]: slot by slot, channels of falling log-determinant.
+  """Fills slot by slot with channels of falling log-determinant.
 
   A channel's log-determinant is that of its taps' covariance over the rows of a
   kernel. Kernels of 2 and of 8 slots are both served: the positions of a
   superblock are filled by their slot among 2 first, and by that among 8 next.
+
+  Returns:
+    [C], a permutation.
   """
-  worth = sum(
+  log_dets = sum(
     share * _channel_log_dets(gram)
     for share, gram in zip(objective.shares(grams), grams, strict=True)
   )
-  ranked = np.argsort(-worth, kind="stable")
+  ranked = np.argsort(-log_dets, kind="stable")
   slots = objective.superblock(grams)
   position = np.arange(slots)
   sizes = sorted({gram.slots for gram in grams}, reverse=True)
@@ -123,18 +126,18 @@ def sorted_permutation(grams: objective.Grams) -> np.ndarray:
 
 
 def align_slots(
-  grams: objective.Grams, order: objective.Order
-) -> objective.Order:
-  """One pass of assignments that makes all slots agree; F may rise."""
+  grams: objective.Grams, order: objective.ScoredOrder
+) -> objective.ScoredOrder:
+  """Makes all slots agree by one pass of assignments; F may rise."""
   for holes in _slot_holes(grams, order):
     order = _assign(grams, order, holes, _aligned)
   return order
 
 
 def assign_slots(
-  grams: objective.Grams, order: objective.Order
-) -> objective.Order:
-  """Passes of assignments, one slot of all superblocks at a time."""
+  grams: objective.Grams, order: objective.ScoredOrder
+) -> objective.ScoredOrder:
+  """Improves an order by assignments, slot by slot of all superblocks."""
   for _ in range(_NUM_PASSES):
     before = order.log_det
     for holes in _slot_holes(grams, order):
@@ -147,17 +150,17 @@ def assign_slots(
 def assign_random(
   rng: np.random.Generator,
   grams: objective.Grams,
-  order: objective.Order,
+  order: objective.ScoredOrder,
   num_assignments: int,
-) -> objective.Order:
-  """Assignments with one hole in a random slot of every block.
+) -> objective.ScoredOrder:
+  """Improves an order by assignments of a random slot of every block.
 
-  The blocks are those of a random one of the kernels. Holes of small blocks may
-  share a block of another kernel, where the bound does not hold; so an order is
-  taken only if it is better.
+  The blocks are those of a random kernel. Holes of small blocks may share a
+  block of another kernel, where the bound does not hold; so an order is taken
+  only if it is better.
   """
   for _ in range(num_assignments):
-    slots = grams[rng.integers(len(grams))].slots
+    slots = grams[int(rng.integers(len(grams)))].slots
     first = np.arange(0, len(order.permutation), slots)
     holes = first + rng.integers(slots, size=len(first))
     order = _better(order, _assign(grams, order, holes))
@@ -165,24 +168,26 @@ def assign_random(
 
 
 def _slot_holes(
-  grams: objective.Grams, order: objective.Order
+  grams: objective.Grams, order: objective.ScoredOrder
 ) -> list[np.ndarray]:
-  """For each slot of the superblock, its position in all superblocks."""
+  """Lists, for each slot of the superblock, its positions in all of them."""
   slots = objective.superblock(grams)
   return list(np.arange(len(order.permutation)).reshape(-1, slots).T)
 
 
-def _better(order: objective.Order, found: objective.Order) -> objective.Order:
-  """`found` where it is better by more than rounding."""
-  return found if found.log_det < order.log_det - objective.MIN_GAIN else order
+def _better(
+  order: objective.ScoredOrder, other: objective.ScoredOrder
+) -> objective.ScoredOrder:
+  """Returns the other order where it is better by more than rounding."""
+  return other if other.log_det < order.log_det - objective.MIN_GAIN else order
 
 
 def _assign(
   grams: objective.Grams,
-  order: objective.Order,
+  order: objective.ScoredOrder,
   holes: np.ndarray,
   model: objective.CovarianceModel = objective.measured,
-) -> objective.Order:
+) -> objective.ScoredOrder:
   """Fills the holes with their own channels at the least sum of scores."""
   channels = order.permutation[holes]
   scores = objective.placement_scores(grams, order, holes, model)
@@ -193,14 +198,14 @@ def _assign(
 
 
 def _repeats(size: int) -> int:
-  """How many times as much is tried for a group of this size."""
+  """Returns how many times as much a group of this size tries."""
   return min(16, max(1, 256 // size))
 
 
 def _kick(
-  rng: np.random.Generator, grams: objective.Grams, order: objective.Order
-) -> objective.Order:
-  """Reorders a few random channels: the way out of a local optimum."""
+  rng: np.random.Generator, grams: objective.Grams, order: objective.ScoredOrder
+) -> objective.ScoredOrder:
+  """Reorders a few random channels, to leave a local optimum."""
   size = len(order.permutation)
   number = rng.integers(2, max(2, min(size, _MOST_MOVED)) + 1)
   moved = rng.choice(size, size=number, replace=False)
@@ -210,30 +215,30 @@ def _kick(
 
 
 def _aligned(matrix: np.ndarray, slots: int) -> np.ndarray:
-  """A covariance with these slots' own blocks, and equal slot correlations."""
+  """Replaces the correlations between slots by equal ones in every tap."""
   taps = len(matrix) // slots
   blocks = matrix.reshape(slots, taps, slots, taps)
   each = np.arange(slots)
-  own = blocks[each, :, each]
-  roots = np.linalg.cholesky(own)
-  made = _ALIGNED_CORRELATION * np.einsum("ats,cus->atcu", roots, roots)
-  made[each, :, each] = own
-  return made.reshape(matrix.shape)
+  within = blocks[each, :, each]
+  roots = np.linalg.cholesky(within)
+  aligned = _ALIGNED_CORRELATION * np.einsum("ats,cus->atcu", roots, roots)
+  aligned[each, :, each] = within
+  return aligned.reshape(matrix.shape)
 
 
 def _shuffle_slots(
   rng: np.random.Generator, grams: objective.Grams, permutation: np.ndarray
 ) -> np.ndarray:
-  """The same channels in every slot, in another order."""
+  """Shuffles the channels within every slot."""
   blocks = permutation.reshape(-1, objective.superblock(grams))
   return rng.permuted(blocks, axis=0).reshape(-1)
 
 
 def _channel_log_dets(gram: covariance.ChannelGram) -> np.ndarray:
-  """[C] log-determinant of the covariance of each channel's taps."""
+  """Returns [C], log-determinants of the covariance of each channel's taps."""
   num_channels = len(gram.sums)
-  rows = gram.num_vectors * gram.slots // num_channels
-  single = gram._replace(slots=1, num_vectors=rows)
+  rows = gram.num_subvectors * gram.slots // num_channels
+  single = gram._replace(slots=1, num_subvectors=rows)
   each = np.arange(num_channels)
-  own = covariance.Moments(gram.products[each, each], gram.sums)
-  return covariance.log_det(single, own)
+  moments = covariance.Moments(gram.products[each, each], gram.sums)
+  return covariance.log_det(single, moments)

@@ -1,7 +1,7 @@
-"""Orders improved by swapping two channels, exactly evaluated.
+"""Swaps of two channels, evaluated exactly, that improve an order.
 
-`swap_round` looks at all pairs at once; `stochastic_swaps` is the authors'
-search (section 3.2 of arXiv 2010.15703), kept for comparison.
+`swap_round` ranks all pairs at once; `stochastic_swaps` is the authors' search
+(section 3.2 of arXiv 2010.15703), kept for comparison.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 
 from pqf_jax.permutation import covariance, objective
 
-# Pairs that a round evaluates exactly, for each channel: 4 find nothing better.
+# Pairs that a round evaluates exactly, for each channel: 4 gain nothing more.
 _PAIRS_PER_CHANNEL = 2
 _FEWEST_PAIRS = 64
 # Random swaps evaluated together; one of 15 to 60 is accepted.
@@ -18,7 +18,7 @@ _SPECULATION = 32
 
 
 class SwapTrace(NamedTuple):
-  """What a sequence of random swaps did.
+  """Result of a sequence of random swaps.
 
   Attributes:
     permutation: [C], after the last swap.
@@ -32,13 +32,13 @@ class SwapTrace(NamedTuple):
 
 
 def swap_round(
-  grams: objective.Grams, order: objective.Order
-) -> objective.Order:
+  grams: objective.Grams, order: objective.ScoredOrder
+) -> objective.ScoredOrder:
   """Applies the swaps that lower F and share no block, the best first.
 
-  The bound of `orders.placement_scores` is known for all pairs of positions
-  from one table; the pairs with the least bounds are evaluated exactly. Groups
-  of up to 11 channels have no other pairs.
+  One table gives the bound of `objective.placement_scores` for all pairs of
+  positions; the pairs with the least bounds are evaluated exactly. Groups of up
+  to 11 channels have no other pairs.
 
   Args:
     grams: of the kernels that read the group.
@@ -49,9 +49,10 @@ def swap_round(
   """
   size = len(order.permutation)
   table = objective.placement_scores(grams, order, np.arange(size))
-  at_home = table[order.permutation]
-  home = at_home.diagonal()
-  bound = at_home + at_home.T - home[:, None] - home[None, :]
+  # [i, j]: the channel of position i, at position j.
+  moved = table[order.permutation]
+  stay = moved.diagonal()
+  bound = moved + moved.T - stay[:, None] - stay[None, :]
   pairs = np.stack(np.triu_indices(size, 1), axis=1)
   count = min(max(_PAIRS_PER_CHANNEL * size, _FEWEST_PAIRS), len(pairs))
   promising = np.argpartition(bound[pairs[:, 0], pairs[:, 1]], count - 1)
@@ -64,31 +65,28 @@ def stochastic_swaps(
   """Tries swaps in turn; each is kept iff it lowers the log-determinant.
 
   Args:
-    gram: of the one kernel that is looked at.
+    gram: of the one kernel that decides.
     permutation: [C], where to start.
     pairs: [P, 2] positions to swap.
-
-  Returns:
-    What came of it.
   """
   permutation = permutation.copy()
   accepted = np.zeros(len(pairs), bool)
-  sums = covariance.moments(gram, permutation)
-  best = float(covariance.log_det(gram, sums))
+  moments = covariance.order_moments(gram, permutation)
+  best = float(covariance.log_det(gram, moments))
   start = 0
-  # Most swaps are refused, so the next ones are evaluated as if all were; what
-  # follows the first that is kept is evaluated again.
+  # Most swaps are refused, so the next ones are evaluated as if all were; those
+  # after the first one that is kept are evaluated again.
   while start < len(pairs):
     ahead = pairs[start : start + _SPECULATION]
     change = covariance.swap_moments(gram, permutation, ahead)
-    values = covariance.log_det(gram, covariance.add(sums, change))
+    values = covariance.log_det(gram, covariance.add(moments, change))
     better = np.flatnonzero(values < best)
     if not better.size:
       start += len(ahead)
       continue
     row = better[0]
     best = float(values[row])
-    sums = covariance.add(sums, change.at(row))
+    moments = covariance.add(moments, change.at(row))
     permutation[ahead[row]] = permutation[ahead[row, ::-1]]
     accepted[start + row] = True
     start += row + 1
@@ -100,14 +98,14 @@ def random_swaps(
   grams: objective.Grams,
   permutation: np.ndarray,
   num_swaps: int,
-) -> objective.Order:
-  """The authors' search: random swaps, judged by the first kernel alone.
+) -> objective.ScoredOrder:
+  """Tries random swaps, judged by the first kernel alone: the authors' search.
 
   Args:
     rng: random number generator, consumed.
     grams: of the kernels that read the group; the first one decides.
     permutation: [C], where to start.
-    num_swaps: how many are tried; the authors try 10,000.
+    num_swaps: how many to try; the authors try 10,000.
   """
   pairs = rng.integers(len(permutation), size=(num_swaps, 2))
   trace = stochastic_swaps(grams[0], permutation, pairs)
@@ -115,30 +113,32 @@ def random_swaps(
 
 
 def _apply_disjoint(
-  grams: objective.Grams, order: objective.Order, pairs: np.ndarray
-) -> objective.Order:
-  """Applies swaps one after the other, best first, where F still falls."""
+  grams: objective.Grams, order: objective.ScoredOrder, pairs: np.ndarray
+) -> objective.ScoredOrder:
+  """Applies swaps one after the other, best first, while F falls."""
   changes = [
     covariance.swap_moments(gram, order.permutation, pairs) for gram in grams
   ]
-  alone = objective.objective(
-    grams, [covariance.add(*s) for s in zip(order.sums, changes, strict=True)]
+  alone = objective.mean_log_det(
+    grams,
+    [covariance.add(*m) for m in zip(order.moments, changes, strict=True)],
   )
   # The changes hold for `order`: a second swap in a block awaits a new round.
   blocks = pairs // objective.superblock(grams)
   touched: set[int] = set()
-  permutation, sums, value = order.permutation.copy(), order.sums, order.log_det
+  permutation = order.permutation.copy()
+  moments, value = order.moments, order.log_det
   ranked = np.argsort(alone, kind="stable")
   for row in ranked[alone[ranked] < value - objective.MIN_GAIN]:
     if touched.intersection(blocks[row].tolist()):
       continue
     trial = tuple(
       covariance.add(old, new.at(row))
-      for old, new in zip(sums, changes, strict=True)
+      for old, new in zip(moments, changes, strict=True)
     )
-    found = float(objective.objective(grams, trial))
-    if found < value - objective.MIN_GAIN:
-      sums, value = trial, found
+    trial_value = float(objective.mean_log_det(grams, trial))
+    if trial_value < value - objective.MIN_GAIN:
+      moments, value = trial, trial_value
       touched.update(blocks[row].tolist())
       permutation[pairs[row]] = permutation[pairs[row, ::-1]]
   return objective.evaluate(grams, permutation)

@@ -239,7 +239,7 @@ def _group_row(
   row: schema.GroupRow, widths: tuple[float, ...], figure: str
 ) -> Row:
   """Returns a channel group's row, named by the first kernel that reads it."""
-  names = [text.short_path(path) for path in row["children"]]
+  names = [text.short_path(path) for path in row["consumers"]]
   label = names[0] if names else row["group"]
   label += f" +{len(names) - 1}" if len(names) > 1 else ""
   full = f"{row['group']}: {row['size']} channels read by {', '.join(names)}"

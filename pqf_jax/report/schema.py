@@ -81,7 +81,7 @@ class GroupRow(TypedDict, total=False):
 
   Attributes:
     group: its name.
-    children: paths of the kernels that read its channels.
+    consumers: paths of the kernels that read its channels.
     size: channels.
     log_det_before: natural log-determinant of the covariance of sub-vectors.
     log_det_after: the same after the permutation.
@@ -93,7 +93,7 @@ class GroupRow(TypedDict, total=False):
   """
 
   group: str
-  children: list[str]
+  consumers: list[str]
   size: int
   log_det_before: float
   log_det_after: float

@@ -97,10 +97,10 @@ def permutation_table(groups: Sequence[schema.GroupRow]) -> rich.table.Table:
   for name in [*names, "applied"]:
     table.add_column(name, justify="right", no_wrap=True)
   for row in groups:
-    if not row["children"]:
+    if not row["consumers"]:
       continue
     cells = [
-      f"{len(row['children'])}",
+      f"{len(row['consumers'])}",
       f"{row['size']}",
       f"{row['log_det_before']:.2f}",
       f"{row['log_det_after']:.2f}",
@@ -108,7 +108,7 @@ def permutation_table(groups: Sequence[schema.GroupRow]) -> rich.table.Table:
     if has_errors:
       errors = (row["error_before"], row["error_after"])
       cells += [f"{100 * error:.2f}" if error else "" for error in errors]
-    label = rich.markup.escape(text.short_path(row["children"][0]))
+    label = rich.markup.escape(text.short_path(row["consumers"][0]))
     table.add_row(label, *cells, "yes" if row["accepted"] else "no")
   return table
 

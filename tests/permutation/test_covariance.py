@@ -34,7 +34,7 @@ def test_log_det_is_that_of_numpy_cov(shape, seed):
   weights = rng.normal(loc=0.5, size=size)
   permutation = rng.permutation(size[1])
   gram = covariance.channel_gram(weights, slots=slots)
-  got = covariance.log_det(gram, covariance.moments(gram, permutation))
+  got = covariance.log_det(gram, covariance.order_moments(gram, permutation))
   expected = numpy_log_det(weights, permutation, slots)
   np.testing.assert_allclose(got, expected, atol=1e-9)
 
@@ -47,13 +47,13 @@ def test_a_swap_changes_the_moments_as_computing_them_again(shape):
   permutation = rng.permutation(size[1])
   # All pairs: within a block, across blocks, and a position with itself.
   pairs = np.array(list(itertools.product(range(size[1]), repeat=2)))
-  before = covariance.moments(gram, permutation)
+  before = covariance.order_moments(gram, permutation)
   change = covariance.swap_moments(gram, permutation, pairs)
   after = covariance.add(before, change)
   for row, pair in enumerate(pairs):
     swapped = permutation.copy()
     swapped[pair] = swapped[pair[::-1]]
-    expected = covariance.moments(gram, swapped)
+    expected = covariance.order_moments(gram, swapped)
     np.testing.assert_allclose(after.second[row], expected.second, atol=1e-9)
     np.testing.assert_allclose(after.first[row], expected.first, atol=1e-9)
 
@@ -64,7 +64,7 @@ def test_tiny_weights_do_not_underflow():
     covariance.channel_gram(weights * scale, slots=2) for scale in (1, 1e-9)
   ]
   plain, tiny = (
-    covariance.log_det(gram, covariance.moments(gram, np.arange(16)))
+    covariance.log_det(gram, covariance.order_moments(gram, np.arange(16)))
     for gram in grams
   )
   np.testing.assert_allclose(tiny, plain + 18 * np.log(1e-18), rtol=1e-12)
@@ -75,13 +75,13 @@ def test_the_ridge_makes_dead_channels_finite():
   weights[:, ::2] = 0
   plain = covariance.channel_gram(weights, slots=2)
   ridged = covariance.channel_gram(weights, slots=2, relative_ridge=1e-8)
-  sums = covariance.moments(plain, np.arange(8))
-  assert covariance.log_det(plain, sums) == -np.inf
+  moments = covariance.order_moments(plain, np.arange(8))
+  assert covariance.log_det(plain, moments) == -np.inf
   expected = np.log(1e-8 * np.mean(weights**2)) + np.log(
     np.var(weights[:, 1::2], ddof=1)
   )
   np.testing.assert_allclose(
-    covariance.log_det(ridged, sums), expected, atol=1e-6
+    covariance.log_det(ridged, moments), expected, atol=1e-6
   )
 
 

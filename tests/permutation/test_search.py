@@ -13,7 +13,7 @@ SIZE = 8
 def _different_orders(slots):
   """Orders of 8 channels, one for each that has its own covariance.
 
-  The order of the blocks does not matter, and the slots may be exchanged in all
+  Reordering the blocks changes nothing, nor does exchanging two slots in all
   blocks at once.
   """
   for tail in itertools.permutations(range(1, SIZE)):
@@ -41,8 +41,8 @@ def test_it_finds_the_best_of_all_orders(slots, taps):
       for order in candidates
     )
     gram = covariance.channel_gram(weights, slots=slots)
-    found = search.search_permutation(rng, [gram])
-    np.testing.assert_allclose(found.log_det, best, atol=1e-9)
+    order = search.search_permutation(rng, [gram])
+    np.testing.assert_allclose(order.log_det, best, atol=1e-9)
 
 
 def test_it_finds_the_best_order_for_two_kernels():
@@ -55,8 +55,8 @@ def test_it_finds_the_best_order_for_two_kernels():
     objective.evaluate(grams, np.array((0, *tail))).log_det
     for tail in itertools.permutations(range(1, SIZE))
   )
-  found = search.search_permutation(rng, grams)
-  np.testing.assert_allclose(found.log_det, best, atol=1e-9)
+  order = search.search_permutation(rng, grams)
+  np.testing.assert_allclose(order.log_det, best, atol=1e-9)
 
 
 def test_assignments_never_hurt():
@@ -95,8 +95,8 @@ def test_it_recovers_channels_that_belong_together():
   weights = np.concatenate([first, second], axis=1)
   shuffle = rng.permutation(32)
   gram = covariance.channel_gram(weights[:, shuffle], slots=2)
-  found = search.search_permutation(rng, [gram])
-  pairs = shuffle[found.permutation].reshape(-1, 2)
+  order = search.search_permutation(rng, [gram])
+  pairs = shuffle[order.permutation].reshape(-1, 2)
   np.testing.assert_array_equal(abs(pairs[:, 0] - pairs[:, 1]), 16)
 
 

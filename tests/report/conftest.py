@@ -1,4 +1,4 @@
-"""A run to report on: real shapes, figures made up for the tests."""
+"""A run to report on: real shapes, made-up figures."""
 
 import math
 
@@ -9,7 +9,7 @@ from pqf_jax.report import schema
 
 
 def resnet18_shapes():
-  """{path: shape} of 20 kernels that are compressed, and of the rest."""
+  """Returns {path: shape} of ResNet-18: 20 compressed kernels and the rest."""
   shapes = {"params/conv1/kernel": (7, 7, 3, 64)}
   for stage, width in enumerate((64, 128, 256, 512), 1):
     for block in (0, 1):
@@ -53,7 +53,7 @@ def plan_row(path, shape):
 
 @pytest.fixture
 def run():
-  """What a run of ResNet-18 hands over; made-up figures of a likely size."""
+  """Returns the data of a run of ResNet-18, with plausible figures."""
   rng = np.random.default_rng(0)
   plan_rows = [plan_row(*item) for item in resnet18_shapes().items()]
   layers = [
@@ -69,7 +69,7 @@ def run():
   groups = [
     {
       "group": f"group{number}",
-      "children": [row["path"] for row in layers[number : number + 2]],
+      "consumers": [row["path"] for row in layers[number : number + 2]],
       "size": row["shape"][-1],
       "log_det_before": -60.5 - 3.25 * number,
       "log_det_after": -61 - 3.5 * number,

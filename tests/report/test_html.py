@@ -1,4 +1,4 @@
-"""The page: all figures, no address, no trust in names."""
+"""The page: all figures, nothing fetched, every name escaped."""
 
 import html.parser
 import math
@@ -13,7 +13,7 @@ VOID = {"meta", "br", "wbr"}
 
 
 class Page(html.parser.HTMLParser):
-  """What a browser would see: tags, attributes, and the text between."""
+  """Tags, attributes and text of a page, as a browser reads them."""
 
   def __init__(self, page):
     super().__init__()
@@ -41,8 +41,8 @@ class Page(html.parser.HTMLParser):
 
 
 def written(path, run):
-  pieces = dict(run)
-  report.write_html(path / "report.html", pieces.pop("results"), **pieces)
+  inputs = dict(run)
+  report.write_html(path / "report.html", inputs.pop("results"), **inputs)
   return (path / "report.html").read_text(encoding="utf-8")
 
 
@@ -80,7 +80,7 @@ def test_page_has_every_figure(tmp_path, run):
 def test_table_of_layers_has_their_distortions(tmp_path, run):
   layers = run.pop("layers")
   without = Page(written(tmp_path, run)).text
-  # The chart has them as well.
+  # The chart shows each of them too.
   text_of_page = Page(written(tmp_path, run | {"layers": layers})).text
   for row in layers:
     figure = text.percent(row["distortion"])
@@ -113,7 +113,7 @@ def test_page_escapes_hostile_names(tmp_path, run):
   for row in (*run["plan_rows"], *run["layers"]):
     row["path"] += hostile
   for row in run["groups"]:
-    row |= {"group": hostile, "children": [hostile], "note": hostile}
+    row |= {"group": hostile, "consumers": [hostile], "note": hostile}
   page = Page(written(tmp_path, run))
   assert not page.tags & {"script", "img"}
   assert "onload" not in page.attributes
@@ -124,7 +124,7 @@ def test_page_escapes_hostile_names(tmp_path, run):
   "missing",
   ["config", "plan_rows", "layers", "groups", "history"],
 )
-def test_page_without_a_piece_has_no_empty_section(tmp_path, run, missing):
+def test_page_without_an_input_has_no_empty_section(tmp_path, run, missing):
   heading = {
     "config": "Configuration",
     "plan_rows": "All layers",

@@ -8,7 +8,7 @@ from pqf_jax.report import schema, text
 
 
 def drawn(renderable, width=80):
-  """The text that a table gives in a pipe."""
+  """Returns the text that a table prints into a pipe."""
   console = rich.console.Console(width=width, force_terminal=False)
   with console.capture() as capture:
     console.print(renderable)
@@ -52,15 +52,15 @@ def test_permutation_table_has_the_errors_that_were_computed(run):
   assert max(map(len, lines)) <= 80
   by_group = {line.split()[0]: line.split() for line in lines if line.strip()}
   for number, row in enumerate(run["groups"]):
-    cells = by_group[text.short_path(row["children"][0])][1:]
-    expected = [f"{len(row['children'])}", f"{row['size']}"]
+    cells = by_group[text.short_path(row["consumers"][0])][1:]
+    expected = [f"{len(row['consumers'])}", f"{row['size']}"]
     expected += [f"{row['log_det_before']:.2f}", f"{row['log_det_after']:.2f}"]
     if number < 10:
       expected += [f"{20 + number}.00", f"{20 - number}.00"]
     assert cells == [*expected, "no" if number == 7 else "yes"]
   bare = [row | {"error_before": 0.0} for row in run["groups"]]
   assert "error" not in drawn(report.permutation_table(bare))
-  empty = report.permutation_table([run["groups"][0] | {"children": []}])
+  empty = report.permutation_table([run["groups"][0] | {"consumers": []}])
   assert empty.row_count == 0
 
 
