@@ -52,7 +52,8 @@ def start(mode: str, *, timeout_seconds: int) -> None:
     timeout_seconds: how long to wait for the other processes.
 
   Raises:
-    InputError: unknown mode, or the other processes were not reached.
+    InputError: unknown mode, a variable that is no number, or the other
+      processes were not reached.
   """
   if mode not in MODES:
     raise errors.InputError(
@@ -63,10 +64,12 @@ def start(mode: str, *, timeout_seconds: int) -> None:
   names = [name for name in LAUNCHER_VARIABLES if name in os.environ]
   if mode == "auto" and not names and not _has_tpu():
     return
+  num_processes = _read_number("JAX_NUM_PROCESSES")
+  process_id = _read_number("JAX_PROCESS_ID")
   try:
     jax.distributed.initialize(
-      num_processes=_read_number("JAX_NUM_PROCESSES"),
-      process_id=_read_number("JAX_PROCESS_ID"),
+      num_processes=num_processes,
+      process_id=process_id,
       initialization_timeout=timeout_seconds,
     )
   except (ValueError, RuntimeError) as error:

@@ -21,7 +21,7 @@ def test_bars_are_in_proportion(run):
   widths = [row.widths[0] for row in drops.rows]
   np.testing.assert_allclose(widths, 100 * expected / expected.max())
   assert [row.accepted for row in drops.rows].index(False) == 7
-  # Group n falls from (20 + n) % to (20 - n) %; the last two were not judged.
+  # Group n falls from (20 + n) % to (20 - n) %; the last two have no error.
   widths = [row.widths for row in errors.rows]
   expected = [(20 + n, 20 - n) for n in range(10)]
   np.testing.assert_allclose(widths, np.array(expected) * 100 / 29)
@@ -42,10 +42,10 @@ def test_bars_of_nothing_and_of_zero(run):
   assert charts.distortion_chart([]).rows == []
   exact = [{"path": "params/a/kernel", "distortion": 0.0}]
   assert charts.distortion_chart(exact).rows[0].widths == (0,)
-  still = run["groups"][0] | {"log_det_after": -60.5}
-  assert charts.permutation_charts([still])[0].rows[0].widths == (0,)
-  unjudged = run["groups"][10:]
-  assert len(charts.permutation_charts(unjudged)) == 1
+  unchanged = run["groups"][0] | {"log_det_after": -60.5}
+  assert charts.permutation_charts([unchanged])[0].rows[0].widths == (0,)
+  without_errors = run["groups"][10:]
+  assert len(charts.permutation_charts(without_errors)) == 1
   assert charts.permutation_charts([]) == []
 
 

@@ -1,3 +1,5 @@
+"""Drawings: pixels where the objects are, captions where they fit."""
+
 import io
 
 import numpy as np
@@ -66,9 +68,9 @@ def test_objects_in_turn_have_colors_of_their_own():
     np.zeros((count, HEIGHT, WIDTH), bool),
     [""] * count,
   )
-  found = [tuple(drawn[5, 20 * i].tolist()) for i in range(count)]
-  assert found == list(drawings.COLORS)
-  assert len(set(found)) == count
+  colors = [tuple(drawn[5, 20 * i].tolist()) for i in range(count)]
+  assert colors == list(drawings.COLORS)
+  assert len(set(colors)) == count
 
 
 @pytest.mark.parametrize(
@@ -94,16 +96,19 @@ def test_pictures_stand_side_by_side():
   right = np.full((512, 700, 3), 9, np.uint8)
   data = drawings.side_by_side([("ground truth", left), ("dense", right)])
   sheet = np.asarray(Image.open(io.BytesIO(data)))
-  found = []
+  places = []
   for value in (7, 9):
     rows, columns = np.nonzero((sheet == value).all(axis=-1))
-    found.append((rows.min(), columns.min(), len(rows)))
-  assert found[0][2] >= left.shape[0] * left.shape[1]
-  assert found[1][2] >= right.shape[0] * right.shape[1]
-  assert found[0][0] == found[1][0] > 0
-  assert found[1][1] > found[0][1] + 520
-  # The titles, above.
-  assert (sheet[: found[0][0]] < 128).any()
+    places.append((rows.min(), columns.min(), len(rows)))
+  (left_top, left_start, left_size), (right_top, right_start, right_size) = (
+    places
+  )
+  assert left_size >= left.shape[0] * left.shape[1]
+  assert right_size >= right.shape[0] * right.shape[1]
+  assert left_top == right_top > 0
+  assert right_start > left_start + 520
+  # The titles are above the pictures.
+  assert (sheet[:left_top] < 128).any()
 
 
 def test_captions():

@@ -1,4 +1,4 @@
-"""Files: whole or not at all, and logs that survive a crash."""
+"""Records: files written whole or not at all, logs that survive a crash."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""TensorBoard: every number once."""
+"""TensorBoard: every number is written once."""
 
 import sys
 
@@ -40,15 +40,15 @@ def test_tensorboard_gets_every_number_once_and_by_stage(tmp_path):
 
 
 def events(directory):
-  """The events of a run; each is kept as length, CRC, data, CRC."""
+  """Returns the events of a run; the file has length, CRC, data, CRC each."""
   event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
   (path,) = directory.iterdir()
-  data, found = path.read_bytes(), []
+  data, read = path.read_bytes(), []
   while data:
     length = int.from_bytes(data[:8], "little")
-    found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+    read.append(event_pb2.Event.FromString(data[12 : 12 + length]))
     data = data[16 + length :]
-  return found
+  return read
 
 
 def scalars(directory):

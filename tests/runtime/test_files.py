@@ -1,3 +1,5 @@
+"""Files: written whole or not at all."""
+
 import errno
 import pathlib
 
@@ -30,7 +32,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_the_disk_cannot_hold_is_refused_before(tmp_path):
+def test_a_write_that_the_disk_cannot_hold_is_refused_before(tmp_path):
   files.check_space(tmp_path, 1)
   files.check_space("gs://bucket/run", 10**18)
   with pytest.raises(errors.InputError, match="no space is left for"):

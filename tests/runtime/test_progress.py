@@ -1,4 +1,4 @@
-"""Progress: seldom, lazy, and on one process only."""
+"""Progress: few lines, never waiting for the device, on process 0 only."""
 
 import io
 import itertools
@@ -13,7 +13,7 @@ from pqf_jax.runtime import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that the test moves."""
+  """Returns a clock that the test moves."""
 
   class Clock:
     now = 100.0
@@ -28,18 +28,18 @@ def pipe(monkeypatch):
 
 
 def console(monkeypatch, **options):
-  """Puts the console of `progress` on a file; a call gives its lines."""
+  """Redirects the console of `progress`; returns a function of its lines."""
   file = io.StringIO()
-  made = rich.console.Console(
+  redirected = rich.console.Console(
     file=file, width=80, highlight=False, color_system=None, **options
   )
-  monkeypatch.setattr(progress, "_CONSOLE", made)
+  monkeypatch.setattr(progress, "_CONSOLE", redirected)
   return lambda: file.getvalue().splitlines()
 
 
 def test_a_line_says_where_the_run_is(clock, pipe):
   with progress.track("finetune", 3510, unit="img", units_per_step=29) as bar:
-    bar.advance(loss=1.0)  # The rate is counted from the end of this one.
+    bar.advance(loss=1.0)  # The rate counts from the end of this step.
     clock.now += 60
     bar.advance(1199 + 1, loss=0.21349)
   # 1200 steps in 60 s: 20 steps, 580 images a second; 2309 steps are left.
@@ -68,7 +68,7 @@ def test_steps_of_an_earlier_run_do_not_count_for_the_rate(clock, pipe):
   assert pipe()[-1] == "[train] 100/100 100% 0.5 steps/s in 00:20"
 
 
-def test_values_are_asked_for_only_when_shown(clock, pipe):
+def test_values_are_computed_only_when_shown(clock, pipe):
   calls = itertools.count(1)
   with progress.track("train", 1000) as bar:
     for _ in range(1000):
@@ -79,16 +79,16 @@ def test_values_are_asked_for_only_when_shown(clock, pipe):
 
 
 class Scalar:
-  """A device scalar that is computed `delay` steps after it was made."""
+  """A device scalar that is computed `delay` seconds after its creation."""
 
   def __init__(self, clock, step, delay):
-    self.clock, self.step, self.there = clock, step, clock.now + delay
+    self.clock, self.step, self.ready = clock, step, clock.now + delay
 
   def is_ready(self):
-    return self.clock.now >= self.there
+    return self.clock.now >= self.ready
 
   def __float__(self):
-    assert self.is_ready(), "the run was made to wait for the device"
+    assert self.is_ready(), "the run waited for the device"
     return float(self.step)
 
 
@@ -98,7 +98,7 @@ def test_a_run_never_waits_for_the_device(clock, pipe):
       clock.now += 1
       bar.advance(loss=Scalar(clock, step, delay=3))
     clock.now += 3
-  # Due at the 5th second, there 3 seconds later; then again.
+  # A line is due at the 5th second and computed 3 seconds later; and so on.
   assert [line.split()[-1] for line in pipe()] == ["4", "12", "20", "29"]
 
 
@@ -121,20 +121,20 @@ def test_nothing_to_do_is_all_done(clock, pipe):
   assert pipe() == ["[train] 0/0 100% in 00:00"]
 
 
-def test_other_processes_are_silent_and_ask_for_no_value(
+def test_other_processes_print_nothing_and_compute_no_value(
   clock, pipe, monkeypatch
 ):
   monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
   with progress.track("train", 100) as bar:
     for _ in range(100):
       clock.now += 10
-      bar.advance(loss=lambda: pytest.fail("asked"))
+      bar.advance(loss=lambda: pytest.fail("computed"))
   progress.say("hello")
   progress.show(rich.table.Table("column"))
   assert pipe() == []
 
 
-def test_text_is_taken_as_it_is_and_never_wrapped(pipe):
+def test_text_is_printed_as_it_is_and_never_wrapped(pipe):
   long = "[bold] " + "x" * 200
   progress.say(long)
   progress.say_everywhere("[red] " + long)
