@@ -1,16 +1,16 @@
-"""Training images a second: our loader against torch's DataLoader.
+"""Training images a second of our loader and of torch's DataLoader.
 
     python -m benchmarks.loader --data-dir DIR [--photos 500x375]
 
-DIR is a copy of imagenet2012 in any form. Both read the same files through the
-same reader and make the same kind of batch on this machine's cores: decode,
+DIR is a copy of imagenet2012 in any format. Both read the same files through
+the same reader and make the same kind of batch on this machine's cores: decode,
 short side 256, random crop of 224 pixels, mirror, uint8. Ours works in threads,
 torch's (Pillow, crop and mirror on the Pillow image) in as many processes. They
-take turns, so that what else the machine does strikes both; printed are medians
-and the median ratio, the time on all cores, which depends least on that, and
-where the time of one image goes. With --photos the
-images are first enlarged to that size, a common one in ImageNet, as the copy
-may hold smaller ones.
+take turns, so that other load on the machine slows both. The benchmark prints
+medians and the median ratio, the time on all cores, which depends least on
+other load, and the time of each part of one image. --photos first enlarges the
+images to that size, a common one in ImageNet, as the copy may hold smaller
+ones.
 """
 
 import argparse
@@ -30,21 +30,24 @@ from PIL import Image
 
 from pqf_jax import data
 from pqf_jax.data import decoding, locate, transforms
-from pqf_jax.data.datasets import ilsvrc
+from pqf_jax.data.datasets import imagenet2012, imagenet_labels
 
 SHORT_SIDE, SIZE = 256, 224
 
 
 def open_train(data_dir: str) -> decoding.EncodedImages:
-  """The encoded training images."""
+  """Opens the encoded training images."""
   copy = locate.open_copy(
-    "imagenet2012", data_dir, prepare="", class_names=ilsvrc.class_names()
+    "imagenet2012",
+    data_dir,
+    prepare_command=imagenet2012.PREPARE_COMMAND,
+    class_names=imagenet_labels.class_names(),
   )
   return copy.split("train")
 
 
 class TorchImages(torch.utils.data.Dataset):
-  """What a training script on torch does to an image."""
+  """Images as a training script on torch reads and transforms them."""
 
   def __init__(self, data_dir: str, length: int) -> None:
     self._data_dir = data_dir
@@ -70,23 +73,24 @@ class TorchImages(torch.utils.data.Dataset):
 def enlarge(data_dir: str, folder: pathlib.Path, size: tuple[int, int]) -> None:
   """Writes the images as folders of JPEG files of this size."""
   images = open_train(data_dir)
+  class_names = imagenet_labels.class_names()
   for split in ("train", "val"):
-    for name in ilsvrc.class_names():
+    for name in class_names:
       (folder / split / name).mkdir(parents=True)
   for index, encoded in enumerate(images.read_all()):
-    of_class = ilsvrc.class_names()[encoded.label]
+    class_name = class_names[encoded.label]
     image = transforms.decode_image(encoded.data).resize(size)
-    image.save(folder / "train" / of_class / f"{index}.JPEG", quality=92)
-  # The reader wants images of every class.
+    image.save(folder / "train" / class_name / f"{index}.JPEG", quality=92)
+  # The reader needs images of every class.
   image = Image.new("RGB", size)
-  for name in ilsvrc.class_names():
+  for name in class_names:
     image.save(folder / "val" / name / "0.JPEG")
     if not any((folder / "train" / name).iterdir()):
       image.save(folder / "train" / name / "0.JPEG")
 
 
 def compare(data_dir: str, batch_size: int, repeats: int) -> None:
-  """Prints images a second of both."""
+  """Prints the images a second of both loaders."""
   dataset = data.get_dataset("imagenet2012", data_dir=data_dir)
   num_cores = len(os.sched_getaffinity(0))
   loaders = [
@@ -117,9 +121,9 @@ def compare(data_dir: str, batch_size: int, repeats: int) -> None:
       start, start_cores = time.perf_counter(), time.process_time()
       count = run()
       seconds[name] += time.process_time() - start_cores
-      if turn:  # the first one starts workers and fills the disk's cache
+      if turn:  # the first turn starts workers and fills the disk's cache
         rates[name].append(count / (time.perf_counter() - start))
-  loaders.clear()  # ends the workers, whose times are known only then
+  loaders.clear()  # ends the workers, whose times are known after that
   gc.collect()
   workers = resource.getrusage(resource.RUSAGE_CHILDREN)
   seconds["torch"] += workers.ru_utime + workers.ru_stime
@@ -137,7 +141,7 @@ def compare(data_dir: str, batch_size: int, repeats: int) -> None:
 
 
 def break_down(data_dir: str, num_images: int) -> None:
-  """Prints the milliseconds of every part of one image."""
+  """Prints the milliseconds that each part takes for one image."""
   images = open_train(data_dir)
   indices = np.random.default_rng(0).integers(len(images), size=num_images)
   draws = np.random.default_rng(1).random((num_images, 3))

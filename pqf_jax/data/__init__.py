@@ -1,17 +1,18 @@
-"""Data sets, one file each, and the loaders that make batches of them.
+"""Labelled images, and loaders that make batches of them.
 
-A data set is a module with one function:
+A data set is a function, or a module that has it under the name `load`:
 
     load(data_dir, image_size) -> ImageDataset
 
-Its module, and with it the library that reads its files, is imported when the
-data set is asked for.
+Packages outside of this one add theirs by `register` or by an entry point of
+the group 'pqf_jax.datasets'. The module of a data set, and with it the library
+that reads its files, is imported when the data set is asked for.
 """
 
-import difflib
-import importlib
+import types
+from collections.abc import Callable
 
-from pqf_jax import errors
+from pqf_jax import registry
 from pqf_jax.data.loaders import eval_batches, train_batches
 from pqf_jax.data.sources import ImageDataset
 from pqf_jax.data.transforms import normalize
@@ -22,15 +23,37 @@ __all__ = [
   "eval_batches",
   "get_dataset",
   "normalize",
+  "register",
   "train_batches",
 ]
 
-DATASETS = {
-  "cifar10": "pqf_jax.data.datasets.cifar10",
-  "digits": "pqf_jax.data.datasets.digits",
-  "image_folder": "pqf_jax.data.datasets.image_folder",
-  "imagenet2012": "pqf_jax.data.datasets.imagenet2012",
-}
+Loader = Callable[[str | None, int | None], ImageDataset]
+
+DATASETS = registry.Registry(
+  "data set",
+  {
+    "cifar10": "pqf_jax.data.datasets.cifar10",
+    "digits": "pqf_jax.data.datasets.digits",
+    "image_folder": "pqf_jax.data.datasets.image_folder",
+    "imagenet2012": "pqf_jax.data.datasets.imagenet2012",
+  },
+  entry_points="pqf_jax.datasets",
+)
+
+
+def register(name: str, loader: Loader | types.ModuleType | str) -> None:
+  """Adds a data set under the name that configs give.
+
+  Args:
+    name: for `config.data.name`.
+    loader: (data_dir, image_size) -> ImageDataset, both None where the config
+      leaves them open; or a module with this function as `load`; or a string
+      such as 'package.module' or 'package.module:function' to import it from.
+
+  Raises:
+    InputError: the name stands for another data set.
+  """
+  DATASETS.register(name, loader)
 
 
 def get_dataset(
@@ -39,23 +62,17 @@ def get_dataset(
   """Opens a data set that is on this machine; nothing is downloaded.
 
   Args:
-    name: a key of `DATASETS`.
+    name: a name in `DATASETS`.
     data_dir: the folder that holds `<name>/<version>/dataset_info.json`, or
       for `imagenet2012` and `image_folder` one that holds `train/CLASS` and
       `val/CLASS` with the images; `digits` needs none.
     image_size: side of the images in pixels; None: 32 for `cifar10` and
-      `digits`, else 224.
+      `digits`, 224 for the others of this package.
 
   Raises:
-    InputError: no data set has this name, or its files are not there; the
+    InputError: no data set has this name, or its files are missing; the
       message says how to prepare them.
   """
-  if name not in DATASETS:
-    near = difflib.get_close_matches(name, DATASETS, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise errors.InputError(
-      f"no data set is named {name!r}: {hint}there are "
-      f"{', '.join(sorted(DATASETS))}"
-    )
-  module = importlib.import_module(DATASETS[name])
-  return module.load(data_dir, image_size)
+  dataset = DATASETS.get(name)
+  load: Loader = getattr(dataset, "load", dataset)
+  return load(data_dir, image_size)

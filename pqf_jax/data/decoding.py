@@ -1,9 +1,9 @@
-"""From encoded images to records, and what is done about damaged images.
+"""Decoding of image files into records, and what replaces damaged ones.
 
-A damaged training image is named in a warning and replaced by the next good
+A damaged training image is reported in a warning and replaced by the next good
 one, so that an image stays a pure function of its number; a run of hours does
-not end at one bad file of a million. Beyond `MAX_BAD_SHARE` of a split the copy
-itself is bad, which is an error. A damaged test image always is one: an
+not end at one bad file of a million. Beyond `MAX_DAMAGED_SHARE` of a split the
+copy itself is bad, which is an error. A damaged test image always is one: an
 accuracy that leaves images out, or counts others twice, is not the accuracy.
 """
 
@@ -19,14 +19,14 @@ from pqf_jax import errors
 from pqf_jax.data import sources, transforms
 
 Transform = Callable[[Image.Image], Image.Image]
-# Of a split's images; all of ImageNet's can be decoded.
-MAX_BAD_SHARE = 0.001
+# Of a split's images; every image of ImageNet can be decoded.
+MAX_DAMAGED_SHARE = 0.001
 # In a small split a few are no sign of a bad copy.
-MIN_BAD = 10
+MIN_DAMAGED = 10
 
 
 class DamagedError(Exception):
-  """What is stored cannot be read or decoded; the message says why."""
+  """Stored bytes that cannot be read or decoded; the message says why."""
 
 
 class EncodedImage(NamedTuple):
@@ -39,20 +39,33 @@ class EncodedImage(NamedTuple):
 class EncodedImages(Protocol):
   """Image files by number; threads may share it.
 
-  Reading raises a `DamagedError` where sums tell that the bytes are not those
-  that were written.
+  Reading raises a `DamagedError` where a checksum shows that the bytes have
+  changed since they were written.
   """
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> EncodedImage: ...
+  def __getitem__(self, index: int, /) -> EncodedImage: ...
 
   def read_all(self) -> Iterable[EncodedImage]:
-    """All in order, where that is faster than one by one."""
-    ...
+    """Reads all in order, where a format does this faster than one by one."""
+    return (self[index] for index in range(len(self)))
 
   def place(self, index: int) -> str:
-    """Where an image is, for messages."""
+    """Returns where an image is stored, for messages."""
+    ...
+
+
+class EncodedDataset(Protocol):
+  """A prepared copy of a data set, in whatever format its files are."""
+
+  @property
+  def num_classes(self) -> int:
+    """The number of classes; labels are below."""
+    ...
+
+  def split(self, name: str) -> EncodedImages:
+    """Returns the images of a split, such as `train`."""
     ...
 
 
@@ -60,7 +73,7 @@ class Records:
   """A source that decodes and transforms each image when it is read.
 
   Attributes:
-    bad: numbers of the damaged images met so far.
+    damaged: numbers of the damaged images so far.
   """
 
   def __init__(
@@ -69,7 +82,7 @@ class Records:
     num_classes: int,
     transform: Transform,
     *,
-    max_bad: int = 0,
+    max_damaged: int = 0,
   ) -> None:
     """Reads nothing yet.
 
@@ -77,14 +90,14 @@ class Records:
       encoded: the image files.
       num_classes: labels must be below.
       transform: of an RGB image.
-      max_bad: damaged images that are replaced; one more is an error.
+      max_damaged: damaged images that are replaced; one more is an error.
     """
-    self.bad: set[int] = set()
+    self.damaged: set[int] = set()
     self._encoded = encoded
     self._num_classes = num_classes
     self._transform = transform
-    # If all are bad, none is left to take the place.
-    self._max_bad = min(max_bad, len(encoded) - 1)
+    # One image at least must be good to take the place of the others.
+    self._max_damaged = min(max_damaged, len(encoded) - 1)
     self._lock = threading.Lock()
 
   def __len__(self) -> int:
@@ -94,12 +107,12 @@ class Records:
     return self._decode(index)
 
   def in_memory(self) -> sources.InMemory:
-    """The same source, decoded once."""
+    """Returns the same source, which decodes every image once."""
 
     def read_all() -> list[sources.Record]:
       try:
         encoded = list(self._encoded.read_all())
-      except DamagedError:  # which one, is found out one by one
+      except DamagedError:  # reading one by one shows which image it is
         return [self[index] for index in range(len(self))]
       return [self._decode(index, image) for index, image in enumerate(encoded)]
 
@@ -113,7 +126,7 @@ class Records:
         encoded = encoded or self._encoded[index]
         image = _decode_image(encoded.data)
       except DamagedError as error:
-        self._count_bad(index, error)
+        self._report_damaged(index, error)
         index, encoded = (index + 1) % len(self), None
         continue
       if not 0 <= encoded.label < self._num_classes:
@@ -124,24 +137,25 @@ class Records:
       pixels = np.asarray(self._transform(image))
       return {"image": pixels, "label": encoded.label}
 
-  def _count_bad(self, index: int, error: DamagedError) -> None:
+  def _report_damaged(self, index: int, error: DamagedError) -> None:
     with self._lock:
-      if index in self.bad:
+      if index in self.damaged:
         return
-      self.bad.add(index)
-      num_bad = len(self.bad)
-    what = f"{self._encoded.place(index)} cannot be decoded ({error})"
-    if num_bad > self._max_bad:
-      found = (
-        f"and so could {num_bad - 1} others not, of {len(self)}: the copy is "
-        "damaged"
-        if self._max_bad
-        else "and no test image may be left out"
+      self.damaged.add(index)
+      count = len(self.damaged)
+    problem = f"{self._encoded.place(index)} cannot be decoded ({error})"
+    if not self._max_damaged:
+      raise errors.InputError(
+        f"{problem}, and the accuracy needs every test image; copy it again"
       )
-      raise errors.InputError(f"{what}, {found}; copy it anew")
+    if count > self._max_damaged:
+      raise errors.InputError(
+        f"{problem}: {count} of {len(self)} images are damaged, more than the "
+        f"{self._max_damaged} that may be; copy the data set again"
+      )
     warnings.warn(
-      f"{what}; the next image takes its place. Damaged so far: {num_bad}, an "
-      f"error beyond {self._max_bad}",
+      f"{problem}; the next image takes its place. Damaged so far: {count}; "
+      f"more than {self._max_damaged} are an error",
       stacklevel=2,
     )
 
@@ -149,15 +163,18 @@ class Records:
 def for_training(
   encoded: EncodedImages, num_classes: int, transform: Transform
 ) -> Records:
-  """Records of which `MAX_BAD_SHARE`, at least `MIN_BAD`, may be damaged."""
-  max_bad = max(MIN_BAD, int(MAX_BAD_SHARE * len(encoded)))
-  return Records(encoded, num_classes, transform, max_bad=max_bad)
+  """Returns records that replace damaged images.
+
+  `MAX_DAMAGED_SHARE` of the images may be damaged, and at least `MIN_DAMAGED`.
+  """
+  max_damaged = max(MIN_DAMAGED, int(MAX_DAMAGED_SHARE * len(encoded)))
+  return Records(encoded, num_classes, transform, max_damaged=max_damaged)
 
 
 def for_test(
   encoded: EncodedImages, num_classes: int, transform: Transform
 ) -> Records:
-  """Records of which none may be damaged."""
+  """Returns records that refuse damaged images."""
   return Records(encoded, num_classes, transform)
 
 
@@ -167,5 +184,5 @@ def _decode_image(data: bytes) -> Image.Image:
   except UnidentifiedImageError as error:
     # Its message shows where in memory the bytes are.
     raise DamagedError("not an image file") from error
-  except transforms.DAMAGED as error:
+  except transforms.DECODING_ERRORS as error:
     raise DamagedError(str(error)) from error

@@ -1,6 +1,6 @@
 """Batches of a classification data set; see `batching` for their order.
 
-Images stay uint8, see `normalize`. One core makes 450 batches a second of 128
+Images stay uint8 until `normalize`. One core makes 450 batches a second of 128
 augmented CIFAR-10 images that are in memory.
 """
 
@@ -23,19 +23,19 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """Augmented batches in an order that is drawn anew for every epoch.
+  """Yields augmented batches in an order that is drawn anew for every epoch.
 
   An epoch is len(train) // batch_size steps in which no image comes twice; the
-  few that do not fill a batch are left out, other ones in every epoch.
+  few that do not fill a batch are left out, different ones in every epoch.
 
   Args:
     dataset: its `train` is read.
     batch_size: images B a step, over all processes.
     seed: of order and augmentation.
     start_step: number of the first batch.
-    num_steps: how many batches; None: without end.
+    num_steps: how many batches; None: no end.
     process_index: which share of every batch this process reads.
-    process_count: P; the shares in order are the batch of one process alone.
+    process_count: P; the shares in order make the batch of a single process.
 
   Returns:
     Batches of `image` uint8 [B / P, S, S, 3] and `label` int32 [B / P].
@@ -73,17 +73,17 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """The test images in order, all batches of one shape.
+  """Yields the test images in order, in batches of one shape.
 
   Args:
     dataset: its `test` is read.
     batch_size: as in `train_batches`.
     process_index: as in `train_batches`.
-    process_count: as in `train_batches`; every process gets as many batches.
+    process_count: as in `train_batches`; all get the same number of batches.
 
   Returns:
     Batches of `image` uint8 [B / P, S, S, 3], `label` int32 [B / P] and `mask`
-    float32 [B / P], 1 for an image and 0 for what fills the last batch up.
+    float32 [B / P], 1 for an image and 0 for padding of the last batch.
 
   Raises:
     InputError: P does not divide B.
@@ -103,7 +103,7 @@ def eval_batches(
 
 
 def _stack(records: Iterable[sources.Record], count: int) -> Batch:
-  """Image by image, so that one is copied while the cache still has it."""
+  """Copies one image after the other, while the cache still has it."""
   images, labels = np.empty(0, np.uint8), np.empty(count, np.int32)
   for row, record in enumerate(records):
     if not row:

@@ -1,9 +1,9 @@
-"""Finds out in which form a copy of a data set is at hand, and opens it.
+"""Finds the prepared copy of a data set in a folder, and opens it.
 
-Three forms are read: what tensorflow-datasets prepared, in array_record or in
-TFRecord files, and folders of images. Nothing is downloaded. What is wrong with
-a folder is found here, because the library's own messages name the wrong cause:
-a missing folder, for one, is reported as a matter of formats.
+A copy is what tensorflow-datasets prepared, in array_record or in TFRecord
+files, or folders of images. Nothing is downloaded. A wrong folder is refused
+here, because tensorflow-datasets names the wrong cause: it reports a missing
+folder as an unknown format.
 """
 
 import os
@@ -13,94 +13,99 @@ from collections.abc import Sequence
 from etils import epath
 
 from pqf_jax import errors
+from pqf_jax.data import decoding
 from pqf_jax.data.formats import image_files, tfds_folder
-
-Copy = tfds_folder.Folder | image_files.Folder
-INFO_FILE = "dataset_info.json"
 
 
 def open_copy(
   name: str,
   data_dir: str | None,
   *,
-  prepare: str,
+  prepare_command: str,
   class_names: Sequence[str] | None = None,
-) -> Copy:
+) -> decoding.EncodedDataset:
   """Opens the newest version of a data set.
 
   Args:
     name: of the data set.
     data_dir: the folder that holds `<name>/<version>/dataset_info.json`, or
       `train` and `val`.
-    prepare: the command that makes it, with {data_dir} for that folder.
-    class_names: names of the folders in `train`; None: folders of images are
-      no form of this data set.
+    prepare_command: the command that makes a copy, with {data_dir} in place of
+      that folder.
+    class_names: names of the folders in `train`; None: this data set is not
+      read from folders of images.
 
   Raises:
-    InputError: it is not there; the message says what was looked for, and the
-      folder to give or the command to run.
+    InputError: the folder holds no copy; the message says what was looked for,
+      and the folder to give or the command to run.
   """
-  forms = f"{name}/VERSION/{INFO_FILE}"
-  if class_names is not None:
-    forms += ", or train/CLASS and val/CLASS with the images"
   if not data_dir:
+    layout = f"{name}/VERSION/{tfds_folder.INFO_FILE}"
+    if class_names is not None:
+      layout += ", or train/CLASS and val/CLASS with the images"
     raise errors.InputError(
       f"{name} needs data_dir (--config.data.dir), the folder that holds "
-      f"{forms}; {_how(prepare, 'DIR')}"
+      f"{layout}; {_advice(prepare_command, 'DIR')}"
     )
   top = _absolute(data_dir)
   versions = _versions(top / name)
   if versions:
     newest = max(versions, key=_version_number)
-    # Another folder: with this one, the data set would be there already.
-    other = _how(prepare, f"{top}_array_record")
-    return tfds_folder.Folder(newest, other)
+    # Not into `top`: the command would find the data set there already.
+    advice = _advice(prepare_command, f"{top}_array_record")
+    return tfds_folder.Folder(newest, advice)
   if class_names is not None and _has_images(top):
     return image_files.Folder(pathlib.Path(top), class_names)
-  wanted = f"{name}: there is no {top / name}/VERSION/{INFO_FILE}"
+  problem = f"{name}: there is no {top / name}/VERSION/{tfds_folder.INFO_FILE}"
   if class_names is not None:
-    wanted += f" and no {top / 'train'}"
+    problem += f" and no {top / 'train'}"
   for parent in (top.parent, top.parent.parent):
     if _versions(parent / name) or (
       class_names is not None and _has_images(parent)
     ):
       raise errors.InputError(
-        f"{wanted}, but data_dir={parent} has it: give that folder"
+        f"{problem}, but data_dir={parent} has it: give that folder"
       )
-  state = "" if top.exists() else f" (not even a folder {top})"
-  raise errors.InputError(f"{wanted}{state}; {_how(prepare, str(top))}")
+  raise errors.InputError(
+    f"{problem}{_missing(top)}; {_advice(prepare_command, str(top))}"
+  )
 
 
-def open_image_folder(data_dir: str) -> image_files.Folder:
+def open_image_folder(data_dir: str | None) -> decoding.EncodedDataset:
   """Opens folders of images with any classes.
 
   Args:
     data_dir: the folder that holds `train` and `val`.
 
   Raises:
-    InputError: it does not.
+    InputError: the folder does not hold them.
   """
+  layout = "the folder that holds train/CLASS and val/CLASS with the images"
+  if not data_dir:
+    raise errors.InputError(
+      f"image_folder needs data_dir (--config.data.dir), {layout}"
+    )
   top = _absolute(data_dir)
   if _has_images(top):
     return image_files.Folder(pathlib.Path(top))
-  wanted = f"image_folder: there is no {top / 'train'}"
+  problem = f"image_folder: there is no {top / 'train'}"
   if _has_images(top.parent):
     raise errors.InputError(
-      f"{wanted}, but data_dir={top.parent} has it: give that folder"
+      f"{problem}, but data_dir={top.parent} has it: give that folder"
     )
-  state = "" if top.exists() else f" (not even a folder {top})"
-  raise errors.InputError(
-    f"{wanted}{state}; give the folder that holds train/CLASS and val/CLASS "
-    "with the images"
-  )
+  raise errors.InputError(f"{problem}{_missing(top)}; give {layout}")
 
 
-def _how(prepare: str, data_dir: str) -> str:
-  return f"prepare it once: {prepare.format(data_dir=data_dir)}"
+def _advice(prepare_command: str, data_dir: str) -> str:
+  return f"prepare it once: {prepare_command.format(data_dir=data_dir)}"
+
+
+def _missing(folder: epath.Path) -> str:
+  return "" if folder.exists() else f" ({folder} does not exist)"
 
 
 def _absolute(folder: str) -> epath.Path:
-  """So that a relative folder has parents to look into; not for gs://..."""
+  """Makes a path absolute, so that it has parents to look into."""
   folder = os.fspath(folder)
   if "://" in folder:
     return epath.Path(folder)
@@ -118,8 +123,8 @@ def _has_images(folder: epath.Path) -> bool:
 def _versions(folder: epath.Path) -> list[epath.Path]:
   return [
     file.parent
-    for file in folder.glob(f"*/{INFO_FILE}")
-    # Those being written are named so, and may be complete but for the move.
+    for file in folder.glob(f"*/{tfds_folder.INFO_FILE}")
+    # A folder that is being written is named so; it may be complete already.
     if not file.parent.name.startswith("incomplete")
   ]
 

@@ -1,4 +1,4 @@
-"""What a data set is, whatever its files look like."""
+"""Labelled images by number, whatever their files look like."""
 
 import threading
 from collections.abc import Callable
@@ -10,19 +10,19 @@ Record = dict[str, Any]
 """`image` uint8 [H, W, 3] and `label` int."""
 Augment = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(uint8 [H, W, 3], float64 [NUM_DRAWS] in [0, 1)) -> uint8 [S, S, 3]."""
-# Random numbers an image: crop row, crop column, flip.
+# Random numbers for an image: row of the crop, its column, flip.
 NUM_DRAWS = 3
 
 
 class Source(Protocol):
-  """Images by number; reading one has no side effect and threads may share it.
+  """Images by number; reading has no side effect, and threads may share it.
 
   A list of records is a source.
   """
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Record: ...
+  def __getitem__(self, index: int, /) -> Record: ...
 
 
 class ImageDataset(NamedTuple):
@@ -50,9 +50,10 @@ class ImageDataset(NamedTuple):
 
 
 class InMemory:
-  """Another source's images, all read when the first one is asked for.
+  """A source that reads all its images when the first one is asked for.
 
-  So that a data set opens at once, and a split that nobody reads costs nothing.
+  A data set opens at once this way, and a split that nobody reads costs
+  nothing.
   """
 
   def __init__(self, length: int, read_all: Callable[[], list[Record]]) -> None:

@@ -1,4 +1,4 @@
-"""Functions of one image, and the normalization of a batch.
+"""Transforms of one image, and the normalization of a batch.
 
 Resizing and center crop are torchvision's on Pillow images, antialiased
 bilinear, since the published accuracies were measured with them.
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-# What Pillow raises for files that are damaged, cut short or no images.
-DAMAGED = (
+# Pillow raises these for files that are damaged, cut short or no images.
+DECODING_ERRORS = (
   OSError,
   SyntaxError,
   ValueError,
@@ -23,7 +23,7 @@ DAMAGED = (
 
 
 def decode_image(data: bytes) -> Image.Image:
-  """An RGB image from a JPEG or PNG file, also of a gray or CMYK one."""
+  """Decodes a file to an RGB image, from gray, CMYK and others too."""
   image = Image.open(io.BytesIO(data))
   if image.mode != "RGB":
     return image.convert("RGB")
@@ -33,20 +33,20 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:
-  """The image as a square of `size` pixels."""
+  """Resizes an image to a square of `size` pixels."""
   return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-  """The image with its shorter side `size`; the longer one is rounded down."""
+  """Resizes the shorter side to `size`; the longer one is rounded down."""
   width, height = image.size
   short = min(width, height)
-  to = (size * width // short, size * height // short)
-  return image.resize(to, Image.Resampling.BILINEAR)
+  new_size = (size * width // short, size * height // short)
+  return image.resize(new_size, Image.Resampling.BILINEAR)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-  """The middle `size` x `size` pixels of an image that is not smaller."""
+  """Cuts `size` x `size` pixels out of the middle of an image."""
   # Python's round, half to even, as torchvision does.
   left, top = (round((side - size) / 2) for side in image.size)
   return image.crop((left, top, left + size, top + size))
@@ -94,7 +94,10 @@ def random_crop(
 def normalize(
   images: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-  """(images / 255 - mean) / std, for the device: a quarter of the bytes travel.
+  """Computes (images / 255 - mean) / std.
+
+  It runs on the device, since uint8 images are a quarter of the bytes to
+  transfer.
 
   Args:
     images: uint8 [..., 3].
@@ -105,7 +108,7 @@ def normalize(
     float32 of the same shape.
   """
   shape = (1,) * (images.ndim - 1) + (3,)
-  mean, std = (
+  center, scale = (
     jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std)
   )
-  return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
+  return (jnp.asarray(images, jnp.float32) / 255 - center) / scale

@@ -1,5 +1,7 @@
+import copy
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 from sklearn import datasets
 
 from pqf_jax import data, errors
+from pqf_jax.data.datasets import imagenet_labels
 
 
 @pytest.fixture(scope="module")
@@ -21,27 +24,120 @@ def stack(source) -> tuple[np.ndarray, np.ndarray]:
 
 def test_an_unknown_name_is_answered_with_the_nearest():
   with pytest.raises(
-    errors.InputError, match="'cifar-10': did you mean 'cifar10'.*imagenet2012"
+    errors.InputError,
+    match="no data set .* 'cifar-10': did you mean 'cifar10'.*imagenet2012",
   ):
     data.get_dataset("cifar-10", data_dir="anything")
+
+
+def load_toy(data_dir, image_size) -> data.ImageDataset:
+  size = image_size or 4
+  records = [
+    {"image": np.full((size, size, 3), i, np.uint8), "label": i % 2}
+    for i in range(6)
+  ]
+  return data.ImageDataset(
+    name=f"toy in {data_dir}",
+    train=records,
+    test=records[:3],
+    num_classes=2,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.2, 0.2, 0.2),
+    augment=lambda image, draws: image,
+  )
+
+
+@pytest.mark.parametrize(
+  "loader", [load_toy, types.SimpleNamespace(load=load_toy)]
+)
+def test_a_data_set_is_registered_from_outside(monkeypatch, loader):
+  monkeypatch.setattr(data, "DATASETS", copy.deepcopy(data.DATASETS))
+  data.register("toy", loader)
+  dataset = data.get_dataset("toy", data_dir="DIR", image_size=8)
+  assert dataset.name == "toy in DIR"
+  (batch,) = data.train_batches(dataset, batch_size=6, seed=0, num_steps=1)
+  assert batch["image"].shape == (6, 8, 8, 3)
+  assert sorted(batch["image"][:, 0, 0, 0]) == list(range(6))
+  with pytest.raises(errors.InputError, match="two .* named 'toy'"):
+    data.register("toy", "another.module")
+
+
+def test_a_data_set_is_an_entry_point_of_another_package(tmp_path, monkeypatch):
+  info = tmp_path / "toys-1.0.dist-info"
+  info.mkdir()
+  (info / "METADATA").write_text("Name: toys\nVersion: 1.0\n")
+  (info / "entry_points.txt").write_text(
+    "[pqf_jax.datasets]\ntoy_of_package = toys:load_small\n"
+  )
+  (tmp_path / "toys.py").write_text(
+    "from pqf_jax import data\n"
+    "def load_small(data_dir, image_size):\n"
+    "  return data.get_dataset('digits', image_size=image_size or 8)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  dataset = data.get_dataset("toy_of_package")
+  assert dataset.train[0]["image"].shape == (8, 8, 3)
+
+
+def test_the_classes_are_the_sorted_wordnet_ids():
+  names = imagenet_labels.class_names()
+  assert len(set(names)) == 1000
+  assert list(names) == sorted(names)
+  # Known to whoever used the labels: tench, snail, banana, toilet paper.
+  known = {0: "n01440764", 113: "n01944390", 954: "n07753592", 999: "n15075141"}
+  assert {label: names[label] for label in known} == known
+
+
+def test_validation_labels_are_those_of_the_development_kit():
+  # The first five of ILSVRC2012_validation_ground_truth.txt, as sorted ids:
+  # 490 361 171 822 297 there are n01751748, n09193705, n02105855, n04263257,
+  # n03125729.
+  first = [
+    imagenet_labels.class_names()[
+      imagenet_labels.validation_label(f"ILSVRC2012_val_{i:08d}.JPEG")
+    ]
+    for i in range(1, 6)
+  ]
+  assert first == [
+    "n01751748",
+    "n09193705",
+    "n02105855",
+    "n04263257",
+    "n03125729",
+  ]
+  counts = np.bincount(
+    [
+      imagenet_labels.validation_label(f"ILSVRC2012_val_{i:08d}.JPEG")
+      for i in range(1, 50_001)
+    ]
+  )
+  assert counts.tolist() == [50] * 1000
+
+
+@pytest.mark.parametrize(
+  "name", ["ILSVRC2012_val_00050001.JPEG", "1.JPEG", "ILSVRC2012_val_1.JPEG"]
+)
+def test_other_names_have_no_label(name):
+  with pytest.raises(errors.InputError, match=f"{name} is not the name"):
+    imagenet_labels.validation_label(name)
 
 
 def test_digits_split(digits):
   assert (len(digits.train), len(digits.test)) == (1437, 360)
   _, labels = datasets.load_digits(return_X_y=True)
-  share = np.bincount(stack(digits.test)[1]) / np.bincount(labels)
-  np.testing.assert_allclose(share, 0.2, atol=0.006)
+  held_out = np.bincount(stack(digits.test)[1]) / np.bincount(labels)
+  np.testing.assert_allclose(held_out, 0.2, atol=0.006)
 
 
 def test_digits_are_the_scans_of_scikit_learn(digits):
-  """Every image of both splits is one scan, enlarged, with its own label."""
+  """Every image of both splits is one scan, enlarged, with its label."""
   ink, labels = datasets.load_digits(return_X_y=True)
   known = {}
   for scan, label in zip(ink.reshape(-1, 8, 8), labels, strict=True):
     pixels = np.floor(scan * 255 / 16 + 0.5).astype(np.uint8)
     large = Image.fromarray(pixels).resize((32, 32), Image.BILINEAR)
     known[np.asarray(large).tobytes()] = label
-  images, of_images = (
+  images, labels_of_images = (
     np.concatenate(pair)
     for pair in zip(stack(digits.train), stack(digits.test), strict=True)
   )
@@ -51,8 +147,8 @@ def test_digits_are_the_scans_of_scikit_learn(digits):
   assert images.max() == 255
   np.testing.assert_array_equal(images[..., 0], images[..., 1])
   np.testing.assert_array_equal(images[..., 0], images[..., 2])
-  found = [known.pop(image[..., 0].tobytes()) for image in images]
-  assert found == of_images.tolist()
+  expected = [known.pop(image[..., 0].tobytes()) for image in images]
+  assert labels_of_images.tolist() == expected
   assert not known
 
 

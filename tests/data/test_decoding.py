@@ -9,7 +9,7 @@ from pqf_jax import errors
 from pqf_jax.data import decoding
 
 NUM_CLASSES = 50
-# Those that a test does not ask for.
+# Warnings that a test does not expect itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 
 
@@ -63,15 +63,15 @@ def test_a_damaged_training_image_is_replaced_by_the_next(damage, encoding):
   records = decoding.for_training(shelf(bad), NUM_CLASSES, same)
   with pytest.warns(
     UserWarning, match="image 3 of shelf cannot be decoded"
-  ) as told:
-    found = records[3]
-  assert "object at" not in str(told[0].message)
-  np.testing.assert_array_equal(found["image"], records[5]["image"])
-  assert found["label"] == 5
-  assert records.bad == {3, 4}
-  with pytest.warns(UserWarning, match="so far: 3, an error beyond 10"):
+  ) as warned:
+    record = records[3]
+  assert "object at" not in str(warned[0].message)
+  np.testing.assert_array_equal(record["image"], records[5]["image"])
+  assert record["label"] == 5
+  assert records.damaged == {3, 4}
+  with pytest.warns(UserWarning, match="so far: 3; more than 10 are an error"):
     assert records[29]["label"] == 0
-  assert records.bad == {3, 4, 29}
+  assert records.damaged == {3, 4, 29}
 
 
 def test_replacement_does_not_depend_on_what_was_read_before():
@@ -100,9 +100,10 @@ def test_more_damaged_images_than_their_share_are_an_error():
   encoded = shelf({i: b"spoiled" for i in range(11)})
   records = decoding.for_training(encoded, NUM_CLASSES, same)
   with (
-    pytest.warns(UserWarning, match="so far: 10,"),
+    pytest.warns(UserWarning, match="so far: 10;"),
     pytest.raises(
-      errors.InputError, match="image 10 of shelf .* 10 others not, of 30"
+      errors.InputError,
+      match="image 10 of shelf .* 11 of 30 images are damaged",
     ),
   ):
     records[0]
@@ -111,7 +112,7 @@ def test_more_damaged_images_than_their_share_are_an_error():
 def test_the_share_is_one_in_a_thousand():
   encoded = Images([decoding.EncodedImage(b"spoiled", 0)] * 20_000)
   records = decoding.for_training(encoded, NUM_CLASSES, same)
-  with pytest.raises(errors.InputError, match="20 others not, of 20000"):
+  with pytest.raises(errors.InputError, match="21 of 20000 images are damaged"):
     records[100]
 
 
@@ -119,7 +120,9 @@ def test_a_split_of_nothing_but_damaged_images_is_an_error():
   encoded = shelf({i: b"spoiled" for i in range(4)}, 4)
   with (
     pytest.warns(UserWarning),
-    pytest.raises(errors.InputError, match="3 others"),
+    pytest.raises(
+      errors.InputError, match="4 of 4 images are damaged, more than the 3"
+    ),
   ):
     decoding.for_training(encoded, NUM_CLASSES, same)[1]
 
@@ -128,7 +131,8 @@ def test_a_damaged_test_image_is_an_error():
   records = decoding.for_test(shelf({3: b"spoiled"}), NUM_CLASSES, same)
   assert records[2]["label"] == 2
   with pytest.raises(
-    errors.InputError, match="image 3 of shelf .* no test image may be left"
+    errors.InputError,
+    match="image 3 of shelf .* the accuracy needs every test image",
   ):
     records[3]
 

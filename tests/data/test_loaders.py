@@ -9,7 +9,7 @@ NUM_TRAIN, NUM_TEST, BATCH = 24, 10, 8
 
 
 def draws_as_image(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-  """Augmentation that shows what it was given: row 0 the image, row 1 draws."""
+  """Augments to a record of the arguments: row 0 the image, row 1 draws."""
   return np.stack([image[0, 0], (draws * 256).astype(np.uint8)])[None]
 
 
@@ -48,9 +48,10 @@ def assert_same(left: list[dict], right: list[dict]) -> None:
       np.testing.assert_array_equal(values, other[name])
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 11, 12])
-def test_a_resumed_run_gets_exactly_the_batches_that_are_left(start: int):
-  assert_same(train(12 - start, start_step=start), train(12)[start:])
+def test_a_resumed_run_gets_exactly_the_batches_that_remain():
+  whole = train(12)
+  for start in (0, 1, 2, 3, 7, 11, 12):
+    assert_same(train(12 - start, start_step=start), whole[start:])
 
 
 def test_without_a_number_of_steps_the_batches_do_not_end():
@@ -67,19 +68,16 @@ def test_shapes_and_types():
 
 
 def test_every_epoch_has_every_image_once_in_a_new_order():
-  epochs = [
-    numbers(train(3, start_step=3 * epoch, seed=0)) for epoch in range(4)
-  ]
+  batches = train(12, seed=0)
+  epochs = [numbers(batches[start : start + 3]) for start in range(0, 12, 3)]
   assert all(sorted(epoch) == list(range(NUM_TRAIN)) for epoch in epochs)
   assert len(set(map(tuple, epochs))) == 4
 
 
 def test_an_epoch_leaves_out_only_what_fills_no_batch():
   # 24 = 2 * 10 + 4.
-  epochs = [
-    numbers(train(2, start_step=2 * epoch, batch_size=10))
-    for epoch in range(20)
-  ]
+  batches = train(40, batch_size=10)
+  epochs = [numbers(batches[start : start + 2]) for start in range(0, 40, 2)]
   assert all(len(set(epoch)) == 20 for epoch in epochs)
   assert set(itertools.chain(*epochs)) == set(range(NUM_TRAIN))
 
@@ -92,11 +90,10 @@ def test_labels_stay_with_their_images():
 
 
 def test_seeds_differ_and_no_epoch_of_one_is_an_epoch_of_another():
-  orders = [
-    tuple(numbers(train(3, start_step=3 * epoch, seed=seed)))
-    for seed in (-1, 0, 1, 2)
-    for epoch in range(3)
-  ]
+  orders = []
+  for seed in (-1, 0, 1, 2):
+    batches = train(9, seed=seed)
+    orders += [tuple(numbers(batches[i : i + 3])) for i in (0, 3, 6)]
   assert len(set(orders)) == len(orders)
 
 
@@ -108,7 +105,7 @@ def test_draws_are_fresh_for_every_image_of_every_step():
   np.testing.assert_allclose(draws.mean(axis=0), 127.5, atol=14)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, 8])
 def test_the_shares_of_the_processes_are_the_batch_of_one(count: int):
   def join(shares: list[list[dict]]) -> list[dict]:
     return [
@@ -128,14 +125,14 @@ def test_the_shares_of_the_processes_are_the_batch_of_one(count: int):
   )
 
 
-@pytest.mark.parametrize("num_images", [1, 7, 8, 10, 24, 25])
-@pytest.mark.parametrize("process_count", [1, 2, 3, 4])
-@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("num_images", [1, 7, 8, 25])
+@pytest.mark.parametrize("process_count", [1, 3, 4])
+@pytest.mark.parametrize("share", [1, 4])
 def test_processes_together_count_exactly_all_images(
   num_images: int, process_count: int, share: int
 ):
   dataset = DATASET._replace(test=records(num_images))
-  seen, lengths = [], []
+  images, lengths = [], []
   for index in range(process_count):
     batches = list(
       data.eval_batches(
@@ -148,10 +145,10 @@ def test_processes_together_count_exactly_all_images(
     lengths.append(len(batches))
     for batch in batches:
       assert batch["image"].shape == (share, 4, 4, 3)
-      seen += batch["image"][batch["mask"] > 0, 0, 0, 0].tolist()
+      images += batch["image"][batch["mask"] > 0, 0, 0, 0].tolist()
   # As many batches each, or a collective would wait for ever.
   assert lengths == [-(-num_images // (share * process_count))] * process_count
-  assert sorted(seen) == list(range(num_images))
+  assert sorted(images) == list(range(num_images))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8, 10, 16])
@@ -187,7 +184,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(batch_size: int, count: int):
 
 
 def test_a_process_that_does_not_exist_is_refused():
-  with pytest.raises(errors.InputError, match="process 2 is none of 0 to 1"):
+  with pytest.raises(errors.InputError, match="no process 2: .* 0 to 1"):
     train(1, process_index=2, process_count=2)
 
 

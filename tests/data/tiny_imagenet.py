@@ -1,7 +1,7 @@
 """ImageNet's folders and archives with one small image a class and split.
 
-An image is a flat PNG that is called .JPEG, as there is one in ImageNet itself;
-its color tells its label.
+An image is a flat PNG with the suffix .JPEG, like one in ImageNet itself, in a
+color that depends on its label.
 """
 
 import io
@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from pqf_jax.data.datasets import ilsvrc
+from pqf_jax.data.datasets import imagenet_labels
 
 
 def color(label: int, split: str) -> tuple[int, int, int]:
@@ -26,14 +26,14 @@ def encoded(label: int, split: str) -> bytes:
 
 
 def files(split: str) -> dict[str, tuple[int, bytes]]:
-  """File name -> (label, content); of the first 1,000 validation images."""
+  """Makes {file name: (label, content)}, 1,000 images of a split."""
   if split == "train":
     return {
       f"{name}_7.JPEG": (label, encoded(label, split))
-      for label, name in enumerate(ilsvrc.class_names())
+      for label, name in enumerate(imagenet_labels.class_names())
     }
   names = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(1000)]
-  labels = [ilsvrc.validation_label(name) for name in names]
+  labels = [imagenet_labels.validation_label(name) for name in names]
   return {
     name: (label, encoded(label, split))
     for name, label in zip(names, labels, strict=True)
@@ -47,16 +47,16 @@ def make_folders(
     for name, (label, content) in files(split).items():
       of_class = top / folder
       if split == "train" or not flat:
-        of_class /= ilsvrc.class_names()[label]
+        of_class /= imagenet_labels.class_names()[label]
       of_class.mkdir(parents=True, exist_ok=True)
       (of_class / name).write_bytes(content)
 
 
 def make_archives(top: pathlib.Path) -> None:
-  """Byte for byte of the structure of those that image-net.org gives."""
+  """Writes archives of the same structure as those of image-net.org."""
   top.mkdir(parents=True, exist_ok=True)
   classes = {
-    f"{ilsvrc.class_names()[label]}.tar": archive({name: content})
+    f"{imagenet_labels.class_names()[label]}.tar": archive({name: content})
     for name, (label, content) in files("train").items()
   }
   (top / "ILSVRC2012_img_train.tar").write_bytes(archive(classes))

@@ -21,12 +21,12 @@ def encode(image: Image.Image, encoding: str) -> bytes:
 
 
 def flat_image(label: int) -> np.ndarray:
-  """A 32 x 32 image whose pixels all say which label it has."""
+  """Makes a 32 x 32 image whose pixels all encode its label."""
   return np.full((32, 32, 3), 10 * label + 5, np.uint8)
 
 
 def photo(index: int) -> Image.Image:
-  """A smooth picture of odd size; every third one is gray, the next CMYK."""
+  """Makes a smooth picture of odd size; a third are gray, a third CMYK."""
   rng = np.random.default_rng(index)
   width, height = rng.integers(40, 90, 2)
   pixels = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
@@ -37,7 +37,7 @@ def photo(index: int) -> Image.Image:
 def write(
   folder: pathlib.Path, name: str, encoding: str, splits: dict[str, list[bytes]]
 ) -> None:
-  """Prepares `name`; an image's label is its place in the list."""
+  """Prepares a data set; an image's label is its place in the list."""
   num_classes = max(map(len, splits.values()))
 
   class Builder(tfds.core.GeneratorBasedBuilder):
@@ -82,7 +82,7 @@ def prepare(folder: pathlib.Path) -> None:
 
 
 def crc32c(data: bytes) -> int:
-  """CRC-32C bit by bit, as RFC 3720 defines it."""
+  """Computes CRC-32C bit by bit, as RFC 3720 defines it."""
   crc = 0xFFFFFFFF
   for byte in data:
     crc ^= byte
@@ -92,7 +92,7 @@ def crc32c(data: bytes) -> int:
 
 
 def framed(record: bytes) -> bytes:
-  """A record as it is written into a TFRecord file."""
+  """Frames a record as TFRecord files do."""
 
   def masked(data: bytes) -> bytes:
     crc = crc32c(data)

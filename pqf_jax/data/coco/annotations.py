@@ -1,7 +1,7 @@
 """COCO annotation files, read and checked.
 
-pycocotools takes a damaged file until it crashes somewhere, so everything that
-it and the training rely on is checked here, once, when the file is opened.
+pycocotools accepts a damaged file and crashes later, so everything that it and
+the training rely on is checked here, once, when the file is opened.
 """
 
 import json
@@ -14,7 +14,8 @@ from etils import epath
 from pqf_jax import errors
 from pqf_jax.data.coco import masks
 
-JsonObject = Mapping[str, Any]
+JsonObject = dict[str, Any]
+Check = Callable[[Any], bool]
 
 
 class AnnotatedImage(NamedTuple):
@@ -26,7 +27,7 @@ class AnnotatedImage(NamedTuple):
     height, width: in pixels.
     annotations: of its objects and crowds, in the order of the file, with
       COCO's image_id, category_id, bbox, segmentation, area and iscrowd; the
-      last two even if the file leaves them out.
+      last two are added where the file leaves them out.
   """
 
   id: int
@@ -37,11 +38,11 @@ class AnnotatedImage(NamedTuple):
 
 
 class AnnotationFile(NamedTuple):
-  """What a file says.
+  """Content of an annotation file.
 
   Attributes:
     path: of the file.
-    images: sorted by id, as torchvision does.
+    images: sorted by id, as in torchvision.
     categories: {category id: name}, sorted by id; ids may have gaps.
   """
 
@@ -57,8 +58,8 @@ def read(path: epath.PathLike) -> AnnotationFile:
     path: of the file.
 
   Raises:
-    InputError: it is missing, damaged, has no images, or one of its entries
-      lacks what it needs or contradicts another; names file and entry.
+    InputError: the file is missing or damaged, has no images, or an entry
+      lacks a field or contradicts another; the message names file and entry.
   """
   path = epath.Path(path)
   content = _content(path)
@@ -70,11 +71,13 @@ def read(path: epath.PathLike) -> AnnotationFile:
     {"file_name": _is_name, "height": _is_side, "width": _is_side},
   )
   if not images:
-    raise errors.InputError(f"{path} lists no images")
-  found: dict[int, list[JsonObject]] = {image_id: [] for image_id in images}
+    raise errors.InputError(
+      f"{path} lists no images, but must list one or more; copy it again"
+    )
+  of_image: dict[int, list[JsonObject]] = {number: [] for number in images}
   for index, entry in enumerate(content["annotations"]):
     annotation = _checked_annotation(path, index, entry, images, categories)
-    found[annotation["image_id"]].append(annotation)
+    of_image[annotation["image_id"]].append(annotation)
   return AnnotationFile(
     path,
     tuple(
@@ -83,7 +86,7 @@ def read(path: epath.PathLike) -> AnnotationFile:
         image["file_name"],
         image["height"],
         image["width"],
-        tuple(found[image_id]),
+        tuple(of_image[image_id]),
       )
       for image_id, image in images.items()
     ),
@@ -91,41 +94,43 @@ def read(path: epath.PathLike) -> AnnotationFile:
   )
 
 
-def _content(path: epath.Path) -> dict[str, Any]:
-  """The three lists of the file."""
+def _content(path: epath.Path) -> dict[str, list[Any]]:
+  """Reads the three lists of the file."""
   if not path.exists():
     raise errors.InputError(
-      f"{path} is missing: data_dir must be a folder in COCO's layout, "
-      "annotations/instances_SPLIT2017.json beside SPLIT2017/ with the images"
+      f"{path} is missing; data_dir must be a folder in COCO's layout, with "
+      "annotations/instances_SPLIT2017.json and the images in SPLIT2017/"
     )
   try:
     content = json.loads(path.read_text())
   except ValueError as error:
     raise errors.InputError(
-      f"{path} is not JSON, copy it again: {error}"
+      f"{path} is not valid JSON ({error}); copy it again"
     ) from error
   for name in ("images", "annotations", "categories"):
     if not isinstance(content, dict) or not isinstance(content.get(name), list):
       raise errors.InputError(
-        f"{path} has no list {name!r}; COCO's instance annotations have the "
-        "lists images, annotations and categories"
+        f"{path} has no list {name!r}; give instance annotations of COCO, with "
+        "the lists images, annotations and categories"
       )
   return content
 
 
 def _by_id(
   path: epath.Path,
-  content: dict[str, Any],
+  content: Mapping[str, list[Any]],
   name: str,
-  fields: Mapping[str, Callable[[object], bool]],
+  fields: dict[str, Check],
 ) -> dict[int, JsonObject]:
-  """The entries of a list by id, in the order of ids."""
+  """Returns the entries of a list by id, in the order of ids."""
   entries: dict[int, JsonObject] = {}
   for index, entry in enumerate(content[name]):
     where = f"{path}: {name}[{index}]"
-    _check_fields(where, entry, {"id": _is_whole} | fields)
+    _check_fields(where, entry, {"id": _is_id} | fields)
     if entry["id"] in entries:
-      raise errors.InputError(f"{where} has id {entry['id']}, as one before it")
+      raise errors.InputError(
+        f"{where} has the id {entry['id']} of an earlier entry; ids must differ"
+      )
     entries[entry["id"]] = entry
   return dict(sorted(entries.items()))
 
@@ -133,39 +138,41 @@ def _by_id(
 def _checked_annotation(
   path: epath.Path,
   index: int,
-  entry: object,
+  entry: Any,
   images: Mapping[int, JsonObject],
   categories: Mapping[int, JsonObject],
-) -> dict[str, Any]:
-  """What is used of an annotation, with `area` and `iscrowd`."""
+) -> JsonObject:
+  """Returns the fields of an annotation that are used."""
   where = f"{path}: annotations[{index}]"
-  fields = {
-    "image_id": _is_whole,
-    "category_id": _is_whole,
+  fields: dict[str, Check] = {
+    "image_id": _is_id,
+    "category_id": _is_id,
     "bbox": _is_box,
   }
   _check_fields(where, entry, fields)
   where += f" (id {entry.get('id')})"
   if entry["image_id"] not in images:
     raise errors.InputError(
-      f"{where} belongs to image {entry['image_id']}, which the file does not "
-      "list"
+      f"{where} belongs to image {entry['image_id']}, but the file lists no "
+      "image of this id; correct image_id"
     )
   if entry["category_id"] not in categories:
     raise errors.InputError(
       f"{where} has category {entry['category_id']}, but the file lists "
-      f"{', '.join(map(str, categories)) or 'none'}"
+      f"{', '.join(map(str, categories)) or 'none'}; correct category_id"
     )
   image = images[entry["image_id"]]
   height, width = image["height"], image["width"]
   segmentation = masks.clean(entry.get("segmentation"))
   fault = masks.fault(segmentation, height, width)
   if fault:
-    raise errors.InputError(f"{where} of {image['file_name']} {fault}")
+    raise errors.InputError(
+      f"{where} of {image['file_name']} {fault}; correct the segmentation"
+    )
   area = entry.get("area")
   if not _is_number(area):
     area = int(masks.decode(segmentation, height, width).sum())
-  # Nothing else is used, and COCO has 860,001 of them.
+  # Other fields would take memory: COCO has 860,001 annotations.
   return {name: entry[name] for name in fields} | {
     "area": area,
     "iscrowd": int(bool(entry.get("iscrowd"))),
@@ -173,19 +180,21 @@ def _checked_annotation(
   }
 
 
-def _check_fields(
-  where: str, entry: object, fields: Mapping[str, Callable[[object], bool]]
-) -> None:
+def _check_fields(where: str, entry: Any, fields: Mapping[str, Check]) -> None:
   if not isinstance(entry, dict):
-    raise errors.InputError(f"{where} is {entry!r}, not an object with fields")
-  for name, is_good in fields.items():
+    raise errors.InputError(
+      f"{where} is {entry!r}, but must be an object with fields"
+    )
+  for name, is_valid in fields.items():
     if name not in entry:
-      raise errors.InputError(f"{where} has no {name!r}")
-    if not is_good(entry[name]):
-      raise errors.InputError(f"{where} has {name} {entry[name]!r}")
+      raise errors.InputError(f"{where} has no field {name!r}; add it")
+    if not is_valid(entry[name]):
+      raise errors.InputError(
+        f"{where} has the invalid {name} {entry[name]!r}; correct it"
+      )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -193,20 +202,20 @@ def _is_number(value: object) -> bool:
   )
 
 
-def _is_whole(value: object) -> bool:
-  # Ids travel as int64.
+def _is_id(value: Any) -> bool:
+  # Ids are sent to the device as int64.
   return isinstance(value, int) and 0 <= value < 2**63
 
 
-def _is_side(value: object) -> bool:
+def _is_side(value: Any) -> bool:
   return isinstance(value, int) and value > 0
 
 
-def _is_name(value: object) -> bool:
+def _is_name(value: Any) -> bool:
   return isinstance(value, str) and bool(value)
 
 
-def _is_box(value: object) -> bool:
+def _is_box(value: Any) -> bool:
   return (
     isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
   )

@@ -1,6 +1,6 @@
 """Batches of a `coco.DetectionDataset`, all of one shape.
 
-Images keep their own size in the top left corner of a square buffer, uint8: the
+Images keep their own size, in the top left corner of a square uint8 buffer: the
 network resizes and normalizes them on the device.
 """
 
@@ -17,7 +17,7 @@ from pqf_jax.data.coco import masks as coco_masks
 from pqf_jax.data.coco import targets as coco_targets
 
 FLIP_PROBABILITY = 0.5
-# Random numbers an image: whether it is mirrored.
+# Random numbers for an image: whether it is mirrored.
 NUM_DRAWS = 1
 Batch = batching.Batch
 
@@ -32,15 +32,15 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """Images with their objects, mirrored half the time.
+  """Yields images with their objects, mirrored half the time.
 
   Args:
     dataset: its `train` is read; S = side, G = num_objects.
     batch_size: images B a step, over all processes.
     seed: of order and mirroring.
-    start_step: as in `batching.shuffled_batches`, like the rest.
-    num_steps: as there.
-    process_index: as there.
+    start_step: as in `batching.shuffled_batches`.
+    num_steps: as in `batching.shuffled_batches`.
+    process_index: as in `batching.shuffled_batches`.
     process_count: P.
 
   Returns:
@@ -51,7 +51,7 @@ def train_batches(
       boxes     float32 [B, G, 4], x1, y1, x2, y2 in pixels
       labels    int32 [B, G], from 1 on
       valid     bool [B, G]; boxes, labels and masks are 0 where it is False
-      masks     uint8 [B, G, S, ceil(S / 8)], see `coco_masks.pack`
+      masks     uint8 [B, G, S, ceil(S / 8)], see `coco_masks.to_bits`
 
   Raises:
     InputError: the data set was opened without training images, the batch is
@@ -61,7 +61,8 @@ def train_batches(
   split = dataset.train
   if split is None:
     raise errors.InputError(
-      f"{dataset.name} was opened without its training images"
+      f"{dataset.name} was opened without its training images; load it with "
+      "with_train=True"
     )
 
   def load(indices: np.ndarray, draws: np.ndarray) -> Batch:
@@ -97,7 +98,7 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """The test images in the order of their ids.
+  """Yields the test images in the order of their ids.
 
   Args:
     dataset: its `test` is read.
@@ -107,7 +108,7 @@ def eval_batches(
 
   Returns:
     Batches of `image`, `size` and `image_id` as in `train_batches`, and `mask`
-    float32 [B / P], 0 for what fills the last batch up.
+    float32 [B / P], 1 for an image and 0 for padding of the last batch.
 
   Raises:
     InputError: P does not divide B; from the iterator: an image file is
@@ -132,7 +133,7 @@ def eval_batches(
 
 
 def image_batch(path: epath.PathLike) -> Batch:
-  """One image file as a batch of `eval_batches`, whose image_id is 0.
+  """Reads one image file as a batch of `eval_batches` with image_id 0.
 
   Args:
     path: of the image; the buffer's side is its longer one, rounded up to a
@@ -152,7 +153,7 @@ def image_batch(path: epath.PathLike) -> Batch:
 def mirror(
   pixels: np.ndarray, targets: coco_targets.Targets
 ) -> tuple[np.ndarray, coco_targets.Targets]:
-  """Image and objects with left and right exchanged.
+  """Exchanges left and right of an image and its objects.
 
   Args:
     pixels: uint8 [H, W, 3].
@@ -174,7 +175,7 @@ def _image_fields(
   return {
     "image": buffer,
     "size": np.array([height, width], np.int32),
-    "image_id": np.int64(image_id),
+    "image_id": np.array(image_id, np.int64),
   }
 
 
@@ -189,7 +190,7 @@ def _target_fields(
     "boxes": boxes,
     "labels": labels,
     "valid": np.arange(num_rows) < count,
-    "masks": coco_masks.pack(targets.masks, num_rows, side),
+    "masks": coco_masks.to_bits(targets.masks, num_rows, side),
   }
 
 

@@ -3,8 +3,8 @@
     DIR/annotations/instances_train2017.json    DIR/train2017/*.jpg
     DIR/annotations/instances_val2017.json      DIR/val2017/*.jpg
 
-Training leaves out what torchvision's reference does, see `coco_targets`;
-evaluation sees every image and every annotation.
+Training leaves out the same objects and images as torchvision's reference, see
+`coco_targets`; evaluation uses every image and every annotation.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from pqf_jax.data.coco import images as coco_images
 from pqf_jax.data.coco import targets as coco_targets
 
 TRAIN, TEST = "train2017", "val2017"
-# Of red, green and blue: ImageNet's, which the backbones are trained with.
+# Of red, green and blue in ImageNet, which the backbones are trained on.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Labels(NamedTuple):
-  """How the network numbers the categories.
+  """Categories by the labels that the network gives them.
 
   Attributes:
-    category_ids: [C] by label; that of label 0, the background, is 0, and so
-      are those of labels that no category has.
-    names: [C] likewise, '' where there is none.
+    category_ids: [C] id of each label's category; 0 for label 0, the
+      background, and for labels without a category.
+    names: [C] name of each label's category; '' where there is none.
   """
 
   category_ids: tuple[int, ...]
@@ -59,11 +59,11 @@ class Split:
     return len(self.images)
 
   def pixels(self, index: int) -> np.ndarray:
-    """Image number `index` in the order of ids, uint8 [H, W, 3].
+    """Reads image number `index` in the order of ids, uint8 [H, W, 3].
 
     Raises:
-      InputError: the file cannot be decoded, or is of another size than the
-        annotations say.
+      InputError: the file cannot be decoded, or its size is not that of the
+        annotations.
     """
     entry = self.images[index]
     pixels = coco_images.read_image(self._folder / entry.file_name)
@@ -71,16 +71,16 @@ class Split:
       raise errors.InputError(
         f"{self._folder / entry.file_name} has {pixels.shape[0]} x "
         f"{pixels.shape[1]} pixels, but {self._file.path} says "
-        f"{entry.height} x {entry.width} (height x width)"
+        f"{entry.height} x {entry.width} (height x width); copy both again"
       )
     return pixels
 
   def targets(self, index: int) -> coco_targets.Targets:
-    """The objects of image number `index`, without crowds."""
+    """Returns the objects of image number `index`, without crowds."""
     return coco_targets.read_targets(self.images[index], self._label_of)
 
   def ground_truth(self) -> dict[str, Any]:
-    """All annotations in COCO's format, for the evaluation.
+    """Returns all annotations in COCO's format, for the evaluation.
 
     Their ids are new: pycocotools takes the id 0 for `not matched`.
     """
@@ -115,7 +115,7 @@ class DetectionDataset(NamedTuple):
     num_objects: G; no image of `train` has more targets.
     mean: of red, green and blue in 0..1, to normalize with.
     std: their standard deviation.
-    notes: what was left out, a sentence each.
+    notes: sentences on what was left out.
   """
 
   name: str
@@ -130,7 +130,7 @@ class DetectionDataset(NamedTuple):
 
   @property
   def num_classes(self) -> int:
-    """Labels, the background's included."""
+    """The number of labels, with that of the background."""
     return len(self.labels.names)
 
 
@@ -154,12 +154,12 @@ def load(
     num_objects: G; None: as many as any training image has.
 
   Raises:
-    InputError: something is missing, damaged or does not fit; the message
-      names file and entry.
+    InputError: a file or an entry is missing, damaged or does not fit; the
+      message names it.
   """
   if not data_dir:
     raise errors.InputError(
-      "this recipe needs data_dir (--config.data.dir), the folder that holds "
+      "COCO needs data_dir (--config.data.dir), the folder that holds "
       f"annotations/instances_{TRAIN}.json and {TRAIN}/ with the images"
     )
   top = epath.Path(data_dir).expanduser()
@@ -173,25 +173,28 @@ def load(
       "both must have the same ids and names"
     )
   test = Split(files[TEST], top / TEST, files[TEST].images, labels)
-  train, most, notes = None, 0, ()
+  train: Split | None = None
+  most_objects = 0
+  notes: tuple[str, ...] = ()
   if with_train:
     images, notes = coco_targets.trainable_images(files[TRAIN])
-    most = coco_targets.most_objects(files[TRAIN], images, num_objects)
+    most_objects = coco_targets.most_objects(files[TRAIN], images, num_objects)
     train = Split(files[TRAIN], top / TRAIN, images, labels)
   return DetectionDataset(
-    top.name, train, test, labels, side, most, MEAN, STD, notes
+    top.name, train, test, labels, side, most_objects, MEAN, STD, notes
   )
 
 
 def number_categories(
   file: coco_annotations.AnnotationFile, num_classes: int
 ) -> Labels:
-  """Labels of the network for the categories of a file.
+  """Gives the categories of a file labels of the network.
 
-  With one class more than there are categories they are numbered 1, 2, ... in
-  the order of their ids. With one class more than the highest id every label is
-  the id itself, gaps and all, as in torchvision's weights for COCO (91 classes
-  for 80 categories). Where ids have no gaps both are the same.
+  If the network has one class more than the file has categories, these are
+  numbered 1, 2, ... in the order of their ids. If it has one class more than
+  the highest id, every label is the id itself, gaps and all, as in
+  torchvision's weights for COCO (91 classes for 80 categories). Where ids have
+  no gaps, both are the same.
 
   Raises:
     InputError: the network has another number of classes.
@@ -201,7 +204,7 @@ def number_categories(
   if ids and ids[0] < 1:
     raise errors.InputError(
       f"{file.path}: category ids must be 1 or more (0 is the background), but "
-      f"{file.categories[ids[0]]!r} has {ids[0]}"
+      f"{file.categories[ids[0]]!r} has {ids[0]}; renumber the categories"
     )
   if num_classes == len(ids) + 1:
     category_ids = (0, *ids)
@@ -220,12 +223,12 @@ def number_categories(
 
 
 def unnamed_labels(num_classes: int) -> Labels:
-  """Labels where no annotation file tells categories: ids are the labels."""
+  """Returns labels that are their own ids, for want of an annotation file."""
   return Labels(tuple(range(num_classes)), ("",) * num_classes)
 
 
 def _read_split(top: epath.Path, name: str) -> coco_annotations.AnnotationFile:
-  """The annotation file, whose images are all there."""
+  """Reads an annotation file, and checks that its images are there."""
   file = coco_annotations.read(top / "annotations" / f"instances_{name}.json")
   coco_images.check_files(file, top / name)
   return file

@@ -1,4 +1,4 @@
-"""Masks of single objects in COCO's notations, and bit-packed for the device.
+"""Masks of objects in COCO's notations, and as bits for the device.
 
 A segmentation is a list of polygons (each a flat list x1, y1, x2, y2, ... in
 pixels) or a run-length code {"size": [height, width], "counts"}, whose counts
@@ -6,20 +6,22 @@ are a list or pycocotools' compressed string. Runs go down the columns.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_rle
 
-Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]
-Rle = Mapping[str, Any]
-# Three corners; pycocotools would take a polygon of two for a box.
+Segmentation = list[list[float]] | dict[str, Any]
+# Of a polygon: three corners. pycocotools would take two for those of a box.
 LEAST_NUMBERS = 6
 
 
-def clean(segmentation: object) -> object:
-  """A segmentation without polygons of fewer than three corners: no area."""
+def clean(segmentation: Any) -> Any:
+  """Removes polygons of fewer than three corners, which have no area.
+
+  Args:
+    segmentation: as read from JSON, perhaps invalid.
+  """
   if not isinstance(segmentation, list):
     return segmentation
   return [
@@ -29,10 +31,10 @@ def clean(segmentation: object) -> object:
   ]
 
 
-def fault(segmentation: object, height: int, width: int) -> str:
-  """What is wrong with an annotation's segmentation, in words; '' if nothing.
+def fault(segmentation: Any, height: int, width: int) -> str:
+  """Describes what is wrong with a segmentation; '' if it is valid.
 
-  pycocotools itself crashes on some of these and draws beyond the image, or
+  pycocotools itself crashes on some faults and draws beyond the image, or
   nothing at all, for others.
 
   Args:
@@ -43,33 +45,33 @@ def fault(segmentation: object, height: int, width: int) -> str:
   if not segmentation:
     return "has no mask (its segmentation is missing or empty)"
   if isinstance(segmentation, dict):
-    return _fault_of_rle(segmentation, [height, width])
+    return _fault_of_runs(segmentation, [height, width])
   if not isinstance(segmentation, list):
     return f"has a segmentation of type {type(segmentation).__name__}"
   for polygon in segmentation:
-    # Of whole lists at once: COCO has fifty million numbers.
+    # Whole lists are checked at once: COCO has fifty million numbers.
     if (
       not isinstance(polygon, list)
       or not set(map(type, polygon)) <= {int, float}
       or not math.isfinite(sum(polygon))
     ):
-      return f"has a polygon that is no list of numbers: {str(polygon)[:60]}"
+      return f"has a polygon that is not a list of numbers: {str(polygon)[:60]}"
     if len(polygon) % 2:
-      return f"has a polygon of {len(polygon)} numbers, which are no pairs"
+      return f"has a polygon of {len(polygon)} numbers, not of x, y pairs"
   return ""
 
 
-def _fault_of_rle(rle: Rle, size: list[int]) -> str:
-  counts = rle.get("counts")
-  if rle.get("size") != size:
-    return f"has a mask of size {rle.get('size')}, but its image {size}"
+def _fault_of_runs(code: dict[str, Any], size: list[int]) -> str:
+  counts = code.get("counts")
+  if code.get("size") != size:
+    return f"has a mask of size {code.get('size')}, but its image has {size}"
   if isinstance(counts, str):
     try:
       area = int(coco_rle.area({"size": size, "counts": counts.encode()}))
       coco_rle.decode({"size": size, "counts": counts.encode()})
     except ValueError as error:
       return f"has a run-length code that cannot be read: {error}"
-    return "" if area <= size[0] * size[1] else "has runs beyond its image"
+    return "" if area <= size[0] * size[1] else "has runs outside its image"
   if not isinstance(counts, list):
     return "has a run-length code without counts"
   if not all(isinstance(run, int) and run >= 0 for run in counts):
@@ -83,24 +85,24 @@ def _fault_of_rle(rle: Rle, size: list[int]) -> str:
 
 
 def decode(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-  """The mask of an object, bool [height, width]; pycocotools' pixels.
+  """Returns the mask of an object, bool [height, width], by pycocotools.
 
   Args:
-    segmentation: polygons or run-length code that have no `fault`.
+    segmentation: polygons or run-length code without a `fault`.
     height: of its image.
     width: of its image.
   """
-  rle = segmentation
+  compressed: Any = segmentation
   if isinstance(segmentation, list):
     polygons = coco_rle.frPyObjects(segmentation, height, width)
-    rle = coco_rle.merge(polygons)
+    compressed = coco_rle.merge(polygons)
   elif isinstance(segmentation["counts"], list):
-    rle = coco_rle.frPyObjects(segmentation, height, width)
-  return coco_rle.decode(rle).astype(bool)
+    compressed = coco_rle.frPyObjects(segmentation, height, width)
+  return coco_rle.decode(compressed).astype(bool)
 
 
 def encode(masks: np.ndarray) -> list[dict[str, Any]]:
-  """Compressed run-length codes of bool [N, H, W], ready for JSON."""
+  """Returns compressed run-length codes of bool [N, H, W], ready for JSON."""
   # [H, W, N] in Fortran's order, one mask after the other.
   columns = np.ascontiguousarray(masks.swapaxes(1, 2)).view(np.uint8).T
   return [
@@ -112,10 +114,10 @@ def encode(masks: np.ndarray) -> list[dict[str, Any]]:
   ]
 
 
-def pack(masks: np.ndarray, num_rows: int, side: int) -> np.ndarray:
-  """Masks in a square buffer, eight pixels of a row in a byte.
+def to_bits(masks: np.ndarray, num_rows: int, side: int) -> np.ndarray:
+  """Writes masks into square buffers, eight pixels of a row in a byte.
 
-  A ninth of the bytes that the images take otherwise travels to the device.
+  This saves seven eighths of the bytes that are sent to the device.
 
   Args:
     masks: bool [N, H, W], N <= num_rows and H, W <= side.
@@ -125,14 +127,8 @@ def pack(masks: np.ndarray, num_rows: int, side: int) -> np.ndarray:
   Returns:
     uint8 [G, S, ceil(S / 8)], numpy.packbits of the last axis; 0 outside.
   """
-  packed = np.zeros((num_rows, side, -(-side // 8)), np.uint8)
-  # Of rows read backwards packbits is ten times slower.
+  padded = np.zeros((num_rows, side, -(-side // 8)), np.uint8)
+  # packbits is ten times slower on rows that are read backwards.
   bits = np.packbits(np.ascontiguousarray(masks), axis=-1)
-  packed[: bits.shape[0], : bits.shape[1], : bits.shape[2]] = bits
-  return packed
-
-
-def unpack(packed: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Undoes `pack`: uint8 [G, S, ceil(S / 8)] -> bool [G, height, width]."""
-  bits = np.unpackbits(packed, axis=-1)
-  return bits[:, :height, :width].astype(bool)
+  padded[: bits.shape[0], : bits.shape[1], : bits.shape[2]] = bits
+  return padded

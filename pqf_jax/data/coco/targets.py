@@ -1,18 +1,20 @@
-"""What of a COCO annotation file a network is trained to find.
+"""Objects of a COCO annotation file that a network is trained to find.
 
-As in torchvision's reference training: no crowds, boxes clipped to the image,
-none without area, and no image whose boxes are all at most a pixel wide or
-high.
+The choice is that of torchvision's reference training: no crowds, boxes clipped
+to the image, no boxes without area, and no image whose boxes are all at most a
+pixel wide or high.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.data.coco import annotations
 from pqf_jax.data.coco import masks as coco_masks
+
+Box = tuple[np.float32, np.float32, np.float32, np.float32]
 
 
 class Targets(NamedTuple):
@@ -32,7 +34,7 @@ class Targets(NamedTuple):
 def read_targets(
   image: annotations.AnnotatedImage, label_of: Mapping[int, int]
 ) -> Targets:
-  """The objects of an image.
+  """Returns the objects of an image.
 
   Args:
     image: with its annotations.
@@ -58,33 +60,36 @@ def read_targets(
 
 
 def target_box(
-  annotation: Mapping[str, Any], image: annotations.AnnotatedImage
-) -> tuple[np.float32, ...] | None:
-  """Corners within the image; None for crowds and where no area is left."""
+  annotation: annotations.JsonObject, image: annotations.AnnotatedImage
+) -> Box | None:
+  """Returns x1, y1, x2, y2 within the image; None for crowds and empty boxes.
+
+  Every step is in float32, as in torchvision.
+  """
   if annotation["iscrowd"]:
     return None
-  # Float32 all along, as torchvision.
   x, y, width, height = map(np.float32, annotation["bbox"])
-  x1, x2 = (min(max(v, 0), np.float32(image.width)) for v in (x, x + width))
-  y1, y2 = (min(max(v, 0), np.float32(image.height)) for v in (y, y + height))
+  x1, x2 = _clip(x, image.width), _clip(x + width, image.width)
+  y1, y2 = _clip(y, image.height), _clip(y + height, image.height)
   return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
 
 def trainable_images(
   file: annotations.AnnotationFile,
 ) -> tuple[list[annotations.AnnotatedImage], tuple[str, ...]]:
-  """The images with something to learn, and sentences on what is left out.
+  """Returns the images with objects, and sentences on what is left out.
 
   Raises:
-    InputError: there is none.
+    InputError: no image has an object to train on.
   """
-  images, num_empty, num_crowds = [], 0, 0
+  images: list[annotations.AnnotatedImage] = []
+  num_empty, num_crowds = 0, 0
   for image in file.images:
     boxes = [target_box(annotation, image) for annotation in image.annotations]
     crowds = sum(bool(a["iscrowd"]) for a in image.annotations)
     num_crowds += crowds
     num_empty += boxes.count(None) - crowds
-    # As torchvision's reference, by the sides before clipping.
+    # By the sides before clipping, as in torchvision's reference.
     if any(
       box is not None and min(annotation["bbox"][2:]) > 1
       for annotation, box in zip(image.annotations, boxes, strict=True)
@@ -93,7 +98,8 @@ def trainable_images(
   if not images:
     raise errors.InputError(
       f"{file.path}: none of its {len(file.images)} images has an object to "
-      "train on (no crowd, both sides of its box over 1 pixel)"
+      "train on, which is not a crowd and whose box is wider and higher than "
+      "1 pixel; check its annotations"
     )
   left_out = {
     "images without an object to train on": len(file.images) - len(images),
@@ -112,10 +118,10 @@ def most_objects(
   images: Sequence[annotations.AnnotatedImage],
   num_objects: int | None,
 ) -> int:
-  """Targets of the image that has most of them, or `num_objects` if given.
+  """Returns the most targets of an image, or `num_objects` if it is given.
 
   Raises:
-    InputError: an image has more than that.
+    InputError: an image has more than `num_objects`.
   """
   counts = [
     sum(target_box(a, image) is not None for a in image.annotations)
@@ -130,3 +136,7 @@ def most_objects(
       "as many as are needed"
     )
   return num_objects or most
+
+
+def _clip(value: np.float32, limit: int) -> np.float32:
+  return min(max(value, np.float32(0)), np.float32(limit))

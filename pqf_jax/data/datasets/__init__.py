@@ -1,1 +1,1 @@
-"""Image data sets, one module each; `pqf_jax.data` lists them."""
+"""Data sets of labelled images, one module each; `pqf_jax.data` names them."""

@@ -4,7 +4,7 @@ import functools
 
 from pqf_jax.data import decoding, locate, sources, transforms
 
-PREPARE = (
+PREPARE_COMMAND = (
   "where tensorflow is installed too, run "
   'python -c "import tensorflow_datasets as tfds; '
   "tfds.builder('cifar10', data_dir='{data_dir}', "
@@ -13,12 +13,12 @@ PREPARE = (
 
 
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
-  """Decoded when first read, 8 s in all; see `pqf_jax.data.get_dataset`."""
+  """Opens CIFAR-10; all images are decoded at the first read, in 8 s."""
   size = image_size or 32
-  copy = locate.open_copy("cifar10", data_dir, prepare=PREPARE)
-  to_size = functools.partial(transforms.resize, size=size)
+  copy = locate.open_copy("cifar10", data_dir, prepare_command=PREPARE_COMMAND)
+  resize = functools.partial(transforms.resize, size=size)
   train, test = (
-    make(copy.split(name), copy.num_classes, to_size).in_memory()
+    make(copy.split(name), copy.num_classes, resize).in_memory()
     for name, make in (
       ("train", decoding.for_training),
       ("test", decoding.for_test),

@@ -18,7 +18,7 @@ MEAN, STD = 0.3057, 0.3235
 
 
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
-  """1,437 training and 360 test images; see `pqf_jax.data.get_dataset`."""
+  """Opens 1,437 training and 360 test images; `data_dir` is not needed."""
   del data_dir
   size = image_size or 32
   ink, labels = datasets.load_digits(return_X_y=True)
@@ -48,6 +48,6 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
 
 
 def _enlarge(pixels: np.ndarray, size: int) -> np.ndarray:
-  """Uint8 [8, 8] -> [size, size, 3]."""
+  """Resizes uint8 [8, 8] to [size, size, 3]."""
   image = Image.fromarray(pixels).convert("RGB")
   return np.asarray(transforms.resize(image, size))

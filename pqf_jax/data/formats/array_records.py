@@ -16,7 +16,10 @@ NUM_THREADS = 32
 
 
 class _Shard(NamedTuple):
-  """The library's `FileInstruction`, by which it opens no file to count."""
+  """A file and its number of records, so that the library need not count.
+
+  It has the fields of the library's own `FileInstruction`.
+  """
 
   filename: str
   skip: int
@@ -32,10 +35,10 @@ class ArrayRecords:
 
     Args:
       paths: of the files.
-      lengths: their numbers of records, as the data set says.
+      lengths: number of records of each, by dataset_info.json.
 
     Raises:
-      InputError: a file is cut short, damaged, or has not as many records.
+      InputError: a file is cut short, damaged, or has another number.
     """
     _check_lengths(paths, lengths)
     self._paths = list(paths)
@@ -58,32 +61,32 @@ class ArrayRecords:
       raise decoding.DamagedError(str(error)) from error
 
   def read_all(self) -> Iterator[bytes]:
-    """All in order, in a third of the time."""
+    """Reads all in order, in a third of the time."""
     try:
       return iter(self._records.__getitems__(range(len(self))))
     except RuntimeError as error:
       raise decoding.DamagedError(str(error)) from error
 
   def place(self, index: int) -> str:
-    """File and number of a record, for messages."""
+    """Returns file and number of a record, for messages."""
     shard = bisect.bisect_right(self._ends, index)
     first = self._ends[shard - 1] if shard else 0
     return f"record {index - first} of {self._paths[shard]}"
 
 
 def _check_lengths(paths: Sequence[str], lengths: Sequence[int]) -> None:
-  """The index is at a file's end: one that is cut short seems to be empty."""
+  """Refuses files that are cut short: without their index they seem empty."""
 
-  def count(path: str) -> int:
-    # Not closed: that would raise what it came upon, in terms of its own.
+  def num_records(path: str) -> int:
+    # Not closed, since closing would raise the library's own error.
     return array_record_module.ArrayRecordReader(path).num_records()
 
   with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-    counts = list(pool.map(count, paths))
-  for path, found, length in zip(paths, counts, lengths, strict=True):
-    if found != length:
+    counts = list(pool.map(num_records, paths))
+  for path, count, length in zip(paths, counts, lengths, strict=True):
+    if count != length:
       raise errors.InputError(
         f"{path} has {epath.Path(path).stat().length} bytes and can be read as "
-        f"{found} records, but dataset_info.json says {length}: it is cut "
-        "short or damaged; copy this file anew"
+        f"{count} records, but dataset_info.json says {length}: it is cut "
+        "short or damaged; copy this file again"
       )

@@ -1,12 +1,13 @@
 """Images that tensorflow-datasets has prepared, read without TensorFlow.
 
-From array_record files or, if there are only those, from TFRecord files, the
-library's default. That all files are there and complete is checked at opening.
+They are read from array_record files or, if there are none, from TFRecord
+files, the library's default. Missing and incomplete files are refused at
+opening.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import tensorflow_datasets as tfds
@@ -19,11 +20,6 @@ from pqf_jax.data import decoding
 from pqf_jax.data.formats import array_records, tfrecords
 
 INFO_FILE = "dataset_info.json"
-# The first is preferred where there are both.
-READERS = {
-  "array_record": array_records.ArrayRecords,
-  "tfrecord": tfrecords.TFRecords,
-}
 
 
 class Records(Protocol):
@@ -31,23 +27,30 @@ class Records(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> bytes: ...
+  def __getitem__(self, index: int, /) -> bytes: ...
 
   def read_all(self) -> Iterator[bytes]:
-    """All in order, where that is faster than one by one."""
+    """Reads all in order, where a format does this faster than one by one."""
     ...
 
   def place(self, index: int) -> str:
-    """Where a record is, for messages."""
+    """Returns where a record is stored, for messages."""
     ...
 
 
-class Examples:
-  """The images of a split, see `decoding.EncodedImages`.
+# The first is preferred where there are both.
+READERS: dict[str, Callable[[Sequence[str], Sequence[int]], Records]] = {
+  "array_record": array_records.ArrayRecords,
+  "tfrecord": tfrecords.TFRecords,
+}
 
-  Parsed here, eight times as fast as by the library, and decoded elsewhere: its
-  decoder would be OpenCV where that is installed, and then decode a JPEG to
-  slightly other pixels.
+
+class Examples(decoding.EncodedImages):
+  """The images of a split.
+
+  They are parsed here, eight times as fast as by the library, and decoded by
+  `decoding`: the library's decoder would be OpenCV where that is installed, and
+  then decode a JPEG to slightly other pixels.
   """
 
   def __init__(self, records: Records) -> None:
@@ -60,50 +63,50 @@ class Examples:
     return _parse(self._records[index])
 
   def read_all(self) -> Iterator[decoding.EncodedImage]:
-    """All in order."""
+    """Reads all in order."""
     return map(_parse, self._records.read_all())
 
   def place(self, index: int) -> str:
-    """File and number of a record."""
+    """Returns file and number of a record."""
     return self._records.place(index)
 
 
-class Folder:
-  """A prepared folder."""
+class Folder(decoding.EncodedDataset):
+  """One version of a prepared data set."""
 
-  def __init__(self, path: epath.Path, how: str) -> None:
-    """Opens it.
+  def __init__(self, path: epath.Path, advice: str) -> None:
+    """Reads the description of the data set.
 
     Args:
       path: of the version, which holds `dataset_info.json`.
-      how: what to do if it cannot be read.
+      advice: how to prepare another copy, for messages.
 
     Raises:
       InputError: its files are in formats that cannot be read in any order.
     """
     self._path = path
-    self._how = how
+    self._advice = advice
     info = json.loads((path / INFO_FILE).read_text())
-    # Files of before 2021 do not name their format: there was but one.
+    # Before 2021 files did not name their format: there was only one.
     formats = [info.get("fileFormat", "tfrecord")]
     formats += info.get("alternativeFileFormats", [])
     readable = [name for name in READERS if name in formats]
     if not readable:
       raise errors.InputError(
-        f"{path} is in the format {formats[0]}, of which images cannot be read "
-        f"in any order; {' and '.join(READERS)} are. Keep it, and in another "
-        f"folder {how}"
+        f"{path} is in the format {formats[0]}, whose images cannot be read in "
+        f"any order, as those of {' and '.join(READERS)} can; keep it, and in "
+        f"another folder {advice}"
       )
     self._format = readable[0]
     self._info = tfds.builder_from_directory(path).info
 
   @property
   def num_classes(self) -> int:
-    """As `features.json` says."""
+    """The number of classes in `features.json`."""
     return self._info.features["label"].num_classes
 
   def split(self, name: str) -> decoding.EncodedImages:
-    """The images of a split.
+    """Returns the images of a split.
 
     Raises:
       InputError: the folder lacks the split or one of its files, or a file is
@@ -112,18 +115,17 @@ class Folder:
     if name not in self._info.splits:
       raise errors.InputError(
         f"{self._path} has no split {name!r}, only "
-        f"{', '.join(self._info.splits)}: {self._how}"
+        f"{', '.join(self._info.splits)}: {self._advice}"
       )
     split = self._info.splits[name]
-    # As if it were the only format that there is.
+    # The paths in the chosen format, also where it is an alternative one.
     template = split.filename_template.replace(filetype_suffix=self._format)
     split = split.replace(filename_template=template)
     paths = [os.fspath(path) for path in split.filepaths]
     for path in paths:
       if not epath.Path(path).exists():
         raise errors.InputError(
-          f"{path} is missing, the copy is not complete: copy it, or "
-          f"{self._how}"
+          f"{path} is missing: copy this file again, or {self._advice}"
         )
     return Examples(READERS[self._format](paths, split.shard_lengths))
 
@@ -134,6 +136,6 @@ def _parse(record: bytes) -> decoding.EncodedImage:
     (data,) = features["image"].bytes_list.value
     (label,) = features["label"].int64_list.value
   except (message.DecodeError, ValueError) as error:
-    text = f"not an example with an image and a label: {error}"
+    text = f"the record is not an example with image and label: {error}"
     raise decoding.DamagedError(text) from error
   return decoding.EncodedImage(data, label)

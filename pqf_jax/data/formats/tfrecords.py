@@ -6,9 +6,9 @@ A file is a row of records, each framed as
 
 in little-endian numbers, with masked CRC-32C sums of four bytes
 (https://www.tensorflow.org/tutorials/load_data/tfrecord). The offsets are read
-once, along with the lengths' sums, which tells a file that is cut short from
-one that is damaged; what is wrong inside of data shows when it is parsed and
-decoded. For many records that takes a while (two reads each), so that the
+once, along with the sums of the lengths, which distinguish a file that is cut
+short from a damaged one; damage inside of the data shows when it is parsed and
+decoded. For many records this takes a while (two reads each), so that the
 offsets are kept in the user's cache folder.
 """
 
@@ -27,7 +27,7 @@ from pqf_jax import errors
 from pqf_jax.runtime import files
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4
-# The offsets of fewer records are read again faster than a user would notice.
+# Offsets of fewer records are read again faster than a user would notice.
 MIN_CACHED_RECORDS = 20_000
 NUM_THREADS = 32
 _POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
@@ -38,15 +38,15 @@ class TFRecords:
   """The records of the files of one split."""
 
   def __init__(self, paths: Sequence[str], lengths: Sequence[int]) -> None:
-    """Reads or finds the offsets of all records.
+    """Reads the offsets of all records, from the cache if they are there.
 
     Args:
       paths: local files.
-      lengths: their numbers of records, as the data set says.
+      lengths: number of records of each, by dataset_info.json.
 
     Raises:
-      InputError: a file is not local, cut short, damaged, or has not as many
-        records.
+      InputError: a file is not local, cut short, damaged, or has another number
+        of records.
     """
     for path in paths:
       if "://" in path:
@@ -55,14 +55,14 @@ class TFRecords:
           "bucket (gcsfuse), or copy the files"
         )
     self._paths = list(paths)
-    self._offsets = _find_offsets(self._paths, list(lengths))
+    self._offsets = _cached_offsets(self._paths, list(lengths))
     self._starts = np.cumsum([0, *lengths])
 
   def __len__(self) -> int:
     return int(self._starts[-1])
 
   def __getitem__(self, index: int) -> bytes:
-    shard, record = self._find(index)
+    shard, record = self._shard_and_record(index)
     start, end = self._offsets[shard][record : record + 2].tolist()
     num_bytes = end - start - HEADER_BYTES - FOOTER_BYTES
     with open(self._paths[shard], "rb", buffering=0) as file:
@@ -70,34 +70,36 @@ class TFRecords:
       return file.read(num_bytes)
 
   def read_all(self) -> Iterator[bytes]:
-    """All in order."""
+    """Reads all in order."""
     return (self[index] for index in range(len(self)))
 
   def place(self, index: int) -> str:
-    """File and number of a record, for messages."""
-    shard, record = self._find(index)
+    """Returns file and number of a record, for messages."""
+    shard, record = self._shard_and_record(index)
     return f"record {record} of {self._paths[shard]}"
 
-  def _find(self, index: int) -> tuple[int, int]:
+  def _shard_and_record(self, index: int) -> tuple[int, int]:
     shard = int(np.searchsorted(self._starts, index, side="right")) - 1
     return shard, index - int(self._starts[shard])
 
 
 def read_offsets(path: str, num_records: int) -> np.ndarray:
-  """Where the records of a file begin, and where the last one ends.
+  """Reads where the records of a file begin, and where the last one ends.
 
   Args:
     path: of the file.
-    num_records: N, as the data set says.
+    num_records: N, by dataset_info.json.
 
   Returns:
     int64 [N + 1].
 
   Raises:
-    InputError: the file is cut short, damaged, or has not N records.
+    InputError: the file is cut short, damaged, or has another number of
+      records.
   """
   size = os.path.getsize(path)
-  offsets, headers = [0], []
+  offsets = [0]
+  headers: list[bytes] = []
   with open(path, "rb", buffering=0) as file:
     while len(headers) < num_records and offsets[-1] < size:
       file.seek(offsets[-1])
@@ -112,25 +114,25 @@ def read_offsets(path: str, num_records: int) -> np.ndarray:
   if damaged.size:
     raise errors.InputError(
       f"{path} is damaged at byte {offsets[damaged[0]]}, where its record "
-      f"{damaged[0]} begins; copy this file anew"
+      f"{damaged[0]} begins; copy this file again"
     )
   if offsets[-1] > size:
     raise errors.InputError(
       f"{path} is cut short: it has {size} bytes, but its record "
       f"{len(offsets) - 2} of {num_records} ends at byte {offsets[-1]}; copy "
-      "this file anew"
+      "this file again"
     )
   if len(headers) != num_records or offsets[-1] != size:
     raise errors.InputError(
       f"{path} has {size} bytes, of which {len(headers)} records take "
-      f"{offsets[-1]}, but dataset_info.json says that it is {num_records} "
-      "records and nothing else; copy this file anew"
+      f"{offsets[-1]}, but by dataset_info.json it must hold {num_records} "
+      "records and nothing else; copy this file again"
     )
   return np.array(offsets, np.int64)
 
 
 def masked_crc32c(data: np.ndarray) -> np.ndarray:
-  """The sums of a TFRecord file: CRC-32C, rotated, plus a constant.
+  """Computes the sums of a TFRecord file: CRC-32C, rotated, plus a constant.
 
   Args:
     data: uint8 [N, L]; every row of L bytes is summed.
@@ -158,14 +160,14 @@ _TABLE = _make_table()
 
 
 def _sums_agree(headers: list[bytes]) -> np.ndarray:
-  """Bool [N]: whether the length of a record has the sum that follows it."""
+  """Returns bool [N]: whether a record's length has the sum stored with it."""
   rows = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, HEADER_BYTES)
   stored = np.ascontiguousarray(rows[:, 8:]).view("<u4")[:, 0]
   return masked_crc32c(rows[:, :8]) == stored
 
 
-def _find_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
-  """Of every file, from the cache if there are many."""
+def _cached_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
+  """Reads the offsets of every file, from the cache if there are many."""
   if sum(lengths) < MIN_CACHED_RECORDS:
     return _read_all_offsets(paths, lengths)
   stats = [os.stat(path) for path in paths]
@@ -179,7 +181,8 @@ def _find_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
   digest = hashlib.sha256(key.encode()).hexdigest()[:32]
   cache = pathlib.Path(folder).expanduser() / "pqf_jax" / f"{digest}.npy"
   cuts = np.cumsum([length + 1 for length in lengths])
-  # An unreadable or torn file is no cache, and one less to write is no harm.
+  # A cache that cannot be read is written again; one that cannot be written is
+  # no harm.
   with contextlib.suppress(OSError, ValueError, EOFError):
     joined = np.load(cache, allow_pickle=False)
     if joined.shape == (cuts[-1],) and joined.dtype == np.int64:
@@ -193,6 +196,6 @@ def _find_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
 
 
 def _read_all_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
-  # Threads hide what a disk or a network takes to answer.
+  # Threads hide the latency of a disk or a network.
   with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
     return list(pool.map(read_offsets, paths, lengths))

@@ -1,1 +1,1 @@
-"""Prepares data sets from their original archives."""
+"""Preparation of data sets from their original archives."""

@@ -1,13 +1,13 @@
-"""Makes the array_record files of ImageNet, without TensorFlow.
+"""Command that makes the array_record files of ImageNet, without TensorFlow.
 
     python -m pqf_jax.data.prepare imagenet2012 --from SOURCE --to DIR
 
 SOURCE holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar as they were
-downloaded (they are not unpacked), or the folders train/CLASS and val/CLASS of
-images; a folder val without classes is understood if its files have their own
-names, ILSVRC2012_val_00000001.JPEG. DIR then is what --config.data.dir takes;
-it needs as much space as the images, 147 GB. The same command goes on where it
-was stopped.
+downloaded (they are not unpacked), or folders of images, train/CLASS and
+val/CLASS; val may have no folders of classes if its files keep their names,
+ILSVRC2012_val_00000001.JPEG. Give DIR to --config.data.dir afterwards; it needs
+as much space as the images, 147 GB. If the command is stopped, run it again: it
+continues where it was.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from pqf_jax import errors
-from pqf_jax.data.datasets import ilsvrc
+from pqf_jax.data.datasets import imagenet_labels
 from pqf_jax.data.formats import image_files
 from pqf_jax.data.prepare import shards, tars
 from pqf_jax.runtime import progress
@@ -25,7 +25,7 @@ VERSION = "5.1.0"
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command; the exit status."""
+  """Runs the command and returns its exit status."""
   parser = argparse.ArgumentParser(
     prog="python -m pqf_jax.data.prepare",
     description=__doc__,
@@ -53,12 +53,12 @@ def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
     target: the data_dir.
 
   Raises:
-    InputError: the source is neither, or not complete; the disk cannot hold
-      the result; there is one already.
+    InputError: the source holds neither or is not complete, the disk cannot
+      hold the result, or the target exists already.
   """
-  shards.new_folder(target, "imagenet2012", VERSION)  # before minutes pass
+  shards.new_folder(target, "imagenet2012", VERSION)  # refused at once
   progress.say(f"looking at the images in {source}")
-  splits = _find(source)
+  splits = _read_splits(source)
   num_images = {name: len(split.images) for name, split in splits.items()}
   with progress.track("prepare", sum(num_images.values()), unit="img") as bar:
     folder = shards.write_dataset(
@@ -66,7 +66,7 @@ def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
       splits,
       name="imagenet2012",
       version=VERSION,
-      class_names=ilsvrc.class_names(),
+      class_names=imagenet_labels.class_names(),
       advance=bar.advance,
     )
   progress.say(
@@ -76,40 +76,40 @@ def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
   )
 
 
-def _find(source: pathlib.Path) -> Mapping[str, shards.Split]:
+def _read_splits(source: pathlib.Path) -> Mapping[str, shards.Split]:
   archives = [source / tars.TRAIN_TAR, source / tars.VALIDATION_TAR]
-  there = [path for path in archives if path.is_file()]
-  if len(there) == 2:
+  missing = [path.name for path in archives if not path.is_file()]
+  if not missing:
     return {
-      "train": _of_archive(tars.train_images(source)),
-      "validation": _of_archive(tars.validation_images(source)),
+      "train": _from_archive(tars.train_images(source)),
+      "validation": _from_archive(tars.validation_images(source)),
     }
   if any(
     (source / name).is_dir() for name in ("train", *image_files.TEST_FOLDERS)
   ):
-    folder = image_files.Folder(source, ilsvrc.class_names())
-    flat = folder.flat_test_files()
+    folder = image_files.Folder(source, imagenet_labels.class_names())
+    paths = folder.flat_test_files()
+    names = map(os.path.basename, paths)
     test = (
       image_files.Images(
-        flat,
-        [ilsvrc.validation_label(os.path.basename(path)) for path in flat],
+        paths, [imagenet_labels.validation_label(name) for name in names]
       )
-      if flat
+      if paths
       else folder.split("validation")
     )
     return {
-      "train": _of_files(folder.split("train")),
-      "validation": _of_files(test),
+      "train": _from_files(folder.split("train")),
+      "validation": _from_files(test),
     }
-  missing = ", ".join(path.name for path in archives if path not in there)
+  lacks = "has neither folders train and val nor" if missing[1:] else "lacks"
   raise errors.InputError(
-    f"{source} {'lacks' if there else 'has neither folders train and val nor'} "
-    f"{missing}; give the folder that holds both archives as they were "
-    "downloaded from image-net.org, or train/CLASS and val/CLASS"
+    f"{source} {lacks} {', '.join(missing)}; give the folder that holds both "
+    "archives as they were downloaded from image-net.org, or train/CLASS and "
+    "val/CLASS"
   )
 
 
-def _of_archive(images: tars.Images) -> shards.Split:
+def _from_archive(images: tars.Images) -> shards.Split:
   return shards.Split(
     images,
     [member.name for member in images.members],
@@ -117,7 +117,7 @@ def _of_archive(images: tars.Images) -> shards.Split:
   )
 
 
-def _of_files(images: image_files.Images) -> shards.Split:
+def _from_files(images: image_files.Images) -> shards.Split:
   return shards.Split(
     images,
     [os.path.basename(path) for path in images.paths],

@@ -1,8 +1,8 @@
-"""Writes images as tensorflow-datasets does, without it having to build them.
+"""Folders of images as tensorflow-datasets writes them, made without it.
 
-A folder `<name>/<version>` of array_record files, `dataset_info.json`,
-`features.json` and the names of the classes. It is written beside under another
-name and moved when it is complete.
+A folder `<name>/<version>` holds array_record files, `dataset_info.json`,
+`features.json` and the names of the classes. It is written under another name
+and renamed when it is complete.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from pqf_jax import errors
 from pqf_jax.data import decoding
 from pqf_jax.runtime import files
 
-# As large as those of tensorflow-datasets.
+# The size of the shards of tensorflow-datasets.
 SHARD_BYTES = 128 * 2**20
-# Beyond the images: file names, labels and the index.
+# For an image, besides its bytes: file name, label and index.
 OVERHEAD_BYTES = 256
-# Images are compressed already, and alone in their group they are read alone.
+# Images are compressed already, and one in a group is read alone.
 _OPTIONS = "group_size:1,uncompressed"
 
 
 class Split(NamedTuple):
-  """Images to write, with what they are called and how large they are."""
+  """Images to write, with their file names and sizes in bytes."""
 
   images: decoding.EncodedImages
   file_names: Sequence[str]
@@ -37,15 +37,15 @@ class Split(NamedTuple):
 
 
 def new_folder(folder: pathlib.Path, name: str, version: str) -> pathlib.Path:
-  """Where a data set will be.
+  """Returns the folder that a data set will be written to.
 
   Raises:
-    InputError: it is there already.
+    InputError: the folder exists already.
   """
   target = folder / name / version
   if target.exists():
     raise errors.InputError(
-      f"{target} is there already; remove it, or give another folder"
+      f"{target} exists already; remove it, or give another folder"
     )
   return target
 
@@ -59,7 +59,7 @@ def write_dataset(
   class_names: Sequence[str],
   advance: Callable[[int], None] = lambda num_images: None,
 ) -> pathlib.Path:
-  """Writes `folder/name/version`; a run that was stopped goes on.
+  """Writes `folder/name/version`, or continues a run that was stopped.
 
   Images keep their order, so that readers have to shuffle.
 
@@ -69,21 +69,22 @@ def write_dataset(
     name: of the data set.
     version: such as 5.1.0.
     class_names: in the order of the labels.
-    advance: is told how many more images are done.
+    advance: called with the number of images that were written since.
 
   Returns:
     The folder that was written.
 
   Raises:
-    InputError: it exists already, an image is empty, or the disk cannot hold
-      it all.
+    InputError: the folder exists already, an image is empty, or the disk
+      cannot hold all of them.
   """
   target = new_folder(folder, name, version)
   for data in splits.values():
     if 0 in data.num_bytes:
       place = data.images.place(list(data.num_bytes).index(0))
-      raise errors.InputError(f"{place} is empty; copy it anew")
-  # Named by what is written: only a run that writes the same goes on with it.
+      raise errors.InputError(f"{place} is empty; copy it again")
+  # The name depends on the content, so that only a run that writes the same
+  # images continues with its files.
   partial = target.with_name(f"incomplete.{_digest(splits)}_{version}")
   partial.mkdir(parents=True, exist_ok=True)
   shards = {split: _cut(data.num_bytes) for split, data in splits.items()}
@@ -116,7 +117,7 @@ def write_dataset(
 
 
 def _digest(splits: Mapping[str, Split]) -> str:
-  """Of names and sizes."""
+  """Hashes the names and sizes of the images."""
   digest = hashlib.sha256()
   for split, data in splits.items():
     digest.update(repr((split, len(data.file_names))).encode())
@@ -128,13 +129,13 @@ def _digest(splits: Mapping[str, Split]) -> str:
 
 
 def _cut(num_bytes: Sequence[int]) -> list[tuple[int, int]]:
-  """First and last + 1 image of every shard."""
-  cuts, start, held = [], 0, 0
+  """Returns the first image of every shard, and the one after its last."""
+  cuts, start, shard_bytes = [], 0, 0
   for index, size in enumerate(num_bytes):
-    if held and held + size > SHARD_BYTES:
+    if shard_bytes and shard_bytes + size > SHARD_BYTES:
       cuts.append((start, index))
-      start, held = index, 0
-    held += size
+      start, shard_bytes = index, 0
+    shard_bytes += size
   return [*cuts, (start, len(num_bytes))]
 
 

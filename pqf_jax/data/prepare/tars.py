@@ -1,8 +1,8 @@
-"""ImageNet's two archives, whose images are read where they lie.
+"""ImageNet's two archives, whose images are read in place.
 
-ILSVRC2012_img_train.tar holds one archive a class, CLASS.tar, and
-ILSVRC2012_img_val.tar the 50,000 validation images, whose labels are known by
-their names. Neither is unpacked.
+ILSVRC2012_img_train.tar holds one archive for each class, CLASS.tar, and
+ILSVRC2012_img_val.tar holds the 50,000 validation images, whose names determine
+their labels. Neither is unpacked.
 """
 
 import pathlib
@@ -12,14 +12,14 @@ from typing import IO, NamedTuple
 
 from pqf_jax import errors
 from pqf_jax.data import decoding
-from pqf_jax.data.datasets import ilsvrc
+from pqf_jax.data.datasets import imagenet_labels
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 
 
 class Member(NamedTuple):
-  """One image: where its bytes lie in the archive."""
+  """One image, and the place of its bytes in the archive."""
 
   name: str
   label: int
@@ -27,8 +27,14 @@ class Member(NamedTuple):
   num_bytes: int
 
 
-class Images:
-  """Images in an archive, see `decoding.EncodedImages`."""
+class _Archive(tarfile.TarFile):
+  """An archive whose list of members may be emptied."""
+
+  members: list[tarfile.TarInfo]
+
+
+class Images(decoding.EncodedImages):
+  """Images in an archive."""
 
   def __init__(self, tar: pathlib.Path, members: list[Member]) -> None:
     self._tar = tar
@@ -44,37 +50,34 @@ class Images:
       data = file.read(member.num_bytes)
     return decoding.EncodedImage(data, member.label)
 
-  def read_all(self) -> Iterator[decoding.EncodedImage]:
-    """All in order."""
-    return (self[index] for index in range(len(self)))
-
   def place(self, index: int) -> str:
-    """Name of the image and of the archive."""
+    """Returns the names of the image and of the archive."""
     return f"{self.members[index].name} in {self._tar}"
 
 
 def train_images(folder: pathlib.Path) -> Images:
-  """The training images.
+  """Finds the training images.
 
   Args:
     folder: holds `TRAIN_TAR` as it was downloaded.
 
   Raises:
-    InputError: it is not that file, cut short or packed anew.
+    InputError: the file is not the original, or is cut short.
   """
   path = folder / TRAIN_TAR
-  label = {f"{name}.tar": i for i, name in enumerate(ilsvrc.class_names())}
+  names = imagenet_labels.class_names()
+  label = {f"{name}.tar": number for number, name in enumerate(names)}
   members: list[Member] = []
-  seen = set()
+  classes = set()
   with open(path, "rb") as file:
     for outer in _files_in(path, file, 0):
       name = pathlib.PurePosixPath(outer.name).name
       if name not in label:
         raise errors.InputError(
-          f"{path} holds {outer.name}, but CLASS.tar is expected, such as "
-          "n01440764.tar; give the archive as it was downloaded"
+          f"{path} holds {outer.name}, but must hold one CLASS.tar for each "
+          "class, such as n01440764.tar; give the archive as it was downloaded"
         )
-      seen.add(name)
+      classes.add(name)
       members += [
         Member(
           pathlib.PurePosixPath(image.name).name,
@@ -84,29 +87,33 @@ def train_images(folder: pathlib.Path) -> Images:
         )
         for image in _files_in(path, file, outer.offset_data, outer.size)
       ]
-  if len(seen) != len(label):
+  if len(classes) != len(label):
     raise errors.InputError(
-      f"{path} holds {len(seen)} of {len(label)} classes: it is cut short or "
-      "was packed anew; download it again"
+      f"{path} holds {len(classes)} of {len(label)} classes: it is cut short "
+      "or not the original; download it again"
     )
   return Images(path, members)
 
 
 def validation_images(folder: pathlib.Path) -> Images:
-  """The validation images in the order of their numbers.
+  """Finds the validation images, in the order of their numbers.
 
   Args:
     folder: holds `VALIDATION_TAR` as it was downloaded.
 
   Raises:
-    InputError: it is not that file, or cut short.
+    InputError: the file is not the original, or is cut short.
   """
   path = folder / VALIDATION_TAR
   with open(path, "rb") as file:
     members = [
-      Member(name, ilsvrc.validation_label(name), info.offset_data, info.size)
+      Member(
+        name := pathlib.PurePosixPath(info.name).name,
+        imagenet_labels.validation_label(name),
+        info.offset_data,
+        info.size,
+      )
       for info in _files_in(path, file, 0)
-      for name in [pathlib.PurePosixPath(info.name).name]
     ]
   return Images(path, sorted(members))
 
@@ -114,18 +121,22 @@ def validation_images(folder: pathlib.Path) -> Images:
 def _files_in(
   path: pathlib.Path, file: IO[bytes], start: int, num_bytes: int | None = None
 ) -> Iterator[tarfile.TarInfo]:
-  """Files in the archive that begins at a byte of another, whole ones only."""
+  """Yields the files of the archive that begins at byte `start` of `file`.
+
+  Raises:
+    InputError: the archive is cut short or cannot be read.
+  """
   size = path.stat().st_size
   end = size if num_bytes is None else start + num_bytes
   file.seek(start)
   try:
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with _Archive.open(fileobj=file, mode="r:") as tar:
       while (info := tar.next()) is not None:
         if info.isfile():
           yield info
-        # Not kept: of a million members this is 1 GB.
+        # Members are dropped: a million of them would take 1 GB.
         tar.members = []
-      # An archive ends with blocks of zeros.
+      # A whole archive ends with blocks of zeros.
       if end - tar.offset < tarfile.BLOCKSIZE:
         raise errors.InputError(
           f"{path} is cut short: it has {size} bytes and no end; download it "

@@ -5,7 +5,6 @@ from PIL import Image
 from pqf_jax import errors
 from pqf_jax.data import coco
 from pqf_jax.data.coco import batches as detection_batches
-from pqf_jax.data.coco import masks as coco_masks
 from tests.data.coco import tiny_coco
 
 BATCH = 2
@@ -69,7 +68,7 @@ def test_boxes_and_masks_lie_on_their_objects_mirrored_or_not(dataset):
       assert batch["valid"][row].tolist() == [True] * 3 + [False] * 2
       assert not batch["boxes"][row, 3:].any()
       assert not batch["labels"][row, 3:].any()
-      masks = coco_masks.unpack(batch["masks"][row], 96, 96)
+      masks = np.unpackbits(batch["masks"][row], axis=-1).astype(bool)
       assert not masks[3:].any()
       for number in range(2):
         # The objects were drawn in these shades, see tiny_coco.pixels.
@@ -95,10 +94,10 @@ def test_mirroring_twice_is_nothing(dataset):
     np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("start", [1, 4, 7])
-def test_a_resumed_run_gets_exactly_the_batches_that_are_left(dataset, start):
-  resumed = train(dataset, 8 - start, start_step=start)
-  assert_same(resumed, train(dataset, 8)[start:])
+def test_a_resumed_run_gets_exactly_the_batches_that_remain(dataset):
+  whole = train(dataset, 8)
+  for start in (1, 4, 7):
+    assert_same(train(dataset, 8 - start, start_step=start), whole[start:])
 
 
 def test_the_shares_of_the_processes_are_the_batch_of_one(dataset):

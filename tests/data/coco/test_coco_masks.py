@@ -1,3 +1,5 @@
+import re
+
 import hypothesis
 import hypothesis.extra.numpy as arrays
 import numpy as np
@@ -16,7 +18,7 @@ SHAPES = strategies.tuples(
 
 @hypothesis.given(arrays.arrays(bool, SHAPES))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_masks_survive_both_run_length_codes_and_the_packing(masks):
+def test_masks_survive_both_run_length_codes_and_the_bits(masks):
   count, height, width = masks.shape
   if count:
     codes = coco_masks.encode(masks)
@@ -30,10 +32,10 @@ def test_masks_survive_both_run_length_codes_and_the_packing(masks):
       np.testing.assert_array_equal(
         coco_masks.decode(plain, height, width), mask
       )
-  packed = coco_masks.pack(masks, count + 2, 21)
-  assert packed.shape == (count + 2, 21, 3)
-  assert packed.dtype == np.uint8
-  unpacked = coco_masks.unpack(packed, 21, 21)
+  bits = coco_masks.to_bits(masks, count + 2, 21)
+  assert bits.shape == (count + 2, 21, 3)
+  assert bits.dtype == np.uint8
+  unpacked = np.unpackbits(bits, axis=-1)
   np.testing.assert_array_equal(unpacked[:count, :height, :width], masks)
   assert unpacked.sum() == masks.sum()
 
@@ -70,13 +72,13 @@ def test_polygons_of_two_corners_have_no_area():
     ([], "no mask"),
     ({}, "no mask"),
     ("52203", "type str"),
-    ([[1, 2, 3, 4, 5, 6, 7]], "polygon of 7 numbers"),
-    ([[1, 2, 3, None, 5, 6]], "no list of numbers"),
-    ([[1, 2, 3, float("nan"), 5, 6]], "no list of numbers"),
-    ([7], "no list of numbers"),
+    ([[1, 2, 3, 4, 5, 6, 7]], "polygon of 7 numbers, not of x, y"),
+    ([[1, 2, 3, None, 5, 6]], "not a list of numbers"),
+    ([[1, 2, 3, float("nan"), 5, 6]], "not a list of numbers"),
+    ([7], "not a list of numbers"),
     (
       {"size": [4, 5], "counts": [20]},
-      r"size \[4, 5\], but its image \[4, 4\]",
+      r"size \[4, 5\], but its image has \[4, 4\]",
     ),
     ({"size": [4, 4]}, "without counts"),
     ({"size": [4, 4], "counts": [3, 4]}, "7 pixels in all.* 4 x 4 = 16"),
@@ -86,6 +88,5 @@ def test_polygons_of_two_corners_have_no_area():
     ({"size": [4, 4], "counts": "hello"}, "cannot be read"),
   ],
 )
-def test_what_is_wrong_with_a_mask_is_said(segmentation, message):
-  with pytest.raises(AssertionError, match=message):
-    raise AssertionError(coco_masks.fault(segmentation, 4, 4))
+def test_a_fault_of_a_mask_is_described(segmentation, message):
+  assert re.search(message, coco_masks.fault(segmentation, 4, 4))

@@ -14,13 +14,13 @@ CATEGORIES = {3: "disc", 7: "bar", 12: "never seen"}
 
 
 def disc(height: int, width: int, y: float, x: float, radius: float):
-  """Bool [height, width]."""
+  """Draws a disc, bool [height, width]."""
   rows, columns = np.mgrid[:height, :width]
   return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
 
 
 def runs(mask: np.ndarray) -> list[int]:
-  """COCO's uncompressed counts, made without pycocotools."""
+  """Makes COCO's uncompressed counts without pycocotools."""
   flat = mask.ravel(order="F")
   changes = np.flatnonzero(np.diff(flat)) + 1
   ends = [0, *changes.tolist(), flat.size]
@@ -29,14 +29,14 @@ def runs(mask: np.ndarray) -> list[int]:
 
 
 def box_of(mask: np.ndarray) -> list[int]:
-  """X, y, width, height of the pixels that are set."""
+  """Returns x, y, width and height of the pixels that are set."""
   rows, columns = np.nonzero(mask)
   x, y = int(columns.min()), int(rows.min())
   return [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
 
 
 def masks_of(index: int) -> list[np.ndarray]:
-  """The discs of an image, which differ between images and overlap in none."""
+  """Draws the two discs of an image, which do not overlap."""
   height, width = SIZES[index]
   return [
     disc(height, width, height * 0.3, width * 0.25, 5 + index),
@@ -45,10 +45,10 @@ def masks_of(index: int) -> list[np.ndarray]:
 
 
 def annotations(index: int, first_id: int) -> list[dict[str, Any]]:
-  """Two discs as run lengths, plain and compressed, a polygon and a crowd."""
+  """Makes two discs as plain and compressed runs, a polygon and a crowd."""
   height, width = SIZES[index]
-  plain, packed = masks_of(index)
-  compressed = coco_rle.encode(np.asfortranarray(packed.astype(np.uint8)))
+  first, second = masks_of(index)
+  compressed = coco_rle.encode(np.asfortranarray(second.astype(np.uint8)))
   crowd = disc(height, width, height - 1, 2, 4)
   shared = {"image_id": 10 + index, "iscrowd": 0}
 
@@ -62,10 +62,10 @@ def annotations(index: int, first_id: int) -> list[dict[str, Any]]:
     }
 
   size = [height, width]
-  found = [
-    with_mask(plain, {"size": size, "counts": runs(plain)}, 3),
+  objects = [
+    with_mask(first, {"size": size, "counts": runs(first)}, 3),
     with_mask(
-      packed, {"size": size, "counts": compressed["counts"].decode()}, 3
+      second, {"size": size, "counts": compressed["counts"].decode()}, 3
     ),
     {
       **shared,
@@ -80,12 +80,12 @@ def annotations(index: int, first_id: int) -> list[dict[str, Any]]:
   ]
   return [
     {**annotation, "id": first_id + number}
-    for number, annotation in enumerate(found)
+    for number, annotation in enumerate(objects)
   ]
 
 
 def pixels(index: int) -> np.ndarray:
-  """Uint8 [H, W, 3]: the objects of an image on noise."""
+  """Draws the objects of an image on noise, uint8 [H, W, 3]."""
   height, width = SIZES[index]
   image = np.random.default_rng(index).integers(0, 60, (height, width, 3))
   for shade, mask in enumerate(masks_of(index)):
@@ -94,7 +94,7 @@ def pixels(index: int) -> np.ndarray:
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-  """Both splits with the same three images; the folder is returned."""
+  """Writes both splits with the same three images; returns the folder."""
   for split in ("train2017", "val2017"):
     (folder / split).mkdir(parents=True)
     for index in range(len(SIZES)):

@@ -11,7 +11,7 @@ from PIL import Image
 from pqf_jax import data, errors
 from tests.data import tiny_tfds
 
-# What the message of a missing data set tells to run.
+# The command in the message of a missing data set.
 PREPARE = (
   "python -c \"import tensorflow_datasets as tfds; tfds.builder('cifar10', "
   "data_dir='{}', file_format='array_record').download_and_prepare()\""
@@ -159,7 +159,7 @@ def test_no_folder_given(nothing):
 
 def test_a_folder_that_is_not_there(tmp_path):
   message = refusal("cifar10", tmp_path / "none")
-  assert f"(not even a folder {tmp_path / 'none'})" in message
+  assert f"({tmp_path / 'none'} does not exist)" in message
   assert PREPARE.format(tmp_path / "none") in message
 
 
@@ -279,7 +279,7 @@ def test_a_record_that_is_no_example(spoiled):
   for index in (0, 3):
     with pytest.raises(
       errors.InputError,
-      match=rf"record {index} of {file} .*not an example with an image",
+      match=rf"record {index} of {file} .*not an example with image and label",
     ):
       test[index]
 

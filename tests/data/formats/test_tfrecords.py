@@ -92,7 +92,7 @@ def test_a_file_that_ends_after_a_record(file, kept):
   file.write_bytes(data)
   message = refusal(file)
   assert f"has {len(data)} bytes, of which {kept} records take" in message
-  assert "that it is 5 records" in message
+  assert "it must hold 5 records" in message
 
 
 def test_a_file_that_goes_on_after_its_last_record(file):

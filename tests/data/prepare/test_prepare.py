@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from pqf_jax import data, errors
 from pqf_jax.data import decoding
-from pqf_jax.data.datasets import ilsvrc
+from pqf_jax.data.datasets import imagenet_labels
 from pqf_jax.data.prepare import command, shards
 from tests.data import tiny_imagenet, tiny_tfds
 
@@ -18,7 +18,7 @@ from tests.data import tiny_imagenet, tiny_tfds
 def sources(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, pathlib.Path]:
-  """All forms that ImageNet comes in; to be read only."""
+  """All forms of ImageNet's sources; tests only read them."""
   top = tmp_path_factory.mktemp("sources")
   tiny_imagenet.make_archives(top / "archives")
   tiny_imagenet.make_folders(top / "folders")
@@ -54,7 +54,7 @@ def test_what_is_written_is_read_as_imagenet(sources, form, tmp_path):
       assert record["image"][0, 0].tolist() == [*expected]
     assert len(set(labels)) > 5
   names = (tmp_path / "imagenet2012/5.1.0/label.labels.txt").read_text().split()
-  assert names == list(ilsvrc.class_names())
+  assert names == list(imagenet_labels.class_names())
 
 
 def test_every_image_is_there_once_with_its_bytes(sources, tmp_path):
@@ -77,7 +77,7 @@ def test_every_image_is_there_once_with_its_bytes(sources, tmp_path):
 
 
 def test_the_features_are_those_of_tensorflow_datasets(sources, tmp_path):
-  """Its own builder of ImageNet describes them, without building."""
+  """The library's own builder of ImageNet describes them."""
   run(sources["archives"], tmp_path)
   ours = tfds.builder_from_directory(tmp_path / "imagenet2012/5.1.0").info
   theirs = tfds.builder("imagenet2012", data_dir=tmp_path / "none").info
@@ -85,7 +85,7 @@ def test_the_features_are_those_of_tensorflow_datasets(sources, tmp_path):
   assert ours.features.to_json() == theirs.features.to_json()
   assert ours.features["label"].names == theirs.features["label"].names
   assert ours.supervised_keys == theirs.supervised_keys
-  # Said for those who read it in order: classes come one after the other.
+  # Classes come one after the other, which matters to readers in order.
   assert ours.disable_shuffling
 
 
@@ -185,7 +185,7 @@ def test_an_empty_image_is_found_before(tmp_path):
 
 def test_what_is_there_is_not_overwritten(tmp_path):
   folder = write(tmp_path, many(3))
-  with pytest.raises(errors.InputError, match=f"{folder} is there already"):
+  with pytest.raises(errors.InputError, match=f"{folder} exists already"):
     write(tmp_path, many(3))
 
 
@@ -215,7 +215,7 @@ def test_nothing_is_there(tmp_path, capsys):
 def test_an_archive_that_is_cut_short(sources, tmp_path, capsys, lacks, kept):
   shutil.copytree(sources["archives"], tmp_path / "tars")
   path = tmp_path / f"tars/ILSVRC2012_img_{lacks}.tar"
-  # At the start of a block, too, where nothing tells but the missing end.
+  # Also at the start of a block, where only the end is missing.
   for size in (
     int(kept * path.stat().st_size),
     int(kept * path.stat().st_size) // 512 * 512,
@@ -235,7 +235,7 @@ def test_archives_that_were_packed_anew(sources, tmp_path, capsys):
   }
   path.write_bytes(tiny_imagenet.archive(flat))
   message = refusal(capsys, tmp_path / "tars", tmp_path / "to")
-  assert "holds n01440764_7.JPEG, but CLASS.tar is expected" in message
+  assert "holds n01440764_7.JPEG, but must hold one CLASS.tar" in message
   path.write_bytes(
     tiny_imagenet.archive({"n01440764.tar": tiny_imagenet.archive(flat)})
   )
@@ -258,8 +258,9 @@ def test_the_command_explains_itself():
 
 def test_tensorflow_is_not_imported(sources, tmp_path):
   code = (
-    "import sys; from pqf_jax import data; from pqf_jax.data import prepare; "
-    f"to = {str(tmp_path)!r}; prepare.main(['imagenet2012', '--from', "
+    "import sys; from pqf_jax import data; "
+    "from pqf_jax.data.prepare import command; "
+    f"to = {str(tmp_path)!r}; command.main(['imagenet2012', '--from', "
     f"{str(sources['archives'])!r}, '--to', to]); "
     "data.get_dataset('imagenet2012', data_dir=to).train[0]; "
     "assert 'tensorflow' not in sys.modules"

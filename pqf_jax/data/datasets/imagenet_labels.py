@@ -1,4 +1,4 @@
-"""Names and labels of ImageNet (ILSVRC 2012).
+"""Class names of ImageNet (ILSVRC 2012), and labels of its validation images.
 
 Labels are the numbers of the sorted WordNet ids. Both lists come with
 tensorflow-datasets, whose package is not imported for them (3 s).
@@ -16,18 +16,20 @@ _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-  """The 1,000 WordNet ids in the order of the labels."""
+  """Returns the 1,000 WordNet ids in the order of the labels."""
   return _read("labels.txt")
 
 
 def validation_label(file_name: str) -> int:
-  """Label of an image of ILSVRC2012_img_val.tar, which holds no labels.
+  """Returns the label of an image of ILSVRC2012_img_val.tar.
+
+  The archive itself holds no labels.
 
   Args:
     file_name: without folders.
 
   Raises:
-    InputError: the file is none of the 50,000 of that name.
+    InputError: the name is not one of the 50,000.
   """
   match = _VALIDATION_NAME.fullmatch(file_name)
   number = int(match[1]) if match else 0
