@@ -58,7 +58,7 @@ class Workspace:
     if distributed.is_lead():
       self._config_file.parent.mkdir(parents=True, exist_ok=True)
       report.write_json(self._config_file, self._config)
-    distributed.check_shared(self._config_file.parent, self._config_file)
+    distributed.check_shared(self._config_file)
 
   def results(self) -> Results | None:
     """Reads results.json; None before the run is finished."""

@@ -1,11 +1,4 @@
-"""Files and tables that a run produces.
-
-tables       tables on the terminal
-records      results.json, config.json and metrics.jsonl
-html         report.html, with the data of `charts` and the `templates`
-tensorboard  the same curves for TensorBoard
-drawings     images with their objects
-schema       the plain data that all of them take;  text  formats its figures
+"""Files and tables that a run produces, from the plain data of `schema`.
 
 This package draws and writes; it computes nothing.
 """

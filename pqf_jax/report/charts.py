@@ -77,7 +77,7 @@ class Curve(NamedTuple):
 
 
 def score_charts(results: schema.Results) -> list[Bars]:
-  """Draws each metric by stage; the whole width is 100 %."""
+  """Charts each metric by stage; the whole width is 100 %."""
   charts = []
   for label, rows in schema.scores(results).items():
     bars = []
@@ -97,7 +97,7 @@ def score_charts(results: schema.Results) -> list[Bars]:
 def size_chart(
   rows: Sequence[schema.PlanRow] | Sequence[schema.LayerRow],
 ) -> Bars:
-  """Draws the bytes of each kernel, dense and compressed."""
+  """Charts the bytes of each kernel, dense and compressed."""
   kernels = [row for row in rows if len(row["shape"]) >= 2]
   largest = max(map(schema.dense_bytes, kernels), default=1)
   bars = [
@@ -113,7 +113,7 @@ def size_chart(
 
 
 def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
-  """Draws the distortion of each quantized kernel, relative to the largest."""
+  """Charts the distortion of each quantized kernel, relative to the largest."""
   worst = max((row["distortion"] for row in rows), default=0) or 1
   bars = [
     _layer_row(
@@ -131,7 +131,7 @@ def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
 
 
 def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
-  """Draws what permuting each channel group gained: log-determinant and error.
+  """Charts what permuting each channel group gained: log-determinant and error.
 
   The error is the error of a short k-means; it is drawn where any group has it.
   """
@@ -158,7 +158,7 @@ def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
 
 
 def _permutation_errors(groups: Sequence[schema.GroupRow]) -> Bars:
-  """Draws the error of a short k-means before and after, where it is known."""
+  """Charts the error of a short k-means before and after, where it is known."""
   measured = [
     (row, (row["error_before"], row["error_after"]))
     for row in groups
@@ -184,7 +184,7 @@ def _permutation_errors(groups: Sequence[schema.GroupRow]) -> Bars:
 def curves(
   history: Sequence[schema.Record], results: schema.Results
 ) -> list[Curve]:
-  """Draws loss and metrics of each stage that have at least two points."""
+  """Charts loss and metrics of each stage that have at least two points."""
   drawn = []
   labels = {"loss": "loss", **schema.labels(results)}
   for stage, title in STAGE_TITLES.items():

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jinja2
 import markupsafe
 
-from pqf_jax.report import charts, records, schema, tables, text
+from pqf_jax.report import charts, schema, tables, text
+from pqf_jax.runtime import files
 
 
 class Tile(NamedTuple):
@@ -82,7 +83,7 @@ def write_html(
     command=results.get("command") or "",
     config=json.dumps(config, indent=2, default=str) if config else "",
   )
-  records.write_text(path, page)
+  files.write(path, page.encode())
 
 
 def _facts(results: schema.Results) -> list[str]:

@@ -15,10 +15,8 @@ from pqf_jax import errors
 from pqf_jax.report import schema
 from pqf_jax.runtime import files
 
-Path = str | os.PathLike[str]
 
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
   """Writes `results.json` or `config.json` whole or not at all.
 
   Args:
@@ -26,15 +24,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     value: JSON data, in which scalars and arrays of NumPy or JAX become numbers
       and lists, other objects their text, NaN and infinity null.
   """
-  write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+  files.write(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
 
 
-def write_text(path: Path, text: str) -> None:
-  """Writes a file in UTF-8, whole or not at all."""
-  files.write(path, text.encode())
-
-
-def append_metric(path: Path, record: schema.Record) -> None:
+def append_metric(path: epath.PathLike, record: schema.Record) -> None:
   """Appends one line to a log of metrics, or starts the log.
 
   A half line, which a crash may leave, is cut off first.
@@ -59,7 +52,7 @@ def append_metric(path: Path, record: schema.Record) -> None:
     file.write(line.encode())
 
 
-def read_metrics(path: Path) -> list[schema.Record]:
+def read_metrics(path: epath.PathLike) -> list[schema.Record]:
   """Reads a log of metrics.
 
   Args:
@@ -87,7 +80,7 @@ def read_metrics(path: Path) -> list[schema.Record]:
   return records
 
 
-def resume_metrics(path: Path, stage: str, step: int) -> None:
+def resume_metrics(path: epath.PathLike, stage: str, step: int) -> None:
   """Removes the records that a resumed stage will write again.
 
   Args:
@@ -102,7 +95,7 @@ def resume_metrics(path: Path, stage: str, step: int) -> None:
     for record in read_metrics(path)
     if record["stage"] != stage or record["step"] < step
   )
-  write_text(path, "".join(kept))
+  files.write(path, "".join(kept).encode())
 
 
 def _plain(value: Any) -> Any:

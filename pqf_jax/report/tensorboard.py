@@ -16,10 +16,6 @@ NOT_CURVES = ("stage", "step", "epoch", "images")
 class TensorBoardWriter:
   """Writes metric records as curves, one TensorBoard run a stage.
 
-      with report.TensorBoardWriter(workdir / "tensorboard") as curves:
-        curves.resume("finetune", 10)
-        curves.write({"stage": "finetune", "step": 10, "loss": 0.2})
-
   Args:
     directory: where the runs are kept.
 
@@ -56,21 +52,17 @@ class TensorBoardWriter:
     )
 
   def write(self, record: schema.Record) -> None:
-    """Adds a point to the curve of every number in the record, shown or not."""
-    stage = record["stage"]
-    if stage not in self._runs:
-      self.resume(stage, 0)
+    """Adds a point to the curve of every number in the record, shown or not.
+
+    Args:
+      record: of a stage that was started by `resume`.
+    """
+    run = self._runs[record["stage"]]
     for name, value in record.items():
       if name not in NOT_CURVES and value is not None:
-        self._runs[stage].add_scalar(name, value, record["step"])
+        run.add_scalar(name, value, record["step"])
 
   def close(self) -> None:
     """Writes the points that the library still buffers."""
     for run in self._runs.values():
       run.close()
-
-  def __enter__(self) -> "TensorBoardWriter":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()

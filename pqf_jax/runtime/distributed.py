@@ -129,11 +129,7 @@ def position() -> dict[str, int]:
 
 @functools.cache
 def mesh(devices: tuple[jax.Device, ...] | None = None) -> sharding.Mesh:
-  """Returns a mesh of one axis over all devices of all processes.
-
-  Args:
-    devices: these instead.
-  """
+  """Returns a mesh of one axis over all devices of all processes, or these."""
   return jax.make_mesh(
     (jax.device_count() if devices is None else len(devices),),
     (AXIS,),
@@ -143,23 +139,13 @@ def mesh(devices: tuple[jax.Device, ...] | None = None) -> sharding.Mesh:
 
 
 def replicated(over: sharding.Mesh | None = None) -> sharding.NamedSharding:
-  """Returns the sharding that keeps a whole array on every device.
-
-  Args:
-    over: the mesh; None: `mesh()`.
-  """
-  place = mesh() if over is None else over
-  return sharding.NamedSharding(place, sharding.PartitionSpec())
+  """Returns the sharding that keeps a whole array on every device."""
+  return sharding.NamedSharding(over or mesh(), sharding.PartitionSpec())
 
 
 def sharded(over: sharding.Mesh | None = None) -> sharding.NamedSharding:
-  """Returns the sharding that divides rows evenly among the devices.
-
-  Args:
-    over: the mesh; None: `mesh()`.
-  """
-  place = mesh() if over is None else over
-  return sharding.NamedSharding(place, sharding.PartitionSpec(AXIS))
+  """Returns the sharding that divides rows evenly among the devices."""
+  return sharding.NamedSharding(over or mesh(), sharding.PartitionSpec(AXIS))
 
 
 def replicate(tree: PyTree) -> PyTree:
@@ -182,11 +168,7 @@ def unreplicate(tree: PyTree) -> PyTree:
 
 
 def shard(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Returns the global batch of the rows that each process read.
-
-  Args:
-    batch: {name: [B / processes, ...]} of this process.
-  """
+  """Joins the rows [B / processes, ...] of each process to a global batch."""
   return {
     name: jax.make_array_from_process_local_data(sharded(), np.asarray(rows))
     for name, rows in batch.items()
@@ -194,10 +176,7 @@ def shard(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def divide_work(costs: Mapping[str, float]) -> list[list[str]]:
-  """Divides named work among the processes, at about equal total costs.
-
-  Args:
-    costs: {name: cost}.
+  """Divides work {name: cost} among the processes, at about equal total costs.
 
   Returns:
     The names by process.
@@ -242,11 +221,7 @@ def gather_trees(
 
 def gather_records(record: Mapping[str, Any]) -> dict[str, Any]:
   """Gathers the JSON records of all processes in one."""
-  return {
-    name: value
-    for other in _gather_json(record)
-    for name, value in other.items()
-  }
+  return {k: v for other in _gather_json(record) for k, v in other.items()}
 
 
 def gather_lists(items: Sequence[Any]) -> list[Any]:
@@ -283,12 +258,11 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     )
 
 
-def check_shared(folder: os.PathLike[str], token_file: epath.Path) -> None:
-  """Refuses a folder that only some of the hosts see.
+def check_shared(token_file: epath.Path) -> None:
+  """Refuses a workdir that only some of the hosts see.
 
   Args:
-    folder: for the message.
-    token_file: a file in it that process 0 has just written.
+    token_file: a file in the workdir that process 0 has just written.
 
   Raises:
     InputError: some process does not see the file.
@@ -300,7 +274,7 @@ def check_shared(folder: os.PathLike[str], token_file: epath.Path) -> None:
   if not sees.all():
     blind = ", ".join(map(str, np.flatnonzero(sees == 0)))
     raise errors.InputError(
-      f"the workdir {os.fspath(folder)} is not on storage that all hosts "
+      f"the workdir {token_file.parent} is not on storage that all hosts "
       f"share: process(es) {blind} do not see what process 0 wrote there; "
       "give --workdir on a shared disk or a bucket (gs://...)"
     )

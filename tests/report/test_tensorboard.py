@@ -13,9 +13,10 @@ def record(stage, step):
 
 def test_a_resumed_stage_hides_what_comes_again(tmp_path):
   pytest.importorskip("tensorboardX")
-  with report.TensorBoardWriter(tmp_path) as curves:
-    curves.resume("train", 7)
-    curves.write(record("train", 7))
+  writer = report.TensorBoardWriter(tmp_path)
+  writer.resume("train", 7)
+  writer.write(record("train", 7))
+  writer.close()
   starts = [
     event.step
     for event in events(tmp_path / "train")
@@ -30,9 +31,12 @@ def test_tensorboard_gets_every_number_once_and_by_stage(tmp_path):
     record("train", step) | {"epoch": 0.5, "top1": None, "images": 5}
     for step in range(3)
   ]
-  with report.TensorBoardWriter(tmp_path) as curves:
-    for one in [*run, record("finetune", 0)]:
-      curves.write(one)
+  writer = report.TensorBoardWriter(tmp_path)
+  for stage in ("train", "finetune"):
+    writer.resume(stage, 0)
+  for one in [*run, record("finetune", 0)]:
+    writer.write(one)
+  writer.close()
   assert scalars(tmp_path / "train") == [
     ("loss", n, pytest.approx(1 / (n + 1))) for n in range(3)
   ]
