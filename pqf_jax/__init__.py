@@ -1,27 +1,78 @@
 """Permute, Quantize, Fine-tune (arXiv 2010.15703) for JAX and Flax.
 
-    variables = pqf_jax.load("model.safetensors")    # a packed network
-    logits = model.apply(variables, images)          # reads it as it is
+    result = pqf_jax.compress(
+      model.apply, variables, images, rules, key=jax.random.key(0)
+    )
+    pqf_jax.save("model.safetensors", result.variables)
 
-    variables, report = pqf_jax.compress(            # a network of your own
-        model.apply, variables, images, rules, key=jax.random.key(0))
+    variables = pqf_jax.load("model.safetensors")
+    logits = model.apply(variables, images)  # kernels stay compressed in memory
 
 Names are imported when first used, so that loading a file needs neither the
 training code nor its libraries.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of `_HOMES`, for editors and type checkers
+  from pqf_jax.compression import Compressed as Compressed
+  from pqf_jax.compression import compress as compress
+  from pqf_jax.core.blocks import BlockSpec as BlockSpec
+  from pqf_jax.core.channels import ChannelAxis as ChannelAxis
+  from pqf_jax.core.channels import apply_permutations as apply_permutations
+  from pqf_jax.core.plan import CompressionPlan as CompressionPlan
+  from pqf_jax.core.plan import LayerPlan as LayerPlan
+  from pqf_jax.core.plan import Rule as Rule
+  from pqf_jax.core.plan import SizeReport as SizeReport
+  from pqf_jax.core.plan import make_plan as make_plan
+  from pqf_jax.core.plan import predict_size as predict_size
+  from pqf_jax.core.vq_array import VQArray as VQArray
+  from pqf_jax.core.vq_array import decode_params as decode_params
+  from pqf_jax.core.vq_array import merge_trainable as merge_trainable
+  from pqf_jax.core.vq_array import split_trainable as split_trainable
+  from pqf_jax.discovery.discover import discover_channels as discover_channels
+  from pqf_jax.errors import InputError as InputError
+  from pqf_jax.finetune import FinetuneState as FinetuneState
+  from pqf_jax.finetune import LossFn as LossFn
+  from pqf_jax.finetune import cosine_adam as cosine_adam
+  from pqf_jax.finetune import init_state as init_state
+  from pqf_jax.finetune import make_finetune_step as make_finetune_step
+  from pqf_jax.finetune import state_variables as state_variables
+  from pqf_jax.kmeans import KMeansResult as KMeansResult
+  from pqf_jax.kmeans import annealed_kmeans as annealed_kmeans
+  from pqf_jax.pack import PackedModel as PackedModel
+  from pqf_jax.pack import load as load
+  from pqf_jax.pack import pack_model as pack_model
+  from pqf_jax.pack import save as save
+  from pqf_jax.pack import unpack_model as unpack_model
+  from pqf_jax.permute import GroupReport as GroupReport
+  from pqf_jax.permute import permute_channels as permute_channels
+  from pqf_jax.quantize import LayerSummary as LayerSummary
+  from pqf_jax.quantize import quantize_params as quantize_params
+
+__version__ = "0.1.0"
 
 _HOMES = {
   "BlockSpec": "core.blocks",
   "ChannelAxis": "core.channels",
+  "Compressed": "compression",
+  "CompressionPlan": "core.plan",
+  "FinetuneState": "finetune",
+  "GroupReport": "permute",
   "InputError": "errors",
+  "KMeansResult": "kmeans",
+  "LayerPlan": "core.plan",
+  "LayerSummary": "quantize",
+  "LossFn": "finetune",
+  "PackedModel": "pack",
   "Rule": "core.plan",
+  "SizeReport": "core.plan",
   "VQArray": "core.vq_array",
   "annealed_kmeans": "kmeans",
   "apply_permutations": "core.channels",
   "compress": "compression",
+  "cosine_adam": "finetune",
   "decode_params": "core.vq_array",
   "discover_channels": "discovery.discover",
   "init_state": "finetune",
@@ -35,6 +86,7 @@ _HOMES = {
   "quantize_params": "quantize",
   "save": "pack",
   "split_trainable": "core.vq_array",
+  "state_variables": "finetune",
   "unpack_model": "pack",
 }
 __all__ = list(_HOMES)

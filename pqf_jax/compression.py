@@ -1,4 +1,4 @@
-"""The one-call form: a trained network in, a compressed one out."""
+"""Compression of a trained network in one call."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ class Compressed(NamedTuple):
 
   Attributes:
     variables: with `VQArray`s in the place of the compressed kernels.
-    plan: what was compressed, and how.
-    size: bytes that `pqf_jax.save` will write, header apart.
-    groups: `permute.GroupReport`s, what the permutation gained.
-    layers: {path: quantize.LayerSummary}, what the quantization lost.
+    plan: which kernels are compressed, and how.
+    size: bytes that `pqf_jax.save` will write, without the header.
+    groups: what the permutation gained in each channel group.
+    layers: {path: what quantizing this kernel lost}.
   """
 
   variables: PyTree
@@ -43,7 +43,7 @@ def compress(
   Args:
     apply_fn: (variables, sample) -> outputs, traceable by JAX.
     variables: dense variable tree.
-    sample: one small input; only its shape matters.
+    sample: one small input; the network is run on it a few times.
     rules: see `plan.Rule`; every kernel must be covered.
     key: random number generator key, consumed.
 

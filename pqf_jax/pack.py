@@ -1,11 +1,11 @@
-"""Stage 4: one `.safetensors` file that really is as small as the plan says.
+"""Stage 4: writes one `.safetensors` file, as small as the plan predicts.
 
 Compressed kernels share two buffers, one after the other in the order of the
 header's `layers`: `codes` (uint8, exactly ceil(N * log2(K) / 8) bytes a kernel,
-little-endian bit by bit) and `codebooks` (float16, K * D numbers a kernel). Per
-batch norm there is `<path>.norm` (float32 [2, C]: scale and bias with mean and
-variance folded in), and every other variable as it is, in float32. The JSON
-under the metadata key `pqf_jax` says the rest. Two buffers of their own for
+little-endian bit by bit) and `codebooks` (float16, K * D numbers a kernel).
+Each batch norm is one buffer `<path>.norm` (float32 [2, C]: scale and bias with
+mean and variance folded in), and every other variable a buffer by its path, in
+float32. The JSON header is the metadata `pqf_jax`. Two separate buffers for
 each kernel would cost a small network more than 2 % in names.
 Loading needs no training code and no pickle.
 """
@@ -33,12 +33,12 @@ METADATA_KEY = "pqf_jax"
 
 
 class PackedModel(NamedTuple):
-  """What the file holds.
+  """Content of a packed file.
 
   Attributes:
     header: {format, architecture, norm_epsilon, layers: {path: [shape,
       channels, K]}, sha256 of the buffers}.
-    buffers: {name: array} as described at the head of this module.
+    buffers: {name: array}; see the module docstring.
   """
 
   header: dict[str, Any]
@@ -46,7 +46,7 @@ class PackedModel(NamedTuple):
 
   @property
   def payload_bytes(self) -> int:
-    """Of all buffers; the file adds its header."""
+    """Returns the bytes of all buffers; the file adds its header."""
     return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
@@ -56,17 +56,17 @@ def pack_model(
   norm_epsilon: float | None,
   architecture: Mapping[str, Any],
 ) -> PackedModel:
-  """Packs a variable tree; see the head of this module for the layout.
+  """Packs a variable tree; see the module docstring for the layout.
 
   Args:
     variables: Linen variables with `VQArray`s, or all dense.
     norm_epsilon: the batch norms' own epsilon, which goes inside the root; None
       for a network without batch norms.
-    architecture: JSON data by which a reader finds the model again.
+    architecture: JSON data that identifies the model, for readers.
 
   Raises:
-    InputError: a value that float16 or float32 cannot hold; or batch norms
-      without an epsilon.
+    InputError: float16 or float32 cannot hold a value; or `norm_epsilon` is
+      None although there are batch norms.
   """
   flat = trees.flatten(jax.device_get(variables), vq_array.is_vq)
   layers = {path: leaf for path, leaf in flat.items() if vq_array.is_vq(leaf)}
@@ -74,8 +74,8 @@ def pack_model(
   if norm_epsilon is None:
     if norms:
       raise errors.InputError(
-        f"the batch norms, {next(iter(norms))} for one, cannot be folded "
-        "without their epsilon; give norm_epsilon"
+        f"{len(norms)} batch norms, such as {next(iter(norms))}, cannot be "
+        "folded without their epsilon; pass norm_epsilon"
       )
     norm_epsilon = 0.0
   buffers = {}
@@ -91,8 +91,8 @@ def pack_model(
     slope = scale / np.sqrt(var + norm_epsilon)
     folded = np.stack([slope, bias - mean * slope])
     buffers[f"{norm}.norm"] = _cast(norm, folded, np.float32)
-  done = {path for members in norms.values() for path in members} | set(layers)
-  for path in flat.keys() - done:
+  written = {path for members in norms.values() for path in members}
+  for path in flat.keys() - written - layers.keys():
     buffers[path] = _cast(path, flat[path], np.float32)
   header = {
     "format": FORMAT_VERSION,
@@ -108,10 +108,10 @@ def pack_model(
 
 
 def unpack_model(packed: PackedModel) -> PyTree:
-  """The variable tree of a packed model, with float32 codebooks.
+  """Returns the variable tree of a packed model, with float32 codebooks.
 
-  Norms come back with mean 0 and variance 1 - epsilon, so that the layer's own
-  root is 1 and nothing of the fold is lost.
+  Norms get mean 0 and variance 1 - epsilon, so that the layer divides by 1 and
+  the folded scale and bias apply as they are.
   """
   header, buffers = packed
   epsilon = header["norm_epsilon"]
@@ -135,7 +135,7 @@ def save(
   norm_epsilon: float = 1e-5,
   architecture: Mapping[str, Any] | None = None,
 ) -> PackedModel:
-  """Packs and writes a file, whole or not at all.
+  """Packs a variable tree and writes the file, whole or not at all.
 
   Args:
     path: of the file.
@@ -161,20 +161,20 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
   """Reads a packed file and checks it.
 
   Raises:
-    InputError: the file is missing, damaged, of a newer format, or no file of
-      this library.
+    InputError: the file is missing, damaged, of another format, or not packed
+      by this library.
   """
   file = files.fetch(path)
   header = read_header(file)
   if header is None:
     raise errors.InputError(
-      f"{path} is a safetensors file but not one that pqf_jax packed; for "
-      "torch weights use --config.weights or pqf_jax.models"
+      f"{path} is a safetensors file that pqf_jax did not pack; for torch "
+      "weights use --config.weights or pqf_jax.models"
     )
   if header["format"] != FORMAT_VERSION:
     raise errors.InputError(
-      f"{path} has format {header['format']}, this version of pqf_jax reads "
-      f"{FORMAT_VERSION}; use the version that wrote it, or pack it again"
+      f"{path} has format {header['format']}, but this version of pqf_jax "
+      f"reads {FORMAT_VERSION}; use the version that wrote it, or pack it again"
     )
   buffers = safetensors.numpy.load_file(file)
   if _digest(buffers) != header["sha256"]:
@@ -186,7 +186,7 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """The header of a packed file, or None of any other safetensors file.
+  """Returns the header of a packed file; None for other safetensors files.
 
   Raises:
     InputError: the file is missing, truncated, or not safetensors.
@@ -204,19 +204,19 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def load(path: str | os.PathLike[str]) -> PyTree:
-  """Variables that `model.apply` takes at once; see `read` for errors."""
+  """Reads a packed file as variables for `model.apply`; see `read`."""
   return unpack_model(read(path))
 
 
-def pack_codes(codes: np.ndarray, num_codes: int) -> np.ndarray:
-  """Codes -> uint8 [ceil(N * log2(K) / 8)], lowest bit first."""
+def pack_codes(codes: trees.Array, num_codes: int) -> np.ndarray:
+  """Packs codes into uint8 [ceil(N * log2(K) / 8)], lowest bit first."""
   bits = np.arange(plans.code_bits(num_codes))
   flat = np.asarray(codes).reshape(-1, 1).astype(np.uint32)
   return np.packbits((flat >> bits & 1).astype(np.uint8), bitorder="little")
 
 
 def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
-  """Undoes `pack_codes`: [count] of the smallest unsigned type."""
+  """Unpacks codes into [count] of the smallest unsigned type."""
   num_bits = plans.code_bits(num_codes)
   bits = np.unpackbits(packed, count=count * num_bits, bitorder="little")
   values = bits.reshape(count, num_bits) @ (1 << np.arange(num_bits))
@@ -229,13 +229,13 @@ def _unpack_layers(
   nodes, code_start, entry_start = {}, 0, 0
   for path, (shape, channels, num_codes) in layers.items():
     spec = blocks.BlockSpec(channels)
-    c_out, m, block = spec.layout(shape)
+    c_out, m, length = spec.layout(shape)
     code_end = code_start + plans.code_bytes(c_out * m, num_codes)
-    entry_end = entry_start + num_codes * block
+    entry_end = entry_start + num_codes * length
     packed = buffers[CODES][code_start:code_end]
     codebook = buffers[CODEBOOKS][entry_start:entry_end].astype(np.float32)
     nodes[path] = vq_array.VQArray(
-      codebook.reshape(num_codes, block),
+      codebook.reshape(num_codes, length),
       unpack_codes(packed, num_codes, c_out * m).reshape(c_out, m),
       tuple(shape),
       spec,
@@ -244,16 +244,16 @@ def _unpack_layers(
   return nodes
 
 
-def _cast(path: str, value: np.ndarray, dtype: type) -> np.ndarray:
+def _cast(path: str, value: trees.Array, dtype: type) -> np.ndarray:
   value = np.asarray(value)
   if not np.issubdtype(value.dtype, np.floating):
     return value
   with np.errstate(over="ignore"):
-    cast = np.ascontiguousarray(value, dtype=dtype)
+    cast: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
   if not np.isfinite(cast).all():
     raise errors.InputError(
-      f"{path} has values that {np.dtype(dtype)} cannot hold (largest "
-      f"{np.abs(value).max():g}); was the training stable?"
+      f"{path} has values up to {np.abs(value).max():g}, which "
+      f"{np.dtype(dtype)} cannot hold; use a checkpoint of a stable training"
     )
   return cast
 
@@ -263,5 +263,5 @@ def _digest(buffers: Mapping[str, np.ndarray]) -> str:
   for name in sorted(buffers):
     buffer = buffers[name]
     digest.update(f"{name} {buffer.dtype} {buffer.shape}".encode())
-    digest.update(np.ascontiguousarray(buffer))
+    digest.update(np.ascontiguousarray(buffer).data)
   return digest.hexdigest()

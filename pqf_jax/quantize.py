@@ -1,4 +1,4 @@
-"""Stage 2: kernels -> `VQArray`, by annealed k-means, all layers of a kind."""
+"""Stage 2: quantizes kernels to `VQArray`s, by annealed k-means in batches."""
 
 import functools
 import zlib
@@ -17,18 +17,18 @@ from pqf_jax.core import plan as plans
 
 PyTree = Any
 
-# Weights of the layers that share a program; a single layer may have more. 25
+# Weights of the layers that share a batch; a single layer may have more. 25
 # million need about 1 GB on the device.
 _MOST_WEIGHTS = 1 << 25
 
 
 class LayerSummary(NamedTuple):
-  """What quantizing one kernel cost.
+  """Error of quantizing one kernel.
 
   Attributes:
     path: of the kernel.
     distortion: mean squared error of a weight over the kernel's variance; 0 is
-      lossless, 1 as bad as the mean.
+      lossless, 1 as bad as replacing every weight by the mean.
     distortion_by_step: [steps] mean squared error of a sub-vector at each
       k-means step.
   """
@@ -39,7 +39,7 @@ class LayerSummary(NamedTuple):
 
 
 class _Kind(NamedTuple):
-  """What layers must have in common to share a program."""
+  """Properties that layers must share to run as one program."""
 
   length: int
   num_codes: int
@@ -65,63 +65,65 @@ def quantize_params(
     key: random number generator key, consumed.
     variables: dense variable tree.
     plan: which kernels, and how.
-    annealed: False: plain k-means (Lloyd), to compare with.
+    annealed: False runs plain k-means (Lloyd), for comparison.
     mesh: devices of this process over which a layer of more than 2^25 weights
-      is spread, with the same result; all others take one.
+      is spread, with the same result; smaller layers run on one device.
     on_layer: called once for each layer, for progress.
 
   Returns:
     (variables with `VQArray`s, {path: LayerSummary}).
 
   Raises:
-    InputError: NaN or infinite weights; all layers are looked at before any
-      work. Weights too large to be squared.
+    InputError: NaN or infinite weights, before any work; or weights whose
+      squares overflow.
   """
   flat = trees.flatten(variables)
   for path in plan:
     trees.check_finite(path, flat[path])
   run = functools.partial(_quantize, key, flat, plan, annealed)
-  nodes, summaries = {}, {}
+  nodes: dict[str, vq_array.VQArray] = {}
+  summaries: dict[str, LayerSummary] = {}
 
-  def keep(done: list[tuple[vq_array.VQArray, LayerSummary]]) -> None:
-    for node, summary in done:
+  def keep(quantized: list[tuple[vq_array.VQArray, LayerSummary]]) -> None:
+    for node, summary in quantized:
       nodes[summary.path], summaries[summary.path] = node, summary
       on_layer(summary)
 
-  groups = list(_groups(flat, plan))
-  # Alone in its group. One at a time: devices that exchange something must all
-  # get their programs in the same order.
-  many = mesh is not None and mesh.size > 1
-  large = [g for g in groups if many and flat[g[0]].size > _MOST_WEIGHTS]
+  batches = list(_batches(flat, plan))
+  # A large layer is alone in its batch. One batch at a time: devices that
+  # communicate must all get their programs in the same order.
+  spread = mesh is not None and mesh.size > 1
+  large = [b for b in batches if spread and flat[b[0]].size > _MOST_WEIGHTS]
   for paths in large:
     keep(run(paths, mesh))
-  small = [paths for paths in groups if paths not in large]
+  small = [paths for paths in batches if paths not in large]
   with futures.ThreadPoolExecutor(max(1, len(small))) as pool:
-    for done in futures.as_completed([pool.submit(run, g) for g in small]):
+    for done in futures.as_completed([pool.submit(run, b) for b in small]):
       keep(done.result())
   return trees.replace(variables, nodes), {
     path: summaries[path] for path in plan
   }
 
 
-def _groups(
+def _batches(
   flat: Mapping[str, jax.Array], plan: plans.CompressionPlan
 ) -> Iterator[tuple[str, ...]]:
-  """Paths of one kind, up to `_MOST_WEIGHTS`."""
-  kinds = {}
+  """Yields paths of one kind, up to `_MOST_WEIGHTS`."""
+  kinds: dict[_Kind, list[str]] = {}
   for path, layer in plan.items():
     _, _, length = layer.spec.layout(flat[path].shape)
     kind = _Kind(length, layer.num_codes, layer.kmeans_steps)
     kinds.setdefault(kind, []).append(path)
   for paths in kinds.values():
-    group, size = [], 0
+    batch: list[str] = []
+    size = 0
     for path in paths:
-      if group and size + flat[path].size > _MOST_WEIGHTS:
-        yield tuple(group)
-        group, size = [], 0
-      group.append(path)
+      if batch and size + flat[path].size > _MOST_WEIGHTS:
+        yield tuple(batch)
+        batch, size = [], 0
+      batch.append(path)
       size += flat[path].size
-    yield tuple(group)
+    yield tuple(batch)
 
 
 def _quantize(
@@ -132,7 +134,7 @@ def _quantize(
   paths: tuple[str, ...],
   mesh: sharding.Mesh | None = None,
 ) -> list[tuple[vq_array.VQArray, LayerSummary]]:
-  """The layers `paths`, which are of one kind."""
+  """Quantizes a batch of layers, which are of one kind."""
   kernels = tuple(jnp.asarray(flat[path]) for path in paths)
   specs = tuple(plan[path].spec for path in paths)
   layers = _to_vectors(kernels, specs)
@@ -154,12 +156,12 @@ def _quantize(
   traces, variances = jax.device_get(
     ([result.distortion for result in results], [r.variance for r in results])
   )
-  out = []
+  quantized = []
   for i, path in enumerate(paths):
     if not np.isfinite(traces[i][-1]):
       raise errors.InputError(
-        f"{path} holds weights whose squares overflow float32; the largest is "
-        f"{float(jnp.abs(kernels[i]).max()):g}, divide them by a constant"
+        f"{path} has weights up to {float(jnp.abs(kernels[i]).max()):g}, whose "
+        "squares overflow float32; divide them by a constant"
       )
     node = vq_array.VQArray(
       results[i].codebook.astype(kernels[i].dtype),
@@ -170,15 +172,15 @@ def _quantize(
     # A constant kernel has no variance, and no error either.
     variance = max(float(variances[i]), np.finfo(np.float32).tiny)
     distortion = float(traces[i][-1]) / length / variance
-    out.append((node, LayerSummary(path, distortion, traces[i])))
-  return out
+    quantized.append((node, LayerSummary(path, distortion, traces[i])))
+  return quantized
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _to_vectors(
   kernels: tuple[jax.Array, ...], specs: tuple[blocks.BlockSpec, ...]
 ) -> tuple[jax.Array, ...]:
-  """Kernels -> [N, D] each."""
+  """Cuts each kernel into its sub-vectors [N, D]."""
   cut = [spec.to_blocks(k) for k, spec in zip(kernels, specs, strict=True)]
   return tuple(b.reshape(-1, b.shape[2]) for b in cut)
 
@@ -189,7 +191,7 @@ def _to_codes(
   specs: tuple[blocks.BlockSpec, ...],
   shapes: tuple[tuple[int, ...], ...],
 ) -> list[jax.Array]:
-  """[N] each -> [C_out, M]."""
+  """Reshapes the codes [N] of each kernel to [C_out, M]."""
   return [
     c.reshape(spec.layout(shape)[:2])
     for c, spec, shape in zip(codes, specs, shapes, strict=True)

@@ -1,4 +1,10 @@
-"""The one-call form, on a network and a tree of the user's own."""
+"""Compression in one call, and the public names, as a user sees them."""
+
+import ast
+import importlib
+import pathlib
+import re
+import textwrap
 
 import flax.linen as nn
 import jax
@@ -20,16 +26,26 @@ class Net(nn.Module):
 
 
 RULES = [
-  pqf_jax.Rule("params/stem/kernel", None),
-  pqf_jax.Rule("params/head/kernel", 64, channels=4, kmeans_steps=20),
+  pqf_jax.Rule("params/(stem|head)/kernel", None),
   pqf_jax.Rule("params/.*/kernel", 32, channels=2, kmeans_steps=20),
 ]
-IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
+EXAMPLE = textwrap.dedent(
+  "".join(re.findall(r"^    .*\n|^\n", pqf_jax.__doc__, re.M))
+)
 
 
 @pytest.fixture(scope="module")
 def variables():
-  return Net().init(jax.random.key(0), IMAGES)
+  shapes = jax.eval_shape(Net().init, jax.random.key(0), IMAGES)
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(
+      RNG.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])),
+      jnp.float32,
+    ),
+    shapes,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +55,44 @@ def compressed(variables):
   )
 
 
-def test_only_the_quantization_changes_the_function(variables, compressed):
+@pytest.fixture(scope="module")
+def apply():
+  return jax.jit(Net().apply)
+
+
+def test_only_the_quantization_changes_the_function(
+  variables, compressed, apply
+):
   """Its dense kernels, permuted, give the logits; the codes come close."""
   nodes = trees.flatten(compressed.variables, vq_array.is_vq)
   assert {path for path, leaf in nodes.items() if vq_array.is_vq(leaf)} == {
     "params/conv0/kernel",
     "params/conv1/kernel",
-    "params/head/kernel",
   }
-  expected = Net().apply(variables, IMAGES)
-  got = Net().apply(compressed.variables, IMAGES)
+  expected = apply(variables, IMAGES)
+  got = apply(compressed.variables, IMAGES)
   error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
   assert error < 0.5  # a wrong permutation gives about sqrt(2)
 
 
-def test_what_is_saved_has_the_size_that_was_said(compressed, tmp_path):
-  packed = pqf_jax.save(tmp_path / "m.safetensors", compressed.variables)
-  assert packed.payload_bytes == compressed.size.payload_bytes
-  loaded = pqf_jax.load(tmp_path / "m.safetensors")
-  np.testing.assert_allclose(
-    Net().apply(loaded, IMAGES),
-    Net().apply(compressed.variables, IMAGES),
-    atol=2e-3,
+def test_the_example_of_the_package_runs(
+  variables, compressed, apply, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  names = {"model": Net(), "images": IMAGES, "rules": RULES}
+  names |= {"variables": variables, "jax": jax, "pqf_jax": pqf_jax}
+  exec(EXAMPLE, names)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    names["result"].variables,
+    compressed.variables,
   )
+  expected = apply(compressed.variables, IMAGES)
+  np.testing.assert_allclose(names["logits"], expected, atol=2e-3)
+  packed = pqf_jax.pack_model(
+    compressed.variables, norm_epsilon=1e-5, architecture={}
+  )
+  assert packed.payload_bytes == compressed.size.payload_bytes
 
 
 def test_groups_gain_and_layers_lose_as_reported(compressed):
@@ -74,17 +105,27 @@ def test_groups_gain_and_layers_lose_as_reported(compressed):
 def test_it_can_be_fine_tuned_by_hand(compressed):
   trainable, frozen = pqf_jax.split_trainable(compressed.variables)
 
+  @jax.jit
   def loss(trainable):
     variables = pqf_jax.merge_trainable(trainable, frozen)
     return jnp.square(Net().apply(variables, IMAGES)).mean()
 
-  gradients = jax.grad(loss)(trainable)
+  gradients = jax.jit(jax.grad(loss))(trainable)
   moved = jax.tree.map(lambda w, g: w - 0.1 * g, trainable, gradients)
   assert loss(moved) < loss(trainable)
 
 
-def test_every_public_name_exists():
-  for name in pqf_jax.__all__:
-    assert getattr(pqf_jax, name).__module__.startswith("pqf_jax.")
+def test_every_public_name_exists_and_is_declared_for_type_checkers():
+  declared = {
+    alias.asname: f"{node.module}.{alias.name}"
+    for node in ast.walk(ast.parse(pathlib.Path(pqf_jax.__file__).read_text()))
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("pqf_jax.")
+    for alias in node.names
+  }
+  assert declared.keys() == set(pqf_jax.__all__)
+  for name, full_name in declared.items():
+    module, _, attribute = full_name.rpartition(".")
+    home = importlib.import_module(module)
+    assert getattr(pqf_jax, name) is getattr(home, attribute)
   with pytest.raises(AttributeError, match="no attribute 'typo'"):
     getattr(pqf_jax, "ty" + "po")

@@ -10,15 +10,20 @@ from pqf_jax.core import trees, vq_array
 RULES = (plans.Rule(".*", 16, channels=2, kmeans_steps=20),)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def variables():
-  keys = jax.random.split(jax.random.key(0))
-  return {
-    "params": {
-      "a": {"kernel": jax.random.normal(keys[0], (3, 3, 8, 16))},
-      "b": {"kernel": jax.random.normal(keys[1], (16, 32))},
-    }
+  rng = np.random.default_rng(0)
+  shapes = {"a": (3, 3, 8, 16), "b": (16, 32)}
+  kernels = {
+    name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    for name, shape in shapes.items()
   }
+  return {"params": kernels}
+
+
+@pytest.fixture(scope="module")
+def quantized(variables):
+  return _run(variables)
 
 
 def _run(variables, key=0):
@@ -26,8 +31,8 @@ def _run(variables, key=0):
   return quantize.quantize_params(jax.random.key(key), variables, plan)
 
 
-def test_codes_are_the_nearest_codewords(variables):
-  compressed, _ = _run(variables)
+def test_codes_are_the_nearest_codewords(variables, quantized):
+  compressed, _ = quantized
   for path, node in trees.flatten(compressed, vq_array.is_vq).items():
     vectors = node.spec.to_blocks(trees.flatten(variables)[path])
     codebook = np.asarray(node.codebook, np.float64)
@@ -36,8 +41,10 @@ def test_codes_are_the_nearest_codewords(variables):
     np.testing.assert_array_equal(node.codes, nearest)
 
 
-def test_reported_distortion_is_that_of_the_decoded_kernel(variables):
-  compressed, summaries = _run(variables)
+def test_reported_distortion_is_that_of_the_decoded_kernel(
+  variables, quantized
+):
+  compressed, summaries = quantized
   dense = trees.flatten(vq_array.decode_params(compressed))
   for path, kernel in trees.flatten(variables).items():
     kernel = np.asarray(kernel, np.float64)
@@ -46,34 +53,35 @@ def test_reported_distortion_is_that_of_the_decoded_kernel(variables):
     assert 0 < error < 1
 
 
-def test_a_layer_does_not_depend_on_the_others(variables):
-  both, _ = _run(variables)
+def test_a_layer_does_not_depend_on_the_others(variables, quantized):
+  both, _ = quantized
   alone, _ = _run({"params": {"b": variables["params"]["b"]}})
   jax.tree.map(
     np.testing.assert_array_equal, both["params"]["b"], alone["params"]["b"]
   )
 
 
-def test_the_key_decides(variables):
-  first, second = _run(variables)[0], _run(variables, key=1)[0]
+def test_the_key_decides(variables, quantized):
+  first, second = quantized[0], _run(variables, key=1)[0]
   kernels = [tree["params"]["a"]["kernel"].codes for tree in (first, second)]
   assert not np.array_equal(*kernels)
 
 
 def test_a_constant_kernel_is_lossless():
-  variables = {"a": {"kernel": jnp.full((8, 16), 0.5)}}
+  variables = {"a": {"kernel": jnp.full((16, 32), 0.5)}}
   compressed, summaries = _run(variables)
   assert summaries["a/kernel"].distortion == 0
   np.testing.assert_allclose(compressed["a"]["kernel"].decode(), 0.5)
 
 
 def test_bad_weights_are_named_before_any_work(variables):
-  kernel = variables["params"]["b"]["kernel"]
-  variables["params"]["b"]["kernel"] = kernel.at[3, 4].set(jnp.nan)
-  done = []
-  plan = plans.make_plan(RULES, variables)
+  kernel = np.array(variables["params"]["b"]["kernel"])
+  kernel[3, 4] = np.nan
+  bad = trees.replace(variables, {"params/b/kernel": kernel})
+  progress = []
+  plan = plans.make_plan(RULES, bad)
   with pytest.raises(errors.InputError, match="params/b/kernel has 1 NaN"):
     quantize.quantize_params(
-      jax.random.key(0), variables, plan, on_layer=done.append
+      jax.random.key(0), bad, plan, on_layer=progress.append
     )
-  assert not done
+  assert not progress
