@@ -75,7 +75,9 @@ def init_state(
     kept = any(re.fullmatch(pattern, path) for pattern in frozen)
     return vq_array.in_params(path, leaf) and not kept
 
-  trainable, rest = vq_array.split_trainable(variables, is_trainable)
+  # A step donates the buffers of its state; the caller's must survive it.
+  own = jax.tree.map(jnp.copy, variables)
+  trainable, rest = vq_array.split_trainable(own, is_trainable)
   step = jnp.zeros((), jnp.int32)
   return FinetuneState(step, trainable, rest, optimizer.init(trainable))
 

@@ -109,6 +109,17 @@ def test_training_lowers_the_loss_and_never_moves_codes():
   )
 
 
+def test_a_step_leaves_the_variables_of_the_caller_alone():
+  variables = _variables()
+  optimizer = optax.adam(1e-2)
+  step = finetune.make_finetune_step(_loss, optimizer)
+  step(finetune.init_state(variables, optimizer), BATCH)
+  for ours, fresh in zip(
+    jax.tree.leaves(variables), jax.tree.leaves(_variables()), strict=True
+  ):
+    np.testing.assert_array_equal(ours, fresh)
+
+
 def test_the_optimizer_keeps_nothing_for_frozen_leaves():
   state = finetune.init_state(_variables(), optax.adam(1e-3))
   moments = jax.tree.leaves(state.opt_state[0].mu)
