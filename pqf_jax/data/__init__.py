@@ -4,12 +4,11 @@ A data set is a function, or a module that has it under the name `load`:
 
     load(data_dir, image_size) -> ImageDataset
 
-Packages outside of this one add theirs by `register` or by an entry point of
-the group 'pqf_jax.datasets'. The module of a data set, and with it the library
-that reads its files, is imported when the data set is asked for.
+`register(name, function_or_module)`, or an entry point of the group
+'pqf_jax.datasets', adds one from outside of this package. Its module, and with
+it the library that reads its files, is imported when it is asked for.
 """
 
-import types
 from collections.abc import Callable
 
 from pqf_jax import registry
@@ -39,21 +38,7 @@ DATASETS = registry.Registry(
   },
   entry_points="pqf_jax.datasets",
 )
-
-
-def register(name: str, loader: Loader | types.ModuleType | str) -> None:
-  """Adds a data set under the name that configs give.
-
-  Args:
-    name: for `config.data.name`.
-    loader: (data_dir, image_size) -> ImageDataset, both None where the config
-      leaves them open; or a module with this function as `load`; or a string
-      such as 'package.module' or 'package.module:function' to import it from.
-
-  Raises:
-    InputError: the name stands for another data set.
-  """
-  DATASETS.register(name, loader)
+register = DATASETS.register
 
 
 def get_dataset(

@@ -21,7 +21,7 @@ def open_copy(
   name: str,
   data_dir: str | None,
   *,
-  prepare_command: str,
+  prepare_command: str = "",
   class_names: Sequence[str] | None = None,
 ) -> decoding.EncodedDataset:
   """Opens the newest version of a data set.
@@ -31,34 +31,40 @@ def open_copy(
     data_dir: the folder that holds `<name>/<version>/dataset_info.json`, or
       `train` and `val`.
     prepare_command: the command that makes a copy, with {data_dir} in place of
-      that folder.
-    class_names: names of the folders in `train`; None: this data set is not
-      read from folders of images.
+      that folder; '': only folders of images are expected.
+    class_names: names of the folders in `train`, () for any; None: folders of
+      images are not expected.
 
   Raises:
     InputError: the folder holds no copy; the message says what was looked for,
       and the folder to give or the command to run.
   """
+  layouts = []
+  if prepare_command:
+    layouts.append(f"{name}/VERSION/{tfds_folder.INFO_FILE}")
+  if class_names is not None:
+    layouts.append("train/CLASS and val/CLASS with the images")
+  folder = f"the folder that holds {' or '.join(layouts)}"
+
+  def advice(new_dir: str) -> str:
+    if not prepare_command:
+      return f"give {folder}"
+    return f"prepare it once: {prepare_command.format(data_dir=new_dir)}"
+
   if not data_dir:
-    layout = f"{name}/VERSION/{tfds_folder.INFO_FILE}"
-    if class_names is not None:
-      layout += ", or train/CLASS and val/CLASS with the images"
     raise errors.InputError(
-      f"{name} needs data_dir (--config.data.dir), the folder that holds "
-      f"{layout}; {_advice(prepare_command, 'DIR')}"
+      f"{name} needs data_dir (--config.data.dir), {folder}; {advice('DIR')}"
     )
   top = _absolute(data_dir)
   versions = _versions(top / name)
   if versions:
     newest = max(versions, key=_version_number)
     # Not into `top`: the command would find the data set there already.
-    advice = _advice(prepare_command, f"{top}_array_record")
-    return tfds_folder.Folder(newest, advice)
+    return tfds_folder.Folder(newest, advice(f"{top}_array_record"))
   if class_names is not None and _has_images(top):
     return image_files.Folder(pathlib.Path(top), class_names)
-  problem = f"{name}: there is no {top / name}/VERSION/{tfds_folder.INFO_FILE}"
-  if class_names is not None:
-    problem += f" and no {top / 'train'}"
+  missing = "" if top.exists() else " (it does not exist)"
+  problem = f"{name}: found no {' or '.join(layouts)} in {top}{missing}"
   for parent in (top.parent, top.parent.parent):
     if _versions(parent / name) or (
       class_names is not None and _has_images(parent)
@@ -66,42 +72,7 @@ def open_copy(
       raise errors.InputError(
         f"{problem}, but data_dir={parent} has it: give that folder"
       )
-  raise errors.InputError(
-    f"{problem}{_missing(top)}; {_advice(prepare_command, str(top))}"
-  )
-
-
-def open_image_folder(data_dir: str | None) -> decoding.EncodedDataset:
-  """Opens folders of images with any classes.
-
-  Args:
-    data_dir: the folder that holds `train` and `val`.
-
-  Raises:
-    InputError: the folder does not hold them.
-  """
-  layout = "the folder that holds train/CLASS and val/CLASS with the images"
-  if not data_dir:
-    raise errors.InputError(
-      f"image_folder needs data_dir (--config.data.dir), {layout}"
-    )
-  top = _absolute(data_dir)
-  if _has_images(top):
-    return image_files.Folder(pathlib.Path(top))
-  problem = f"image_folder: there is no {top / 'train'}"
-  if _has_images(top.parent):
-    raise errors.InputError(
-      f"{problem}, but data_dir={top.parent} has it: give that folder"
-    )
-  raise errors.InputError(f"{problem}{_missing(top)}; give {layout}")
-
-
-def _advice(prepare_command: str, data_dir: str) -> str:
-  return f"prepare it once: {prepare_command.format(data_dir=data_dir)}"
-
-
-def _missing(folder: epath.Path) -> str:
-  return "" if folder.exists() else f" ({folder} does not exist)"
+  raise errors.InputError(f"{problem}; {advice(str(top))}")
 
 
 def _absolute(folder: str) -> epath.Path:

@@ -12,7 +12,6 @@ from etils import epath
 from pqf_jax import errors
 from pqf_jax.data import batching
 from pqf_jax.data.coco import dataset as coco
-from pqf_jax.data.coco import images
 from pqf_jax.data.coco import masks as coco_masks
 from pqf_jax.data.coco import targets as coco_targets
 
@@ -142,8 +141,8 @@ def image_batch(path: epath.PathLike) -> Batch:
   Raises:
     InputError: the file is missing or cannot be decoded.
   """
-  pixels = images.read_image(path)
-  multiple = images.SIDE_MULTIPLE
+  pixels = coco.read_image(path)
+  multiple = coco.SIDE_MULTIPLE
   side = -(-max(pixels.shape[:2]) // multiple) * multiple
   return _stack([_image_fields(pixels, 0, side)]) | {
     "mask": np.ones(1, np.float32)

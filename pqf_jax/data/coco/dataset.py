@@ -7,20 +7,26 @@ Training leaves out the same objects and images as torchvision's reference, see
 `coco_targets`; evaluation uses every image and every annotation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from pqf_jax import errors
+from pqf_jax.data import transforms
 from pqf_jax.data.coco import annotations as coco_annotations
-from pqf_jax.data.coco import images as coco_images
 from pqf_jax.data.coco import targets as coco_targets
 
 TRAIN, TEST = "train2017", "val2017"
 # Of red, green and blue in ImageNet, which the backbones are trained on.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The network halves the image five times.
+SIDE_MULTIPLE = 32
+# Every image of a batch is padded to the largest: above this limit a few large
+# ones would take gigabytes. COCO's have at most 640 pixels.
+LARGEST_SIDE = 2048
 
 
 class Labels(NamedTuple):
@@ -66,7 +72,7 @@ class Split:
         annotations.
     """
     entry = self.images[index]
-    pixels = coco_images.read_image(self._folder / entry.file_name)
+    pixels = read_image(self._folder / entry.file_name)
     if pixels.shape[:2] != (entry.height, entry.width):
       raise errors.InputError(
         f"{self._folder / entry.file_name} has {pixels.shape[0]} x "
@@ -165,7 +171,7 @@ def load(
   top = epath.Path(data_dir).expanduser()
   splits = (TRAIN, TEST) if with_train else (TEST,)
   files = {name: _read_split(top, name) for name in splits}
-  side = coco_images.buffer_side(files.values(), image_size)
+  side = _buffer_side(files.values(), image_size)
   labels = number_categories(files[TEST], num_classes)
   if with_train and files[TRAIN].categories != files[TEST].categories:
     raise errors.InputError(
@@ -227,8 +233,96 @@ def unnamed_labels(num_classes: int) -> Labels:
   return Labels(tuple(range(num_classes)), ("",) * num_classes)
 
 
+def read_image(path: epath.PathLike) -> np.ndarray:
+  """Reads an image file, also a gray or CMYK one, as uint8 [H, W, 3].
+
+  Raises:
+    InputError: the file is missing, cannot be decoded or has more than 8 bits.
+  """
+  path = epath.Path(path)
+  try:
+    with path.open("rb") as file, Image.open(file) as image:
+      mode, pixels = image.mode, np.asarray(image.convert("RGB"))
+  except FileNotFoundError as error:
+    raise errors.InputError(f"the image {path} is missing") from error
+  except transforms.DECODING_ERRORS as error:
+    raise errors.InputError(
+      f"the image {path} cannot be decoded ({error}); copy it again"
+    ) from error
+  if mode.startswith(("I", "F")):
+    raise errors.InputError(
+      f"{path} has pixels of more than 8 bits (Pillow's mode {mode}), which "
+      "would be cut off; scale them to 0..255 and save the image again"
+    )
+  return pixels
+
+
 def _read_split(top: epath.Path, name: str) -> coco_annotations.AnnotationFile:
   """Reads an annotation file, and checks that its images are there."""
   file = coco_annotations.read(top / "annotations" / f"instances_{name}.json")
-  coco_images.check_files(file, top / name)
+  _check_images(file, top / name)
   return file
+
+
+def _check_images(
+  file: coco_annotations.AnnotationFile, folder: epath.Path
+) -> None:
+  """Refuses a folder that lacks images of an annotation file.
+
+  Raises:
+    InputError: the folder or an image is missing; names the first one.
+  """
+  if not folder.is_dir():
+    raise errors.InputError(
+      f"{folder}, the folder of the images of {file.path}, is missing"
+    )
+  # One listing instead of a question for each of COCO's 118,287 files.
+  present = {path.name for path in folder.iterdir()}
+  missing = [
+    image
+    for image in file.images
+    if image.file_name not in present
+    and not (folder / image.file_name).exists()
+  ]
+  if missing:
+    raise errors.InputError(
+      f"{folder / missing[0].file_name} is missing (image {missing[0].id} of "
+      f"{file.path}); copy {len(missing)} of the {len(file.images)} image "
+      "files again"
+    )
+
+
+def _buffer_side(
+  files: Iterable[coco_annotations.AnnotationFile], image_size: int | None
+) -> int:
+  """Returns the side S in pixels of a square that every image fits into.
+
+  Args:
+    files: of all splits.
+    image_size: S; None: that of the largest image, rounded up to a multiple of
+      `SIDE_MULTIPLE`.
+
+  Raises:
+    InputError: an image is too large; names it and both sizes.
+  """
+  largest, file = max(
+    ((image, file) for file in files for image in file.images),
+    key=lambda pair: max(pair[0].height, pair[0].width),
+  )
+  pixels = max(largest.height, largest.width)
+  size = (
+    f"{largest.file_name} of {file.path} has {largest.height} x "
+    f"{largest.width} pixels (height x width)"
+  )
+  if image_size and pixels > image_size:
+    raise errors.InputError(
+      f"{size}, which does not fit into config.data.image_size {image_size}; "
+      f"give {pixels} or more, or 0 for the size that is needed"
+    )
+  if not image_size and pixels > LARGEST_SIDE:
+    raise errors.InputError(
+      f"{size}, and every image of a batch is padded to the largest; scale "
+      f"images and annotations down to {LARGEST_SIDE} pixels, or accept the "
+      f"memory by --config.data.image_size={pixels}"
+    )
+  return image_size or -(-pixels // SIDE_MULTIPLE) * SIDE_MULTIPLE

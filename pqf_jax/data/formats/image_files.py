@@ -54,13 +54,13 @@ class Folder(decoding.EncodedDataset):
   """A folder with images of both splits."""
 
   def __init__(
-    self, top: pathlib.Path, class_names: Sequence[str] | None = None
+    self, top: pathlib.Path, class_names: Sequence[str] = ()
   ) -> None:
     """Reads the names of the classes.
 
     Args:
       top: holds `train`, and `val` or `validation`.
-      class_names: the classes that must be in `train`; None: any.
+      class_names: the classes that must be in `train`; (): any.
 
     Raises:
       InputError: a folder is missing, or the classes are not those expected.
@@ -75,7 +75,7 @@ class Folder(decoding.EncodedDataset):
       )
     self._test = tests[0]
     self.class_names = _folders(self._train)
-    if class_names is not None:
+    if class_names:
       _check_classes(self._train, self.class_names, class_names)
 
   @property

@@ -27,12 +27,6 @@ class Member(NamedTuple):
   num_bytes: int
 
 
-class _Archive(tarfile.TarFile):
-  """An archive whose list of members may be emptied."""
-
-  members: list[tarfile.TarInfo]
-
-
 class Images(decoding.EncodedImages):
   """Images in an archive."""
 
@@ -130,12 +124,8 @@ def _files_in(
   end = size if num_bytes is None else start + num_bytes
   file.seek(start)
   try:
-    with _Archive.open(fileobj=file, mode="r:") as tar:
-      while (info := tar.next()) is not None:
-        if info.isfile():
-          yield info
-        # Members are dropped: a million of them would take 1 GB.
-        tar.members = []
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+      yield from (info for info in tar if info.isfile())
       # A whole archive ends with blocks of zeros.
       if end - tar.offset < tarfile.BLOCKSIZE:
         raise errors.InputError(

@@ -176,4 +176,4 @@ def test_nothing_there(tmp_path, folder):
   message = refusal("image_folder", folder and tmp_path / folder)
   assert "the folder that holds train/CLASS and val/CLASS" in message
   if folder == "none":
-    assert f"({tmp_path / 'none'} does not exist)" in message
+    assert f"in {tmp_path / 'none'} (it does not exist)" in message

@@ -159,13 +159,14 @@ def test_no_folder_given(nothing):
 
 def test_a_folder_that_is_not_there(tmp_path):
   message = refusal("cifar10", tmp_path / "none")
-  assert f"({tmp_path / 'none'} does not exist)" in message
+  assert f"in {tmp_path / 'none'} (it does not exist)" in message
   assert PREPARE.format(tmp_path / "none") in message
 
 
 def test_a_folder_without_the_data_set(tmp_path):
   message = refusal("imagenet2012", tmp_path)
-  assert f"no {tmp_path}/imagenet2012/VERSION/dataset_info.json" in message
+  assert "found no imagenet2012/VERSION/dataset_info.json" in message
+  assert f"in {tmp_path};" in message
   assert "ILSVRC2012_img_val.tar" in message
   assert (
     f"python -m pqf_jax.data.prepare imagenet2012 --from TARS --to {tmp_path}"
@@ -184,13 +185,13 @@ def test_an_inner_folder(prepared, monkeypatch, inner, relative):
 def test_a_preparation_that_was_interrupted_at_its_end(spoiled):
   folder = spoiled / "cifar10/3.0.2"
   folder.rename(folder.with_name("incomplete.A3_3.0.2"))
-  assert "there is no" in refusal("cifar10", spoiled)
+  assert "found no cifar10/VERSION" in refusal("cifar10", spoiled)
 
 
 def test_a_preparation_that_was_interrupted(spoiled):
   (spoiled / "cifar10/3.0.2/dataset_info.json").unlink()
   message = refusal("cifar10", spoiled)
-  assert f"no {spoiled}/cifar10/VERSION/dataset_info.json" in message
+  assert f"no cifar10/VERSION/dataset_info.json in {spoiled};" in message
   assert PREPARE.format(spoiled) in message
 
 

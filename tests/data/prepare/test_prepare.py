@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
   stopped = Stops(split.images)
   with pytest.raises(KeyboardInterrupt):
     write(tmp_path / "resumed", split._replace(images=stopped))
-  with pytest.raises(errors.InputError, match="there is no"):
+  with pytest.raises(errors.InputError, match="found no imagenet2012"):
     data.get_dataset("imagenet2012", data_dir=str(tmp_path / "resumed"))
   done = stopped.reads
   stopped.reads = 100
