@@ -1,5 +1,6 @@
-"""Strict numerics for every test, and the optional folder of real data."""
+"""Strict numerics for every test, bounded memory, and optional real data."""
 
+import gc
 import os
 import pathlib
 
@@ -8,6 +9,23 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# What a worker takes at most, with the processes that its tests start.
+WORKER_BYTES = 3 << 30
+
+
+def pytest_xdist_auto_num_workers() -> int:
+  """Returns the workers of `-n auto`: a core and enough memory for each."""
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return max(1, min(os.cpu_count() or 1, memory // WORKER_BYTES))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs():
+  """Drops what a module compiled: a worker would grow to 5 GB by them."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture
