@@ -9,7 +9,7 @@ from pqf_jax import errors
 
 
 class Registry:
-  """Finds things of one kind by name; importing them waits until then.
+  """Things of one kind by name, each imported when it is asked for.
 
   A name stands for an object, or for a string 'package.module' or
   'package.module:attribute' that is imported when the name is asked for.

@@ -84,7 +84,7 @@ class Records:
     *,
     max_damaged: int = 0,
   ) -> None:
-    """Reads nothing yet.
+    """Stores the settings; images are read later.
 
     Args:
       encoded: the image files.

@@ -194,7 +194,7 @@ def load(
 def number_categories(
   file: coco_annotations.AnnotationFile, num_classes: int
 ) -> Labels:
-  """Gives the categories of a file labels of the network.
+  """Numbers the categories of a file by the labels of the network.
 
   If the network has one class more than the file has categories, these are
   numbered 1, 2, ... in the order of their ids. If it has one class more than
@@ -229,7 +229,7 @@ def number_categories(
 
 
 def unnamed_labels(num_classes: int) -> Labels:
-  """Returns labels that are their own ids, for want of an annotation file."""
+  """Returns labels without names, whose category ids are the labels."""
   return Labels(tuple(range(num_classes)), ("",) * num_classes)
 
 

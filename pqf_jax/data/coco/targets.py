@@ -118,7 +118,7 @@ def most_objects(
   images: Sequence[annotations.AnnotatedImage],
   num_objects: int | None,
 ) -> int:
-  """Returns the most targets of an image, or `num_objects` if it is given.
+  """Returns the largest number of targets in an image, or `num_objects`.
 
   Raises:
     InputError: an image has more than `num_objects`.

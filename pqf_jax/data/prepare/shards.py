@@ -1,4 +1,4 @@
-"""Folders of images as tensorflow-datasets writes them, made without it.
+"""Data sets in the files of tensorflow-datasets, written without TensorFlow.
 
 A folder `<name>/<version>` holds array_record files, `dataset_info.json`,
 `features.json` and the names of the classes. It is written under another name

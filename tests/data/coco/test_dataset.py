@@ -137,8 +137,8 @@ def test_area_and_crowd_may_be_left_out(folder):
   tiny_coco.edit(folder, change, "val2017")
   truth = load(folder, with_train=False).test.ground_truth()
   areas = [mask.sum() for i in range(3) for mask in tiny_coco.masks_of(i)]
-  found = [a["area"] for a in truth["annotations"]]
-  assert [a for i, a in enumerate(found) if i % 4 < 2] == areas
+  actual = [a["area"] for a in truth["annotations"]]
+  assert [a for i, a in enumerate(actual) if i % 4 < 2] == areas
   assert {a["iscrowd"] for a in truth["annotations"]} == {0}
 
 

@@ -54,10 +54,10 @@ def test_cifar10_images_and_labels(prepared):
     (dataset.train, tiny_tfds.NUM_TRAIN),
     (dataset.test, tiny_tfds.NUM_TEST),
   ):
-    found = all_records(source)
+    actual = all_records(source)
     assert len(source) == count
-    assert sorted(record["label"] for record in found) == list(range(count))
-    for record in found:
+    assert sorted(record["label"] for record in actual) == list(range(count))
+    for record in actual:
       np.testing.assert_array_equal(
         record["image"], tiny_tfds.flat_image(record["label"])
       )
@@ -98,9 +98,9 @@ def test_cifar10_is_decoded_once(prepared):
 
 def test_imagenet_evaluation_is_resize_256_and_center_crop_224(prepared):
   dataset = data.get_dataset("imagenet2012", data_dir=str(prepared))
-  found = all_records(dataset.test)
-  assert sorted(r["label"] for r in found) == list(range(tiny_tfds.NUM_TEST))
-  for record in found:
+  actual = all_records(dataset.test)
+  assert sorted(r["label"] for r in actual) == list(range(tiny_tfds.NUM_TEST))
+  for record in actual:
     file = tiny_tfds.encode(tiny_tfds.photo(record["label"]), "jpeg")
     image = Image.open(io.BytesIO(file)).convert("RGB")
     width, height = image.size
@@ -199,10 +199,10 @@ def test_a_tfrecord_copy_is_read_to_the_same_images(prepared, spoiled):
   for name in ("cifar10", "imagenet2012"):
     tiny_tfds.to_tfrecord(spoiled / name / "3.0.2")
     expected = data.get_dataset(name, data_dir=str(prepared))
-    found = data.get_dataset(name, data_dir=str(spoiled))
-    assert found.num_classes == expected.num_classes
+    actual = data.get_dataset(name, data_dir=str(spoiled))
+    assert actual.num_classes == expected.num_classes
     for split in ("train", "test"):
-      records = all_records(getattr(found, split))
+      records = all_records(getattr(actual, split))
       originals = all_records(getattr(expected, split))
       for one, other in zip(records, originals, strict=True):
         assert one["label"] == other["label"]
@@ -252,11 +252,11 @@ def test_a_byte_that_has_changed_costs_at_most_one_image(spoiled, name, form):
   content[places[9]] ^= 64
   file.write_bytes(content)
   train = data.get_dataset(name, data_dir=str(spoiled)).train
-  found = all_records(train)
-  assert [r["label"] for r in found[:9] + found[10:]] == [
+  actual = all_records(train)
+  assert [r["label"] for r in actual[:9] + actual[10:]] == [
     r["label"] for r in whole[:9] + whole[10:]
   ]
-  assert found[9]["label"] == whole[10]["label"]
+  assert actual[9]["label"] == whole[10]["label"]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet2012"])

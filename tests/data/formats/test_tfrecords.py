@@ -37,8 +37,8 @@ def test_the_sum_of_known_bytes():
     (b"123456789", 0xE3069283),
   ):
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
-    found = tfrecords.masked_crc32c(np.frombuffer(data, np.uint8)[None])
-    assert found.tolist() == [masked]
+    actual = tfrecords.masked_crc32c(np.frombuffer(data, np.uint8)[None])
+    assert actual.tolist() == [masked]
     assert tiny_tfds.crc32c(data) == crc
 
 

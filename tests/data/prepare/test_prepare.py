@@ -64,15 +64,15 @@ def test_every_image_is_there_once_with_its_bytes(sources, tmp_path):
     source = builder.as_data_source(
       split, decoders={"image": tfds.decode.SkipDecoding()}
     )
-    found = {
+    actual = {
       example["file_name"].decode(): (example["label"], example["image"])
       for example in source
     }
     assert len(source) == 1000
-    assert list(found) == sorted(found)
-    assert found == tiny_imagenet.files(split)
+    assert list(actual) == sorted(actual)
+    assert actual == tiny_imagenet.files(split)
     assert builder.info.splits[split].num_bytes == sum(
-      len(content) for _, content in found.values()
+      len(content) for _, content in actual.values()
     )
 
 
