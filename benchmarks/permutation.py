@@ -2,18 +2,19 @@
 
     python -m benchmarks.permutation --weights FILE.safetensors
 
-FILE holds torchvision's names (conv1 3x3, 10 classes). Table 1 looks at one
-kernel at a time, as the authors do: log-determinant of the covariance of its
-sub-vectors as it is, after the authors' search as rewritten here (the same
-rule, other random swaps), and after ours; with the seconds of both, Gram matrix
-included. --published adds what the authors' own code reached on the weights
-that these figures were made with; it took 1,307 s for the 12 groups on 2 cores.
+FILE uses torchvision's names (conv1 3x3, 10 classes). Table 1 takes one kernel
+at a time, as the authors do. It shows the log-determinant of the covariance of
+the kernel's sub-vectors in the present order, after the authors' search as
+rewritten here (the same rule, other random swaps), and after ours, with the
+seconds of both, Gram matrix included. --published adds the results of the
+authors' code on the same weights; it took 1,307 s for the 12 groups on 2 cores.
 
-Table 2 is the stage itself: every group, with all kernels that read it as the
-objective; then the same order read as the authors do, by the group's first
+Table 2 runs the stage itself: every group, with all kernels that read it as the
+objective; then the same order scored as the authors do, by the group's first
 kernel alone, beside table 1's value for that kernel (and theirs); then the
 relative squared error after --kmeans-steps steps of k-means. An order that
-serves several kernels may be worse for the first one than an order of its own.
+serves several kernels may be worse for the first one than an order for it
+alone.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def main() -> None:
 def print_kernels(
   variables: trees.PyTree, published: bool, seed: int
 ) -> dict[str, float]:
-  """Table 1: one kernel at a time; returns {kernel: ours}."""
+  """Prints table 1, one kernel at a time; returns {kernel: our value}."""
   names = ["kernel", "as is", "authors'", "s", "ours", "s"]
   names += ["published: sorted", "10,000 swaps"] if published else []
   print("|", " | ".join(names), "|\n|", " | ".join("-" * len(names)), "|")
@@ -84,7 +85,7 @@ def print_kernels(
   ours, gains, seconds = {}, [], np.zeros(2)
   for name, (slots, *reference) in PUBLISHED.items():
     weights = _by_channel(flat[f"params/{name}/kernel"], slots)
-    found, times = [], []
+    values, times = [], []
     for search in (
       permutation_search.search_like_authors,
       permutation_search.search_permutation,
@@ -93,14 +94,14 @@ def print_kernels(
       gram = covariance.channel_gram(
         weights, slots=slots, relative_ridge=permute.RELATIVE_RIDGE
       )
-      found.append(search(np.random.default_rng(seed), [gram]).log_det)
+      values.append(search(np.random.default_rng(seed), [gram]).log_det)
       times.append(time.perf_counter() - start)
     before = objective.evaluate([gram], np.arange(weights.shape[1])).log_det
-    ours[name] = found[1]
-    gains.append(found[1] - (reference[1] if published else found[0]))
+    theirs, ours[name] = values
+    gains.append(ours[name] - (reference[1] if published else theirs))
     seconds += times
-    row = [f"{before:.3f}", f"{found[0]:.3f}", f"{times[0]:.2f}"]
-    row += [f"{found[1]:.3f}", f"{times[1]:.2f}"]
+    row = [f"{before:.3f}", f"{theirs:.3f}", f"{times[0]:.2f}"]
+    row += [f"{ours[name]:.3f}", f"{times[1]:.2f}"]
     row += [f"{value:.3f}" for value in reference] if published else []
     print("|", " | ".join([name, *row]), "|", flush=True)
   whose = "the published ones" if published else "the authors' search here"
@@ -115,7 +116,7 @@ def print_groups(
   alone: Mapping[str, float],
   arguments: argparse.Namespace,
 ) -> None:
-  """Table 2: the whole stage, twice: with compilation and without."""
+  """Prints table 2; runs the stage twice, with compilation and without."""
   images = jnp.zeros((1, 32, 32, 3))
   axes = discover.infer_channels(module.apply, variables, images)
   plan = plans.make_plan(RULES, variables)
@@ -162,12 +163,12 @@ def print_groups(
 
 
 def _by_channel(kernel: jax.Array, slots: int) -> np.ndarray:
-  """[C_out, C_in, taps]."""
+  """Returns a kernel as [C_out, C_in, taps]."""
   return np.asarray(blocks.BlockSpec(slots).to_channels(kernel))
 
 
 def _log_det(kernel: jax.Array, slots: int) -> float:
-  """Of the covariance of the sub-vectors, in the order that there is."""
+  """Returns the log-determinant of the sub-vectors in the present order."""
   gram = covariance.channel_gram(
     _by_channel(kernel, slots),
     slots=slots,

@@ -1,12 +1,12 @@
-"""Does a better order make k-means lose less? Error by channel order.
+"""Error of k-means by channel order: does a better order lose less?
 
     python -m benchmarks.permutation_error --weights FILE.safetensors
 
-FILE holds a CIFAR-10 ResNet-18 with torchvision's names. All its layers are
-quantized (large blocks, K = 256) in their own order, in that of the paper's
-search and in ours; printed is the sum of squared errors relative to their own
-order, averaged over the layers that an order can change, mean and standard
-deviation of --seeds seeds of the k-means.
+FILE is a CIFAR-10 ResNet-18 with torchvision's names. All its layers are
+quantized (large blocks, K = 256) in the present order, in that of the paper's
+search and in ours. The table shows the squared error relative to the present
+order, averaged over the layers that an order can change: mean and standard
+deviation over --seeds seeds of the k-means.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RULES = (
 def layer_errors(
   variables: object, plan: plans.CompressionPlan, seeds: int
 ) -> np.ndarray:
-  """[seeds, layers] mean squared error over variance."""
+  """Returns [seeds, layers], the mean squared error over the variance."""
   runs = [
     quantize.quantize_params(jax.random.key(seed), variables, plan)[1]
     for seed in range(seeds)

@@ -92,10 +92,12 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-  if name not in _HOMES:
-    raise AttributeError(f"module 'pqf_jax' has no attribute {name!r}")
-  return getattr(importlib.import_module(f"pqf_jax.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else type checkers would accept every name
+
+  def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+      raise AttributeError(f"module 'pqf_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pqf_jax.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

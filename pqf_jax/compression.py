@@ -1,6 +1,6 @@
 """Compression of a trained network in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +31,9 @@ class Compressed(NamedTuple):
 
 
 def compress(
-  apply_fn: Any,
+  apply_fn: Callable[..., PyTree],
   variables: PyTree,
-  sample: Any,
+  sample: PyTree,
   rules: Sequence[plans.Rule],
   *,
   key: jax.Array,

@@ -60,9 +60,8 @@ def pack_model(
 
   Args:
     variables: Linen variables with `VQArray`s, or all dense.
-    norm_epsilon: the batch norms' own epsilon, which goes inside the root; None
-      for a network without batch norms.
-    architecture: JSON data that identifies the model, for readers.
+    norm_epsilon: epsilon of the batch norms; None for a network without any.
+    architecture: JSON data that identifies the model for programs that load it.
 
   Raises:
     InputError: float16 or float32 cannot hold a value; or `norm_epsilon` is

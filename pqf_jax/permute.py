@@ -181,7 +181,7 @@ def _group(
   usable: list[consumers.Consumer],
   notes: list[str],
 ) -> _Group:
-  """Gives a group random numbers of its own."""
+  """Gives a group its random numbers, derived from its name."""
   salt = np.uint32(zlib.crc32(name.encode()))
   seed, kmeans_key = _random_numbers(key, salt)
   return _Group(usable, notes, np.asarray(seed), kmeans_key)

@@ -17,7 +17,7 @@ GROUP = channels.ChannelAxis("g")
 
 
 def _kernels(**shapes):
-  """Variables with kernels of these shapes; channels differ in scale."""
+  """Draws kernels of these shapes, whose channels differ in scale."""
   rng = np.random.default_rng(0)
 
   def kernel(shape):
@@ -32,7 +32,7 @@ def _layer(num_channels, num_codes=4):
 
 
 def _numpy_log_det(variables, plan):
-  """Average over the sub-vectors of all kernels, by the plan's own layout."""
+  """Averages over the sub-vectors of all kernels, in the plan's layout."""
   total, count = 0.0, 0
   for path, layer in plan.items():
     kernel = variables[path.split("/")[0]]["kernel"]

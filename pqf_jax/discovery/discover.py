@@ -8,7 +8,7 @@ paper's configurations have (section 3.1 of arXiv 2010.15703).
 import collections
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,7 +116,7 @@ def _infer(
 
 def _places(
   parameters: Mapping[str, axis_factors.Axes],
-) -> Iterable[tuple[axis_factors.Factor, _Place]]:
+) -> Iterator[tuple[axis_factors.Factor, _Place]]:
   for path, axes in parameters.items():
     for dim, axis in enumerate(axes):
       factors = axis_factors.find_factors(axis)
@@ -136,7 +136,7 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
   for factor, place in _places(parameters):
     if not factor.blocked_by:
       places[factor].append(place)
-  tied = [factor for factor, those in places.items() if len(those) > 1]
+  tied = [factor for factor in places if len(places[factor]) > 1]
   kept: list[axis_factors.Factor] = []
   taken: set[tuple[str, int]] = set()
   for factor in sorted(tied, key=lambda factor: -factor.size):
@@ -152,6 +152,7 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
 def _table(
   parameters: Mapping[str, axis_factors.Axes], groups: list[list[_Place]]
 ) -> channels.ChannelAxes:
+  """Names the groups, each by its first kernel, and lists their axes."""
   rows: dict[str, list[channels.ChannelAxis | None]] = {
     path: [None] * len(axes) for path, axes in parameters.items()
   }
@@ -166,18 +167,18 @@ def _table(
 
 
 def _names(founders: list[_Place]) -> list[str]:
-  """Names every group by the shortest form of its founder that is unique."""
+  """Names every group by its founder, as short as stays unique."""
 
-  def forms(place: _Place) -> tuple[str, str, str]:
+  def names(place: _Place) -> tuple[str, str, str]:
     module, slash, _ = place.path.removeprefix("params/").rpartition("/")
     module = module if slash else place.path
     return module, f"{module}[{place.dim}]", f"{place.path}[{place.dim}]"
 
   counts = collections.Counter(
-    form for place in founders for form in set(forms(place))
+    name for place in founders for name in set(names(place))
   )
   return [
-    next((form for form in forms(place) if counts[form] == 1), forms(place)[-1])
+    next((name for name in names(place) if counts[name] == 1), names(place)[-1])
     for place in founders
   ]
 

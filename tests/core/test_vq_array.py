@@ -83,7 +83,8 @@ def test_linen_layers_read_it_as_a_kernel():
 
 
 def test_nnx_layers_read_it_as_a_kernel():
-  layer = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+  zeros = nnx.initializers.zeros
+  layer = nnx.Conv(4, 6, (3, 3), kernel_init=zeros, rngs=nnx.Rngs(0))
   images = jnp.ones((2, 5, 5, 4))
   node = _vq()
   layer.kernel = nnx.Param(node.decode())

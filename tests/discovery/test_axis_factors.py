@@ -29,10 +29,10 @@ def test_tied_axes_have_one_factorization_or_are_blocked(first, second):
 def test_a_common_refinement_is_found():
   left, right = make_axis([4, 6]), make_axis([2, 6, 2])
   axis_factors.tie_axes(left, right)
-  found = axis_factors.find_factors(left)
-  assert [factor.size for factor in found] == [2, 2, 3, 2]
-  assert found == axis_factors.find_factors(right)
-  assert not any(factor.blocked_by for factor in found)
+  factors = axis_factors.find_factors(left)
+  assert [factor.size for factor in factors] == [2, 2, 3, 2]
+  assert factors == axis_factors.find_factors(right)
+  assert not any(factor.blocked_by for factor in factors)
 
 
 def test_factors_without_a_common_refinement_are_blocked():

@@ -25,9 +25,12 @@ Net = Callable[..., Any]
 
 
 def make_variables(module: nn.Module, *inputs: Any) -> Any:
-  """Random variables; compiling the initializers would take seconds."""
+  """Draws variables; compiling the initializers would take seconds."""
+  return draw(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+
+
+def draw(shapes: Any) -> Any:
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
   return jax.tree.map(
     lambda leaf: rng.uniform(-0.3, 0.7, leaf.shape).astype(leaf.dtype) ** 2,
     shapes,
@@ -35,7 +38,7 @@ def make_variables(module: nn.Module, *inputs: Any) -> Any:
 
 
 def list_groups(axes: channels.ChannelAxes) -> set[frozenset[Any]]:
-  """The axes of every group, whatever its name."""
+  """Lists the axes of every group, whatever its name."""
   groups: dict[str, Places] = {}
   for path, row in axes.items():
     for dim, axis in enumerate(row):
@@ -48,7 +51,7 @@ def list_groups(axes: channels.ChannelAxes) -> set[frozenset[Any]]:
 def as_places(
   parents: list[str], children: list[str], flat: trees.FlatTree
 ) -> frozenset[Any]:
-  """The axes that torch's names stand for: outputs and inputs of modules."""
+  """Lists the axes of torch's names: outputs and inputs of modules."""
   outputs = {
     (path, leaf.ndim - 1)
     for path, leaf in flat.items()
@@ -59,7 +62,7 @@ def as_places(
 
 
 def expected_resnet(depth: int, flat: trees.FlatTree) -> set[frozenset[Any]]:
-  """The groups of section 3.1 of the paper, from the shape of the network."""
+  """Builds the groups of section 3.1 of the paper from the network's shape."""
   blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
   last = {18: 2, 50: 3}[depth]
   inside = [
@@ -317,12 +320,13 @@ class NnxNetwork(nnx.Module):
 
 
 def test_finds_and_checks_the_groups_of_an_nnx_network():
-  graph, state = nnx.split(NnxNetwork(nnx.Rngs(0)))
+  network = nnx.eval_shape(lambda: NnxNetwork(nnx.Rngs(0)))
+  graph, state = nnx.split(network)
 
   def run(variables: Any, x: jax.Array) -> jax.Array:
     return nnx.merge(graph, nnx.State(variables))(x)
 
-  variables = nnx.to_pure_dict(state)
+  variables = draw(nnx.to_pure_dict(state))
   axes = discover.discover_channels(run, variables, IMAGES)
   assert channels.group_sizes(variables, axes) == {
     "conv": 16,

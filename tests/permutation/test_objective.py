@@ -46,9 +46,9 @@ def test_no_filling_of_the_holes_beats_its_bound(shapes):
 
 def test_the_bound_is_tight_for_small_changes():
   # Two of 400 blocks change. The second channel of a block is like the first
-  # one, tap 0 like tap 1, all channels have means of their own, and they move
-  # to the other slot: so every part of the bound matters, and much more than
-  # what is of second order.
+  # one, tap 0 like tap 1, all channels have different means, and they move to
+  # the other slot: so every part of the bound matters, and much more than the
+  # second-order terms.
   rng = np.random.default_rng(1)
   pair = rng.normal(size=(20, 400, 2, 2)) + rng.normal(1, size=(400, 2, 2))
   pair[:, :, 1, 0] = pair[:, :, 0, 1] + rng.normal(size=(20, 400))

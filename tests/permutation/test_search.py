@@ -11,7 +11,7 @@ SIZE = 8
 
 
 def _different_orders(slots):
-  """Orders of 8 channels, one for each that has its own covariance.
+  """Yields the orders of 8 channels that give different covariances.
 
   Reordering the blocks changes nothing, nor does exchanging two slots in all
   blocks at once.
