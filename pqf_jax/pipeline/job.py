@@ -93,13 +93,12 @@ def prepare(
     InputError: see the functions that it calls.
   """
   task = tasks.get(config.task)
-  task.check_settings(config)
   check_choice("pack", config.pack, ("last", "best"))
   check_choice("permute.search", config.permute.search, SEARCHES)
   stages = [stage for stage in TRAININGS if config[stage].epochs]
   check_batches(config, stages)
   network, template = build_network(config)
-  task.check_network(config, network, template, num_devices=jax.device_count())
+  task.check(config, network, template, num_devices=jax.device_count())
   plan = make_plan(config, template)
   print_plan(plan, template)
   variables = None

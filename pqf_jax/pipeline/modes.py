@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+import jax
 import ml_collections
 
 from pqf_jax import errors, tasks
@@ -74,11 +75,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Evaluates `config.weights`; writes results.json."""
-  task = tasks.get(config.task)
-  task.check_settings(config)
   network, variables = read_weights(config)
   jobs.check_batches(config, stages=())
-  loaded = task.load(config, network)
+  loaded = tasks.get(config.task).load(config, network)
   files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
   files.claim()
   evaluation = loaded.evaluate(variables)
@@ -124,4 +123,7 @@ def read_weights(
       f"config.mode={config.mode} needs --config.weights=FILE.safetensors"
     )
   network, template = jobs.build_network(config)
+  tasks.get(config.task).check(
+    config, network, template, num_devices=jax.device_count()
+  )
   return network, jobs.read_weights(config, network, template)

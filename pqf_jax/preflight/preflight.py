@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from pqf_jax import errors, tasks
+from pqf_jax import errors
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.preflight import hardware, table
 from pqf_jax.preflight.programs import Lowered, Programs, counted_by
@@ -27,7 +27,6 @@ def run(config: ml_collections.ConfigDict) -> None:
       share, or one that does not fit into their memory.
   """
   target = hardware.parse(config.topology)
-  tasks.get(config.task).check_settings(config)
   jobs.check_batches(config, ("finetune",), num_devices=target.num_chips)
   devices = hardware.open_devices(target)
   programs = Programs(config, target, distributed.mesh(devices.sizing))

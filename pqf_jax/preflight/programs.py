@@ -61,9 +61,7 @@ class Programs:
     network, self._template = jobs.build_network(config)
     self._plan = jobs.make_plan(config, self._template)
     task = tasks.get(config.task)
-    task.check_network(
-      config, network, self._template, num_devices=target.num_chips
-    )
+    task.check(config, network, self._template, num_devices=target.num_chips)
     self._abstract = task.abstract_programs(config, network)
     self._variables = plans.compressed_shapes(self._plan, self._template)
     schedule = training.make_schedule(

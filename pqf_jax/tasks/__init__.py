@@ -23,8 +23,7 @@ _REGISTRY = registry.Registry(
 )
 MEMBERS = (
   "abstract_programs",
-  "check_network",
-  "check_settings",
+  "check",
   "load",
   "metrics",
   "sample",

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import ml_collections
-from etils import epath
 
 from pqf_jax import finetune
 from pqf_jax.models import contract as models
@@ -71,14 +70,7 @@ class Task(Protocol):
   def sample(self, config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
     """Returns small inputs of the network's `apply`."""
 
-  def check_settings(self, config: ml_collections.ConfigDict) -> None:
-    """Refuses settings that the task does not have.
-
-    Raises:
-      InputError: names the setting.
-    """
-
-  def check_network(
+  def check(
     self,
     config: ml_collections.ConfigDict,
     network: models.Network,
@@ -86,16 +78,16 @@ class Task(Protocol):
     *,
     num_devices: int,
   ) -> None:
-    """Refuses a network that the task cannot train, before any work.
+    """Refuses, before any work, what the task cannot train or evaluate.
 
     Args:
       config: the recipe.
       network: what the model made; see `pqf_jax.models.contract`.
       template: its variables as shapes.
-      num_devices: that share a batch.
+      num_devices: devices that share a batch.
 
     Raises:
-      InputError: names the model and what it lacks.
+      InputError: names the setting, or the model and what it lacks.
     """
 
   def load(
@@ -111,16 +103,3 @@ class Task(Protocol):
     self, config: ml_collections.ConfigDict, network: models.Network
   ) -> AbstractPrograms:
     """Returns what a preflight compiles; needs no data."""
-
-
-class Predictor(Protocol):
-  """The optional member of a `Task`."""
-
-  def predict(
-    self,
-    config: ml_collections.ConfigDict,
-    network: models.Network,
-    variables: PyTree,
-    folder: epath.Path,
-  ) -> list[epath.Path]:
-    """Writes what the network finds in `config.image`; returns the files."""

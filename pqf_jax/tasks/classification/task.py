@@ -33,7 +33,14 @@ class Classification:
     del config
     return (jnp.zeros((1, SAMPLE_SIDE, SAMPLE_SIDE, 3)),)
 
-  def check_settings(self, config: ml_collections.ConfigDict) -> None:
+  def check(
+    self,
+    config: ml_collections.ConfigDict,
+    network: models.Network,
+    template: PyTree,
+    *,
+    num_devices: int,
+  ) -> None:
     """See `contract.Task`."""
     if not 0 <= config.distillation <= 1:
       raise errors.InputError(
@@ -46,16 +53,6 @@ class Classification:
           f"config.data.{field} is {values}; give one value in 0..1 for each "
           "of red, green and blue, or none for those of the data set"
         )
-
-  def check_network(
-    self,
-    config: ml_collections.ConfigDict,
-    network: models.Network,
-    template: PyTree,
-    *,
-    num_devices: int,
-  ) -> None:
-    """See `contract.Task`."""
     name = config.model.name
     models.check_trainable(
       name,

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from etils import epath
 
 from pqf_jax import errors, finetune
 from pqf_jax.data.coco import batches as detection_batches
@@ -44,15 +43,7 @@ class Detection:
     pixels = rng.integers(0, 256, (1, 96, 128, 3), np.uint8)
     return jnp.asarray(pixels), jnp.array([[96, 128]], jnp.int32)
 
-  def check_settings(self, config: ml_collections.ConfigDict) -> None:
-    """See `contract.Task`."""
-    if config.distillation:
-      raise errors.InputError(
-        f"config.distillation is {config.distillation:g}; detection has no "
-        "teacher, so give 0"
-      )
-
-  def check_network(
+  def check(
     self,
     config: ml_collections.ConfigDict,
     network: models.Network,
@@ -63,6 +54,11 @@ class Detection:
     """See `contract.Task`."""
     del num_devices  # norms are in evaluation mode
     name = config.model.name
+    if config.distillation:
+      raise errors.InputError(
+        f"config.distillation is {config.distillation:g}; detection has no "
+        "teacher, so give 0"
+      )
     if not hasattr(network, "training_outputs"):
       raise errors.InputError(
         f"model {name!r} has no method training_outputs, which detection needs "
@@ -142,15 +138,8 @@ class Detection:
       eval_batch=eval_batch,
     )
 
-  def predict(
-    self,
-    config: ml_collections.ConfigDict,
-    network: models.Network,
-    variables: PyTree,
-    folder: epath.Path,
-  ) -> list[epath.Path]:
-    """See `contract.Predictor`."""
-    return prediction.predict(config, network, variables, folder)
+  # What `config.mode=predict` does.
+  predict = staticmethod(prediction.predict)
 
 
 TASK = Detection()
