@@ -15,7 +15,7 @@ training code nor its libraries.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the names of `_HOMES`, for editors and type checkers
+if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.compression import Compressed as Compressed
   from pqf_jax.compression import compress as compress
   from pqf_jax.core.blocks import BlockSpec as BlockSpec
@@ -53,43 +53,24 @@ if TYPE_CHECKING:  # the names of `_HOMES`, for editors and type checkers
 
 __version__ = "0.1.0"
 
-_HOMES = {
-  "BlockSpec": "core.blocks",
-  "ChannelAxis": "core.channels",
-  "Compressed": "compression",
-  "CompressionPlan": "core.plan",
-  "FinetuneState": "finetune",
-  "GroupReport": "permute",
-  "InputError": "errors",
-  "KMeansResult": "kmeans",
-  "LayerPlan": "core.plan",
-  "LayerSummary": "quantize",
-  "LossFn": "finetune",
-  "PackedModel": "pack",
-  "Rule": "core.plan",
-  "SizeReport": "core.plan",
-  "VQArray": "core.vq_array",
-  "annealed_kmeans": "kmeans",
-  "apply_permutations": "core.channels",
-  "compress": "compression",
-  "cosine_adam": "finetune",
-  "decode_params": "core.vq_array",
-  "discover_channels": "discovery.discover",
-  "init_state": "finetune",
-  "load": "pack",
-  "make_finetune_step": "finetune",
-  "make_plan": "core.plan",
-  "merge_trainable": "core.vq_array",
-  "pack_model": "pack",
-  "permute_channels": "permute",
-  "predict_size": "core.plan",
-  "quantize_params": "quantize",
-  "save": "pack",
-  "split_trainable": "core.vq_array",
-  "state_variables": "finetune",
-  "unpack_model": "pack",
+_NAMES = {  # by module
+  "compression": "Compressed compress",
+  "core.blocks": "BlockSpec",
+  "core.channels": "ChannelAxis apply_permutations",
+  "core.plan": "CompressionPlan LayerPlan Rule SizeReport make_plan "
+  "predict_size",
+  "core.vq_array": "VQArray decode_params merge_trainable split_trainable",
+  "discovery.discover": "discover_channels",
+  "errors": "InputError",
+  "finetune": "FinetuneState LossFn cosine_adam init_state make_finetune_step "
+  "state_variables",
+  "kmeans": "KMeansResult annealed_kmeans",
+  "pack": "PackedModel load pack_model save unpack_model",
+  "permute": "GroupReport permute_channels",
+  "quantize": "LayerSummary quantize_params",
 }
-__all__ = list(_HOMES)
+_HOMES = {name: home for home in _NAMES for name in _NAMES[home].split()}
+__all__ = sorted(_HOMES)
 
 
 if not TYPE_CHECKING:  # else type checkers would accept every name

@@ -23,9 +23,8 @@ CovarianceModel = Callable[[np.ndarray, int], np.ndarray]
 
 # A smaller gain is rounding.
 MIN_GAIN = 1e-9
-# Bytes of products that are gathered at once: they should stay in cache. A
-# gather of larger slabs, all products of one channel, takes longer than their
-# multiplication.
+# Bytes of products gathered at once: they should stay in cache. A gather of
+# larger slabs, all products of one channel, takes longer than multiplying them.
 _LARGEST_GATHER = 2**18
 _LARGEST_SLAB = 2**16
 
@@ -129,7 +128,6 @@ def _scores(
   mean = moments.first / gram.num_subvectors
   mean_part = (inverse @ mean).reshape(slots, taps)
   channels = np.arange(num_channels)
-  # [slots, C]: the part that does not depend on the other channels.
   alone = (
     diagonal @ products[channels, channels].T - 2 * mean_part @ gram.sums.T
   )
@@ -147,11 +145,7 @@ def _scores(
 def _weighted_products(
   products: np.ndarray, mates: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-  """Sums products [C, C, T^2] over mates [P, Q-1]; weights are [P, Q-1, T^2].
-
-  Returns:
-    [P, C].
-  """
+  """Sums products [C, C, T^2] of mates [P, Q-1] by weights, to [P, C]."""
   total = np.zeros((len(mates), len(products)))
   slab = products[0].nbytes
   if slab <= _LARGEST_SLAB:

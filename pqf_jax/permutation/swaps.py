@@ -4,8 +4,6 @@
 (section 3.2 of arXiv 2010.15703), kept for comparison.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from pqf_jax.permutation import covariance, objective
@@ -15,20 +13,6 @@ _PAIRS_PER_CHANNEL = 2
 _FEWEST_PAIRS = 64
 # Random swaps evaluated together; one of 15 to 60 is accepted.
 _SPECULATION = 32
-
-
-class SwapTrace(NamedTuple):
-  """Result of a sequence of random swaps.
-
-  Attributes:
-    permutation: [C], after the last swap.
-    accepted: [P] bool, which of the swaps were kept.
-    log_det: of the kernel, after the last swap.
-  """
-
-  permutation: np.ndarray
-  accepted: np.ndarray
-  log_det: float
 
 
 def swap_round(
@@ -60,19 +44,18 @@ def swap_round(
 
 
 def stochastic_swaps(
-  gram: covariance.ChannelGram, permutation: np.ndarray, pairs: np.ndarray
-) -> SwapTrace:
-  """Tries swaps in turn; each is kept iff it lowers the log-determinant.
+  grams: objective.Grams, permutation: np.ndarray, pairs: np.ndarray
+) -> objective.ScoredOrder:
+  """Tries swaps in turn; keeps those that lower the first log-determinant.
 
   Args:
-    gram: of the one kernel that decides.
+    grams: of the kernels that read the group; the first one decides.
     permutation: [C], where to start.
     pairs: [P, 2] positions to swap.
   """
-  permutation = permutation.copy()
-  accepted = np.zeros(len(pairs), bool)
+  gram, permutation = grams[0], permutation.copy()
   moments = covariance.order_moments(gram, permutation)
-  best = float(covariance.log_det(gram, moments))
+  best = covariance.log_det(gram, moments)
   start = 0
   # Most swaps are refused, so the next ones are evaluated as if all were; those
   # after the first one that is kept are evaluated again.
@@ -85,31 +68,11 @@ def stochastic_swaps(
       start += len(ahead)
       continue
     row = better[0]
-    best = float(values[row])
+    best = values[row]
     moments = covariance.add(moments, change.at(row))
     permutation[ahead[row]] = permutation[ahead[row, ::-1]]
-    accepted[start + row] = True
     start += row + 1
-  return SwapTrace(permutation, accepted, best)
-
-
-def random_swaps(
-  rng: np.random.Generator,
-  grams: objective.Grams,
-  permutation: np.ndarray,
-  num_swaps: int,
-) -> objective.ScoredOrder:
-  """Tries random swaps, judged by the first kernel alone: the authors' search.
-
-  Args:
-    rng: random number generator, consumed.
-    grams: of the kernels that read the group; the first one decides.
-    permutation: [C], where to start.
-    num_swaps: how many to try; the authors try 10,000.
-  """
-  pairs = rng.integers(len(permutation), size=(num_swaps, 2))
-  trace = stochastic_swaps(grams[0], permutation, pairs)
-  return objective.evaluate(grams, trace.permutation)
+  return objective.evaluate(grams, permutation)
 
 
 def _apply_disjoint(
