@@ -76,10 +76,11 @@ def test_both_variants_are_recipes_of_detection():
 )
 def test_which_norms_of_the_body_are_trained(words, num_trained):
   config = mask_rcnn.get_config(words)
-  state = finetune.init_state(
+  state = jax.eval_shape(
+    lambda variables: finetune.init_state(
+      variables, optax.identity(), config.frozen
+    ),
     planned(words)[2],
-    optax.identity(),
-    config.frozen,
   )
   norms = [
     path

@@ -24,6 +24,7 @@ __all__ = [
   "normalize",
   "register",
   "train_batches",
+  "usual_size",
 ]
 
 Loader = Callable[[str | None, int | None], ImageDataset]
@@ -39,6 +40,14 @@ DATASETS = registry.Registry(
   entry_points="pqf_jax.datasets",
 )
 register = DATASETS.register
+
+
+def usual_size(name: str) -> int:
+  """Returns the side of a data set's images where a config gives none.
+
+  It is the module's `IMAGE_SIZE`, or 224 where the data set states none.
+  """
+  return getattr(DATASETS.get(name), "IMAGE_SIZE", 224)
 
 
 def get_dataset(

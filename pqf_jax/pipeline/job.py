@@ -221,13 +221,21 @@ def build_network(
   """Returns the network of the config, and its variables as shapes.
 
   Raises:
-    InputError: no such model, or a network whose norms cannot be folded.
+    InputError: no such model, or a network that does not take the inputs of the
+      task or whose norms cannot be folded.
   """
   arguments = dict(config.model)
   name = arguments.pop("name")
   network = models.get_model(name).make(**arguments)
   sample = tasks.get(config.task).sample(config)
-  template = jax.eval_shape(network.init, jax.random.key(0), *sample)
+  try:
+    template = jax.eval_shape(network.init, jax.random.key(0), *sample)
+  except (TypeError, ValueError) as error:
+    inputs = ", ".join(str(jax.typeof(leaf)) for leaf in sample)
+    raise errors.InputError(
+      f"model {name!r} cannot take the inputs of task {config.task!r}, "
+      f"{inputs}: {error}; choose another model or config.task"
+    ) from error
   contract.check_norms(name, network, template)
   return network, template
 

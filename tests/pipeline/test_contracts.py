@@ -51,6 +51,13 @@ class Maps(Plain):
     return nn.Conv(10, (3, 3), name="conv0")(images)
 
 
+class TwoInputs(Plain):
+  @nn.compact
+  def __call__(self, images, sizes):
+    x = nn.Conv(16, (3, 3), name="conv0")(images.astype(float))
+    return nn.Dense(10, name="fc")(x.mean((1, 2)))
+
+
 class Dropping(nn.Module):
   """Needs a random key in training."""
 
@@ -73,8 +80,9 @@ def _use(config, network):
   config.rules = (
     ("params/conv1/kernel", 32, 1, 10),
     ("params/fc/kernel", 16, 4, 10),
-    ("params/.*", None),
   )
+  if network is not Dropping:
+    config.rules += (("params/conv0/kernel", None),)
   config.train.epochs = config.finetune.epochs = 1
   return config
 
@@ -94,7 +102,8 @@ def test_what_a_network_may_lack_is_not_missed(config, tmp_path, network):
     (Plain, {"dtype": "bfloat16"}, "'Plain' has no field dtype"),
     (OwnNorms, {}, "'OwnNorms' has batch norms, bn0 .*no field norm_epsilon"),
     (Maps, {}, r"'Maps' maps one image to .*\(1, 64, 64, 10\).*\(1, 10\)"),
-    (Plain, {"task": "detection"}, "'Plain' has no method training_outputs"),
+    (Plain, {"task": "detection"}, "'Plain' cannot take .* 'detection', uint8"),
+    (TwoInputs, {"task": "detection"}, "has no method training_outputs"),
     (Plain, {"backbone": "x.pth"}, "'Plain' is not built around another"),
   ],
 )

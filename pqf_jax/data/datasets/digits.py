@@ -11,6 +11,7 @@ from sklearn import datasets, model_selection
 
 from pqf_jax.data import sources, transforms
 
+IMAGE_SIZE = 32
 MAX_INK = 16
 TEST_SHARE = 0.2
 # Over the training images at 32 pixels, all three channels being equal.
@@ -20,7 +21,7 @@ MEAN, STD = 0.3057, 0.3235
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   """Opens 1,437 training and 360 test images; `data_dir` is not needed."""
   del data_dir
-  size = image_size or 32
+  size = image_size or IMAGE_SIZE
   ink, labels = datasets.load_digits(return_X_y=True)
   pixels = np.rint(ink * (255 / MAX_INK)).astype(np.uint8).reshape(-1, 8, 8)
   records = [

@@ -18,9 +18,6 @@ from pqf_jax.tasks.classification import loss as losses
 PyTree = Any
 # Convolutional networks take any size; this one suits every stem and is cheap.
 SAMPLE_SIDE = 64
-# Side of an image where the config leaves it to the data set.
-IMAGE_SIDES = {"cifar10": 32, "digits": 32}
-USUAL_SIDE = 224
 
 
 class Classification:
@@ -114,8 +111,7 @@ class Classification:
     preprocess = functools.partial(
       data.normalize, mean=(0.5,) * 3, std=(1,) * 3
     )
-    usual = IMAGE_SIDES.get(config.data.name, USUAL_SIDE)
-    side = config.data.image_size or usual
+    side = config.data.image_size or data.usual_size(config.data.name)
 
     def batch(size: int, fields: contract.Shapes) -> contract.Shapes:
       image = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
