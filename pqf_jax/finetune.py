@@ -1,6 +1,7 @@
 """Stage 3: trains codebooks and the other continuous leaves, not the codes."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -87,56 +88,7 @@ def state_variables(state: FinetuneState) -> PyTree:
   return vq_array.merge_trainable(state.trainable, state.frozen)
 
 
-class OptimizerSettings(NamedTuple):
-  """What `make_optimizer` builds an optimizer from.
-
-  Attributes:
-    name: 'adam', 'adamw' or 'sgd'.
-    learning_rate: at the end of the warm-up.
-    final_learning_rate: at step `num_steps` and after.
-    num_steps: steps of the whole schedule, warm-up included.
-    warmup_steps: steps in which the rate rises linearly from 0.
-    weight_decay: of kernels and codebooks, not of norms and biases.
-    momentum: of 'sgd'.
-  """
-
-  name: str
-  learning_rate: float
-  final_learning_rate: float
-  num_steps: int
-  warmup_steps: int = 0
-  weight_decay: float = 0.0
-  momentum: float = 0.0
-
-
-def make_optimizer(
-  settings: OptimizerSettings,
-) -> optax.GradientTransformation:
-  """Builds the optimizer that the settings describe.
-
-  The learning rate falls along a cosine, a step at a time (section 4.1 of arXiv
-  2010.15703). Weight decay leaves out leaves of fewer than two axes, which are
-  norms and biases; of a `VQArray` it decays the codebook.
-
-  Raises:
-    InputError: an unknown optimizer, a setting that it does not have, or a
-      value out of range.
-  """
-  _check_optimizer(settings)
-  schedule = _cosine(settings)
-  if settings.name == "adam":
-    return optax.adam(schedule)
-  if settings.name == "adamw":
-    return optax.adamw(
-      schedule, weight_decay=settings.weight_decay, mask=_decayed
-    )
-  return optax.chain(
-    optax.add_decayed_weights(settings.weight_decay, mask=_decayed),
-    optax.sgd(schedule, momentum=settings.momentum or None),
-  )
-
-
-# The settings of `OptimizerSettings` that each optimizer has beyond its rates.
+# The settings that each optimizer has beyond its rates.
 OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
   "adam": (),
   "adamw": ("weight_decay",),
@@ -144,32 +96,86 @@ OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def cosine_adam(
-  *, learning_rate: float, final_learning_rate: float, num_steps: int
+def make_optimizer(
+  name: str,
+  *,
+  learning_rate: float,
+  final_learning_rate: float,
+  num_steps: int,
+  warmup_steps: int = 0,
+  weight_decay: float = 0.0,
+  momentum: float = 0.0,
 ) -> optax.GradientTransformation:
-  """Builds the paper's optimizer: Adam, the rate falling along a cosine.
+  """Builds an optimizer whose rate falls along a cosine, step by step.
 
   Args:
-    learning_rate: at step 0.
+    name: a key of `OPTIMIZERS`.
+    learning_rate: at the end of the warm-up.
     final_learning_rate: at step `num_steps` and after.
-    num_steps: length of the schedule.
+    num_steps: steps of the whole schedule, warm-up included.
+    warmup_steps: steps in which the rate rises linearly from 0.
+    weight_decay: of leaves of two axes or more: kernels and the codebooks of
+      `VQArray`s, not norms and biases.
+    momentum: of 'sgd'.
 
   Raises:
-    InputError: a rate out of range.
+    InputError: an unknown optimizer, a setting that it does not have, or a
+      value out of range.
   """
-  return make_optimizer(
-    OptimizerSettings("adam", learning_rate, final_learning_rate, num_steps)
+  _check_extras(name, weight_decay=weight_decay, momentum=momentum)
+  if not 0 <= final_learning_rate <= learning_rate < math.inf or (
+    learning_rate == 0
+  ):
+    raise errors.InputError(
+      f"learning_rate is {learning_rate:g} and final_learning_rate "
+      f"{final_learning_rate:g}; the first must be positive and the last not "
+      "above it"
+    )
+  if not 0 <= warmup_steps < max(1, num_steps):
+    raise errors.InputError(
+      f"the warm-up takes {warmup_steps} of {num_steps} steps; it must end "
+      "before the training does"
+    )
+  if warmup_steps:
+    schedule = optax.warmup_cosine_decay_schedule(
+      0.0, learning_rate, warmup_steps, num_steps, final_learning_rate
+    )
+  else:
+    schedule = optax.cosine_decay_schedule(
+      learning_rate, num_steps, alpha=final_learning_rate / learning_rate
+    )
+  if name == "adam":
+    return optax.adam(schedule)
+  if name == "adamw":
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=_decayed)
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=_decayed),
+    optax.sgd(schedule, momentum=momentum or None),
   )
 
 
-def _check_optimizer(settings: OptimizerSettings) -> None:
-  name = settings.name
+def cosine_adam(
+  *, learning_rate: float, final_learning_rate: float, num_steps: int
+) -> optax.GradientTransformation:
+  """Builds the paper's optimizer (section 4.1 of arXiv 2010.15703).
+
+  See `make_optimizer` for the arguments and errors.
+  """
+  return make_optimizer(
+    "adam",
+    learning_rate=learning_rate,
+    final_learning_rate=final_learning_rate,
+    num_steps=num_steps,
+  )
+
+
+def _check_extras(name: str, **extras: float) -> None:
+  """Refuses an unknown optimizer, or settings that it does not have."""
   if name not in OPTIMIZERS:
     raise errors.InputError(
       f"optimizer is {name!r}; it must be one of {tuple(OPTIMIZERS)}"
     )
-  for setting in ("weight_decay", "momentum"):
-    value = getattr(settings, setting)
+  for setting, value in extras.items():
     if value and setting not in OPTIMIZERS[name]:
       having = [n for n, known in OPTIMIZERS.items() if setting in known]
       raise errors.InputError(
@@ -178,33 +184,6 @@ def _check_optimizer(settings: OptimizerSettings) -> None:
       )
     if not 0 <= value < 1:
       raise errors.InputError(f"{setting} is {value:g}; give 0 <= value < 1")
-  first, last = settings.learning_rate, settings.final_learning_rate
-  if not 0 < first < float("inf") or not 0 <= last <= first:
-    raise errors.InputError(
-      f"learning_rate is {first:g} and final_learning_rate {last:g}; the first "
-      "must be positive and the last not above it"
-    )
-  if not 0 <= settings.warmup_steps < max(1, settings.num_steps):
-    raise errors.InputError(
-      f"the warm-up takes {settings.warmup_steps} of {settings.num_steps} "
-      "steps; it must end before the training does"
-    )
-
-
-def _cosine(settings: OptimizerSettings) -> optax.Schedule:
-  if settings.warmup_steps:
-    return optax.warmup_cosine_decay_schedule(
-      init_value=0.0,
-      peak_value=settings.learning_rate,
-      warmup_steps=settings.warmup_steps,
-      decay_steps=settings.num_steps,
-      end_value=settings.final_learning_rate,
-    )
-  return optax.cosine_decay_schedule(
-    settings.learning_rate,
-    settings.num_steps,
-    alpha=settings.final_learning_rate / settings.learning_rate,
-  )
 
 
 def _decayed(trainable: PyTree) -> PyTree:

@@ -190,12 +190,17 @@ def test_a_hook_after_the_update_may_replace_codes():
   assert not np.allclose(moved.codebook, plain.codebook)
 
 
-SETTINGS = finetune.OptimizerSettings("adam", 1e-2, 1e-4, 20)
+SETTINGS = {
+  "name": "adam",
+  "learning_rate": 1e-2,
+  "final_learning_rate": 1e-4,
+  "num_steps": 20,
+}
 
 
 def _updates(settings, num_steps, params):
   """Updates of a constant gradient of ones."""
-  optimizer = finetune.make_optimizer(settings)
+  optimizer = finetune.make_optimizer(**settings)
   state, updates = optimizer.init(params), []
   for _ in range(num_steps):
     gradient = jax.tree.map(jnp.ones_like, params)
@@ -205,7 +210,7 @@ def _updates(settings, num_steps, params):
 
 
 def test_a_warm_up_rises_from_zero_to_the_rate():
-  settings = SETTINGS._replace(warmup_steps=4)
+  settings = SETTINGS | {"warmup_steps": 4}
   updates = _updates(settings, 6, jnp.ones(1))
   rates = [-float(update[0]) for update in updates]
   np.testing.assert_allclose(
@@ -218,7 +223,7 @@ def test_a_warm_up_rises_from_zero_to_the_rate():
 def test_weight_decay_spares_norms_and_biases(name):
   params = {"codebook": jnp.full((4, 2), 3.0), "bias": jnp.full(3, 3.0)}
   decayed, plain = (
-    _updates(SETTINGS._replace(name=name, weight_decay=decay), 1, params)[0]
+    _updates(SETTINGS | {"name": name, "weight_decay": decay}, 1, params)[0]
     for decay in (0.5, 0.0)
   )
   np.testing.assert_allclose(decayed["bias"], plain["bias"])
@@ -229,9 +234,11 @@ def test_weight_decay_spares_norms_and_biases(name):
 
 
 def test_momentum_adds_up_the_gradients():
-  settings = SETTINGS._replace(
-    name="sgd", momentum=0.5, final_learning_rate=1e-2
-  )
+  settings = SETTINGS | {
+    "name": "sgd",
+    "momentum": 0.5,
+    "final_learning_rate": 1e-2,
+  }
   updates = _updates(settings, 3, jnp.ones(1))
   found = [-float(update[0]) for update in updates]
   np.testing.assert_allclose(found, [1e-2, 1.5e-2, 1.75e-2], rtol=1e-5)
@@ -253,4 +260,4 @@ def test_momentum_adds_up_the_gradients():
 )
 def test_an_optimizer_that_cannot_be_built_is_refused(changed, message):
   with pytest.raises(errors.InputError, match=message):
-    finetune.make_optimizer(SETTINGS._replace(**changed))
+    finetune.make_optimizer(**SETTINGS | changed)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from pqf_jax import errors, finetune, models, pack, permute, report, tasks
+from pqf_jax import errors, models, pack, permute, report, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.models import contract
@@ -168,13 +168,9 @@ def check_training(
         f"config.{stage}.evaluation_epochs is {settings.evaluation_epochs}; "
         "give 1 to evaluate after every epoch, N after every N-th"
       )
-    schedule = training.make_schedule(
-      settings,
-      num_train=num_train,
-      checkpoint_steps=config.checkpoint_steps,
-    )
+    schedule = training.Schedule(settings, num_train, config.checkpoint_steps)
     try:
-      finetune.make_optimizer(schedule.optimizer_settings)
+      schedule.make_optimizer()
     except errors.InputError as error:
       raise errors.InputError(f"config.{stage}: {error}") from error
 

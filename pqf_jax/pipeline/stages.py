@@ -152,10 +152,8 @@ def fit(
   if not settings.epochs:
     _, record = job.evaluated(variables)
     return training.Fitted(variables, variables), record
-  schedule = training.make_schedule(
-    settings,
-    num_train=task.num_train,
-    checkpoint_steps=job.config.checkpoint_steps,
+  schedule = training.Schedule(
+    settings, task.num_train, job.config.checkpoint_steps
   )
 
   def batches(first_step: int) -> Iterator[Any]:

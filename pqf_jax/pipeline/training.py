@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from pqf_jax import errors, finetune
 from pqf_jax.core import trees
@@ -25,57 +26,47 @@ class Schedule(NamedTuple):
   """How long a training takes, and how fast it learns.
 
   Attributes:
-    epochs: passes over the training images.
-    steps_per_epoch: training steps in one.
-    batch_size: images a step, over all devices.
-    base_batch_size: the one that the learning rates are for; 0: any.
-    microbatches: parts in which a device takes its images of a step.
-    evaluation_epochs: passes between evaluations; the last is evaluated too.
+    settings: `config.train` or `config.finetune`.
+    num_train: training images.
     checkpoint_steps: steps between saves; an evaluated epoch is saved too.
-    optimizer: name; see `finetune.OptimizerSettings` for it and the rest.
-    learning_rate: at the end of the warm-up.
-    final_learning_rate: at the last step.
-    warmup_epochs: passes in which the rate rises; may be a fraction.
-    weight_decay: of kernels and codebooks.
-    momentum: of 'sgd'.
   """
 
-  epochs: int
-  steps_per_epoch: int
-  batch_size: int
-  base_batch_size: int
-  microbatches: int
-  evaluation_epochs: int
+  settings: ml_collections.ConfigDict
+  num_train: int
   checkpoint_steps: int
-  optimizer: str
-  learning_rate: float
-  final_learning_rate: float
-  warmup_epochs: float
-  weight_decay: float
-  momentum: float
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Training steps of one pass over the images."""
+    return self.num_train // self.settings.batch_size
 
   @property
   def num_steps(self) -> int:
-    """Counts the training steps."""
-    return self.epochs * self.steps_per_epoch
+    """Training steps of all epochs."""
+    return self.settings.epochs * self.steps_per_epoch
 
-  @property
-  def optimizer_settings(self) -> finetune.OptimizerSettings:
-    """The optimizer; its rates grow with the batch (arXiv 1706.02677)."""
-    scale = self.batch_size / (self.base_batch_size or self.batch_size)
-    return finetune.OptimizerSettings(
-      self.optimizer,
-      scale * self.learning_rate,
-      scale * self.final_learning_rate,
+  def make_optimizer(self) -> optax.GradientTransformation:
+    """Builds the optimizer; rates grow with the batch (arXiv 1706.02677).
+
+    Raises:
+      InputError: see `finetune.make_optimizer`.
+    """
+    settings = self.settings
+    base = settings.base_batch_size or settings.batch_size
+    scale = settings.batch_size / base
+    return finetune.make_optimizer(
+      settings.optimizer,
+      learning_rate=scale * settings.learning_rate,
+      final_learning_rate=scale * settings.final_learning_rate,
       num_steps=self.num_steps,
-      warmup_steps=round(self.warmup_epochs * self.steps_per_epoch),
-      weight_decay=self.weight_decay,
-      momentum=self.momentum,
+      warmup_steps=round(settings.warmup_epochs * self.steps_per_epoch),
+      weight_decay=settings.weight_decay,
+      momentum=settings.momentum,
     )
 
   def evaluation_is_due(self, step: int) -> bool:
     """Whether an evaluated epoch ends with this step."""
-    interval = self.evaluation_epochs * self.steps_per_epoch
+    interval = self.settings.evaluation_epochs * self.steps_per_epoch
     return step % interval == 0 or step == self.num_steps
 
   def save_is_due(self, step: int) -> bool:
@@ -86,26 +77,6 @@ class Schedule(NamedTuple):
     return step < self.num_steps and (
       step % self.checkpoint_steps == 0 or self.evaluation_is_due(step)
     )
-
-
-def make_schedule(
-  settings: ml_collections.ConfigDict, *, num_train: int, checkpoint_steps: int
-) -> Schedule:
-  """Builds the schedule of `config.train` or `config.finetune`.
-
-  Args:
-    settings: see `configs.common.training`.
-    num_train: training images.
-    checkpoint_steps: see `Schedule`.
-  """
-  derived = {
-    "steps_per_epoch": num_train // settings.batch_size,
-    "checkpoint_steps": checkpoint_steps,
-  }
-  given = {
-    name: settings[name] for name in Schedule._fields if name not in derived
-  }
-  return Schedule(**given, **derived)
 
 
 class Fitted(NamedTuple):
@@ -153,13 +124,13 @@ def fit(
     InputError: the loss is no longer finite.
     Preempted: the process was asked to stop; all is saved.
   """
-  optimizer = finetune.make_optimizer(schedule.optimizer_settings)
+  optimizer = schedule.make_optimizer()
   step_fn = finetune.make_finetune_step(
     loss_fn,
     optimizer,
     key=key,
     mesh=distributed.mesh(),
-    microbatches=schedule.microbatches,
+    microbatches=schedule.settings.microbatches,
   )
   state = finetune.init_state(variables, optimizer, frozen)
   tree, record = checkpoints.restore_progress(
@@ -176,7 +147,7 @@ def fit(
       schedule.num_steps,
       done=first,
       unit="img",
-      units_per_step=schedule.batch_size,
+      units_per_step=schedule.settings.batch_size,
     ) as bar,
   ):
     for step, batch in enumerate(batches(first), start=first + 1):
@@ -214,10 +185,10 @@ def _first_record() -> checkpoint.Record:
 def _diverged(
   stage: str, schedule: Schedule, what: str, step: int
 ) -> errors.InputError:
+  rate = schedule.settings.learning_rate
   return errors.InputError(
     f"{stage} diverged: its {what} at step {step}; lower the learning rate "
-    f"(--config.{stage}.learning_rate is {schedule.learning_rate:g}) and use "
-    "another --workdir"
+    f"(--config.{stage}.learning_rate is {rate:g}) and use another --workdir"
   )
 
 
@@ -267,7 +238,7 @@ class _Meter:
       raise _diverged(self._stage, self._schedule, what, step)
     now = time.perf_counter()
     if self._read is not None:  # the first interval holds the compilation
-      images = (step - self._read[0]) * self._schedule.batch_size
+      images = (step - self._read[0]) * self._schedule.settings.batch_size
       values["images_per_second"] = images / (now - self._read[1])
     self._read = step, now
     self._emit(step, values)

@@ -64,12 +64,10 @@ class Programs:
     task.check(config, network, self._template, num_devices=target.num_chips)
     self._abstract = task.abstract_programs(config, network)
     self._variables = plans.compressed_shapes(self._plan, self._template)
-    schedule = training.make_schedule(
-      config.finetune,
-      num_train=STEPS_PER_EPOCH * config.finetune.batch_size,
-      checkpoint_steps=config.checkpoint_steps,
-    )._replace(epochs=max(1, config.finetune.epochs))
-    self._optimizer = finetune.make_optimizer(schedule.optimizer_settings)
+    settings = config.finetune.copy_and_resolve_references()
+    settings.epochs = max(1, settings.epochs)
+    num_train = STEPS_PER_EPOCH * settings.batch_size
+    self._optimizer = training.Schedule(settings, num_train, 0).make_optimizer()
     self._state = jax.eval_shape(
       lambda variables: finetune.init_state(
         variables, self._optimizer, self._config.frozen
