@@ -6,7 +6,6 @@ the pipeline really uses. What is optional is found out here, before any work:
 `check_trainable` refuses a config that asks for what a network lacks.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -69,12 +68,12 @@ def check_norms(name: str, network: Network, template: PyTree) -> None:
   """Refuses a network whose batch norms cannot be folded.
 
   Args:
-    name: of the model, as the user gave it.
+    name: of the model.
     network: what the model made.
     template: its variables as shapes.
 
   Raises:
-    InputError: it has batch norms but does not say their epsilon.
+    InputError: it has batch norms but does not state their epsilon.
   """
   norms = plans.foldable_norms(trees.flatten(template))
   if norms and norm_epsilon(network) is None:
@@ -85,7 +84,7 @@ def check_norms(name: str, network: Network, template: PyTree) -> None:
 
 
 def norm_epsilon(network: Network) -> float | None:
-  """Returns the epsilon of the network's norms, or None if it names none."""
+  """Returns the epsilon of the network's norms, or None if it states none."""
   return getattr(network, "norm_epsilon", None)
 
 
@@ -100,7 +99,7 @@ def check_trainable(
   """Refuses a config that asks for more than the network can do.
 
   Args:
-    name: of the model, as the user gave it.
+    name: of the model.
     network: what the model made.
     template: its variables as shapes.
     dtype: `config.dtype`.
@@ -127,13 +126,7 @@ def check_trainable(
 def for_training(
   network: Network, *, dtype: str, norm_axis: str | None = None
 ) -> Network:
-  """Returns the network as a training step applies it.
-
-  Args:
-    network: whose fields `check_trainable` has checked.
-    dtype: floating type of the computation.
-    norm_axis: see `check_trainable`.
-  """
+  """Returns the network with those of the two fields that it has."""
   wanted = {"dtype": jnp.dtype(dtype), "norm_axis": norm_axis}
   return network.clone(
     **{name: value for name, value in wanted.items() if hasattr(network, name)}
@@ -145,7 +138,6 @@ def apply_function(network: Network) -> Callable[..., Any]:
   if "train" in inspect.signature(type(network).__call__).parameters:
     return network.apply
 
-  @functools.wraps(network.apply)
   def apply(*inputs: Any, train: bool = False, **settings: Any) -> Any:
     del train
     return network.apply(*inputs, **settings)
