@@ -1,26 +1,27 @@
-"""Time, memory and quality of k-means, ours and others', by shape.
+"""Time, memory and quality of k-means by shape, for this library and others.
 
     python -m benchmarks.kmeans
     python -m benchmarks.kmeans --shapes 262144,9,256 --docs /tmp/try
 
 Measures every method that can run here (benchmarks/kmeans_methods.py) on normal
-draws, adds what came out to `docs/kmeans.json`, and writes `docs/kmeans.md` and
-`docs/kmeans.svg` (if there is matplotlib) from all that it holds. `--shapes`
-alone measures nothing. With a GPU, methods of the CPU are left out.
+draws, adds the results to `docs/kmeans.json`, and writes `docs/kmeans.md` and
+`docs/kmeans.svg` (if there is matplotlib) from that file. `--shapes` without a
+shape measures nothing. With a GPU, methods of the CPU are left out.
 
-- us: a call of several iterations, divided by their number (1,000 for ours, as
-  a job has, 5 to 20 for others): median of --repeats calls and their range.
-  Ours is a whole `kmeans_of_layers` call: random start, noise, empty clusters,
-  error of every step. Compile: what the first call took beyond the median.
+- us: a call of several iterations, divided by their number (1,000 for pqf_jax,
+  as a job has, 5 to 20 for others): median of --repeats calls and their range.
+  For pqf_jax this is a whole `kmeans_of_layers` call: random start, noise,
+  empty clusters, error of every step. Compile: the time of the first call less
+  the median.
 - floor: time over that of D + 3 instructions for each pair on an H100 at 1.755
   GHz, the least that exact float32 can take there without matrix units.
-- bytes: the most that was held on the GPU; ours as compiled.
+- bytes: peak memory on the GPU; for pqf_jax as compiled.
 - codes: share of sub-vectors with another code than the argmin in float64, of a
   codebook of random sub-vectors.
-- error: mean squared error over the mean of ours, mean and range of five seeds,
-  with exact codes of the final codebook for all. After 1,000 iterations of ours
-  and 100 of others, which takes ours less time on a GPU. Only ours and `torch,
-  as the paper` have noise.
+- error: mean squared error over the mean of pqf_jax, mean and range of five
+  seeds, with exact codes of the final codebook for all. After 1,000 iterations
+  of pqf_jax and 100 of others, which takes pqf_jax less time on a GPU. Only
+  pqf_jax and `torch, as the paper` have noise.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
   )
   parser.add_argument("--shapes", nargs="*", default=_SHAPES, help="N,D,K ...")
   parser.add_argument(
-    "--methods", nargs="+", help="labels; all that can run, but `pqf_jax, ...`"
+    "--methods", nargs="+", help="labels; default: all but `pqf_jax, ...`"
   )
   parser.add_argument("--repeats", type=int, default=21)
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
@@ -79,7 +80,7 @@ def main() -> None:
         continue
       try:
         new = measure(method, shape, options.repeats)
-      except Exception as error:  # a peer's; the others go on
+      except Exception as error:  # a peer failed; the others go on
         print(f"{method.label}, {shape}: {error!r}", flush=True)
         continue
       print(json.dumps(new), flush=True)
@@ -93,13 +94,13 @@ def main() -> None:
 def measure(
   method: kmeans_methods.Method, shape: str, num_repeats: int
 ) -> Record:
-  """Everything about one method and shape."""
+  """Returns the record of one method and shape."""
   vectors, rows, exact_codes = _problem(shape)
   num_codes = len(rows[0])
-  held = _Held(method, vectors, num_codes)
+  memory = _PeakMemory(method, vectors, num_codes)
   fit = method.fit(vectors, rows[0], method.num_steps, 0)
   seconds = [_timed(fit) for _ in range(num_repeats + 1)]
-  bytes_held = held.most()
+  peak = memory.peak()
   first, *rest = seconds
   wrong = None
   if method.assign:
@@ -117,7 +118,7 @@ def measure(
       for second in (statistics.median(rest), min(rest), max(rest))
     ],
     "compile_s": round(max(first - statistics.median(rest), 0), 2),
-    "bytes": bytes_held,
+    "bytes": peak,
     "wrong_codes": None if wrong is None else float(wrong),
     "errors": [
       _error(method.fit(vectors, rows[seed], method.error_steps, seed), vectors)
@@ -128,7 +129,7 @@ def measure(
 
 @functools.cache
 def _problem(shape: str) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-  """Sub-vectors, first rows of every seed, exact codes of the first of them."""
+  """Returns sub-vectors, each seed's first rows, exact codes of seed 0."""
   count, length, num_codes = (int(text) for text in shape.split(","))
   draws = np.random.default_rng(0).standard_normal((count, length))
   vectors = draws.astype(np.float32)
@@ -139,8 +140,8 @@ def _problem(shape: str) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
   return vectors, rows, kmeans_methods.exact_assign(vectors, vectors[rows[0]])
 
 
-class _Held:
-  """The most memory of the GPU that a method held since this was made."""
+class _PeakMemory:
+  """Peak memory of the GPU since this object was made, for one method."""
 
   def __init__(
     self, method: kmeans_methods.Method, vectors: np.ndarray, num_codes: int
@@ -153,7 +154,7 @@ class _Held:
 
       torch.cuda.reset_peak_memory_stats()
 
-  def most(self) -> int | None:
+  def peak(self) -> int | None:
     if self._ours:
       return kmeans_methods.peak_bytes(*self._arguments)
     if self._torch:
@@ -170,7 +171,7 @@ def _timed(fit: kmeans_methods.Fit) -> float:
 
 
 def _error(fit: kmeans_methods.Fit, vectors: np.ndarray) -> float:
-  """Mean squared error of the fitted codebook, exactly assigned."""
+  """Returns the mean squared error of the fitted codebook, exactly assigned."""
   codebook = np.asarray(fit())
   codes = np.asarray(assignment.assign(vectors, codebook))
   residual = vectors.astype(np.float64) - codebook[codes]
@@ -190,13 +191,13 @@ def _key(record: Record) -> tuple[str, str, str]:
 
 
 def page(records: Sequence[Record]) -> Iterable[str]:
-  """The lines of `docs/kmeans.md`: a table for every device and shape."""
+  """Yields the lines of `docs/kmeans.md`: a table a device and shape."""
   yield "# K-means: time, memory and quality, by shape"
   yield ""
-  yield "Written by `benchmarks/kmeans.py`, whose head says what is measured,"
-  yield "from `docs/kmeans.json`."
-  for (device, shape), ours in _tables(records).items():
-    by_method = {record["method"]: record for record in ours}
+  yield "`benchmarks/kmeans.py` writes this page from `docs/kmeans.json`; its"
+  yield "docstring explains the columns."
+  for (device, shape), table in _tables(records).items():
+    by_method = {record["method"]: record for record in table}
     base = by_method[kmeans_methods.OURS.label]
     count, length, num_codes = (int(text) for text in shape.split(","))
     floor = kmeans_methods.floor_us(count, length, num_codes)
@@ -204,11 +205,11 @@ def page(records: Sequence[Record]) -> Iterable[str]:
     yield f"## {device}: N = {count:,}, D = {length}, K = {num_codes:,}"
     yield ""
     yield (
-      "| method | distances | us an iteration | over ours | over the floor |"
+      "| method | distances | us an iteration | over pqf_jax | over the floor |"
       " MB | other codes | error | compile, s | date, versions |"
     )
     yield "|---" * 10 + "|"
-    for record in ours:
+    for record in table:
       us, low, high = record["us"]
       cells = [
         record["method"],
@@ -228,7 +229,7 @@ def page(records: Sequence[Record]) -> Iterable[str]:
 
 
 def draw(records: Sequence[Record], path: pathlib.Path) -> None:
-  """Microseconds an iteration, a panel a device and a group of bars a shape."""
+  """Draws microseconds an iteration: a panel a device, bars by shape."""
   from matplotlib import pyplot  # only here, and not on every machine
 
   devices = sorted({record["device"] for record in records})
@@ -242,13 +243,13 @@ def draw(records: Sequence[Record], path: pathlib.Path) -> None:
     )
     width = 0.8 / len(methods)
     for place, method in enumerate(methods):
-      found = [
+      bars = [
         (x + place * width, record["us"][0])
         for x, table in enumerate(tables.values())
         for record in table
         if record["method"] == method
       ]
-      panel.bar(*zip(*found, strict=True), width, label=method)
+      panel.bar(*zip(*bars, strict=True), width, label=method)
     panel.set_yscale("log")
     panel.set_xticks(np.arange(len(tables)) + 0.4 - width / 2, list(tables))
     panel.tick_params(labelsize=7)
@@ -264,7 +265,7 @@ def draw(records: Sequence[Record], path: pathlib.Path) -> None:
 def _tables(
   records: Sequence[Record],
 ) -> dict[tuple[str, str], list[Record]]:
-  """By (device, shape), in the order of the methods."""
+  """Returns the records by (device, shape), in the order of the methods."""
   order = [method.label for method in kmeans_methods.METHODS]
   tables: dict[tuple[str, str], list[Record]] = {}
   for record in sorted(records, key=lambda r: order.index(r["method"])):

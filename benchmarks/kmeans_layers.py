@@ -3,10 +3,10 @@
     python -m benchmarks.kmeans_layers
     python -m benchmarks.kmeans_layers --batches 16,16384,9,256 --networks
 
-Table 1: L equal layers of N sub-vectors. flash-kmeans, if it is there, takes
-them as a batch of its own. Table 2: layers of a recipe's network, by (D, K);
-small ones have at most 16,384 sub-vectors. What they cost is the time of all
-less that of the others in a call of their own.
+Table 1: L equal layers of N sub-vectors. flash-kmeans, if it is installed,
+takes them as one batch of its own kind. Table 2: layers of a recipe's network,
+by (D, K). Small layers have at most 16,384 sub-vectors; their cost is the time
+of a call with all layers less that of a call with the others only.
 
 Times are of `kmeans_of_layers`, 1,000 iterations on normal draws (20 of
 flash-kmeans), by iteration: medians of --repeats calls. Floor: as in
@@ -74,7 +74,7 @@ def main() -> None:
 def _print_kind(
   network: str, counts: list[int], length: int, num_codes: int, repeats: int
 ) -> None:
-  """A row of table 2."""
+  """Prints a row of table 2."""
   us = _microseconds(counts, length, num_codes, repeats)
   over = us / _floor(counts, length, num_codes)
   cells = [f"{network}, D = {length}, K = {num_codes:,}", len(counts)]
@@ -89,7 +89,7 @@ def _print_kind(
 
 
 def _kinds(network: str) -> dict[tuple[int, int], list[int]]:
-  """{(D, K): N of every layer} of a recipe for ImageNet."""
+  """Returns {(D, K): N of every layer} of a recipe for ImageNet."""
   config = importlib.import_module(f"configs.{network}").get_config(
     "imagenet2012"
   )
@@ -103,7 +103,7 @@ def _kinds(network: str) -> dict[tuple[int, int], list[int]]:
 
 
 def _floor(counts: Sequence[int], length: int, num_codes: int) -> float:
-  """Microseconds an H100 needs at least."""
+  """Returns the least microseconds that an H100 needs."""
   return kmeans_methods.floor_us(sum(counts), length, num_codes)
 
 
@@ -116,7 +116,7 @@ def _draws(counts: Sequence[int], length: int) -> list[jax.Array]:
 def _microseconds(
   counts: Sequence[int], length: int, num_codes: int, repeats: int
 ) -> float:
-  """An iteration of ours, over all layers."""
+  """Returns microseconds of an iteration of pqf_jax over all layers."""
   layers = [jax.device_put(draw) for draw in _draws(counts, length)]
   keys = jax.random.split(jax.random.key(0), len(layers))
 
@@ -133,7 +133,7 @@ def _microseconds(
 def _flash(
   counts: Sequence[int], length: int, num_codes: int, repeats: int
 ) -> float:
-  """An iteration of flash-kmeans, over a batch of equal layers."""
+  """Returns microseconds of an iteration of flash-kmeans on equal layers."""
   num_steps = 20
   layers = np.stack(_draws(counts, length))
   fit = kmeans_methods.flash_batch(layers, np.arange(num_codes), num_steps)

@@ -2,8 +2,8 @@
 
 A method fits a codebook from given first centroids in a given number of
 iterations, without subsampling or early stop, and assigns sub-vectors to a
-codebook as its iterations do. What it keeps on the device is there before the
-clock starts.
+codebook as its iterations do. Its data are on the device before the clock
+starts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import kmeans
-from pqf_jax.kmeans import assignment, loop
+from pqf_jax.kmeans import assignment, batching, loop
 from pqf_jax.numerics import bf16_split
 
 Fit = Callable[[], Any]
@@ -26,11 +26,11 @@ Fit = Callable[[], Any]
 
 
 class Method(NamedTuple):
-  """How somebody does k-means.
+  """An implementation of k-means.
 
   Attributes:
     label: for the tables.
-    package: that must be importable.
+    package: Python package that must be importable.
     device: 'gpu', 'cpu' or 'any': where it is run.
     precision: of its distances.
     fit: (vectors [N, D], rows of the first centroids [K], steps, seed) -> Fit.
@@ -50,28 +50,30 @@ class Method(NamedTuple):
 
 
 def available() -> list[Method]:
-  """The methods that can run in this process."""
-  found = [m for m in METHODS if importlib.util.find_spec(m.package)]
-  if jax.default_backend() != "gpu":
-    return [method for method in found if method.device != "gpu"]
-  return [method for method in found if method.device != "cpu"]
+  """Returns the methods that can run in this process."""
+  other = "cpu" if jax.default_backend() == "gpu" else "gpu"
+  return [
+    method
+    for method in METHODS
+    if method.device != other and importlib.util.find_spec(method.package)
+  ]
 
 
-# A second, of one lane, on an H100: 132 processors, 128 lanes, 1.755 GHz.
+# Instructions of an H100 in a second: 132 processors, 128 lanes, 1.755 GHz.
 _INSTRUCTIONS = 132 * 128 * 1.755e9
 
 
 def floor_us(count: int, length: int, num_codes: int) -> float:
-  """Microseconds of D + 3 instructions for each pair on an H100."""
+  """Returns microseconds of D + 3 instructions for each pair on an H100."""
   return count * num_codes * (length + 3) / _INSTRUCTIONS * 1e6
 
 
 def ours(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """All of SR-C but the check for NaN, which copies the data to the host.
+  """Runs pqf_jax, without the check for NaN, which copies data to the host.
 
-  From random sub-vectors, like the others, but of its own draw.
+  It starts from random sub-vectors, as the others do, but draws its own.
   """
   keys = jax.random.split(jax.random.key(seed), 1)
   data = jax.device_put(vectors)
@@ -86,7 +88,7 @@ def ours(
 
 
 def peak_bytes(vectors: np.ndarray, num_codes: int, num_steps: int) -> int:
-  """Arguments, results and temporary memory of `ours`, as compiled."""
+  """Returns the bytes of arguments, results and temporaries of `ours`."""
 
   def run(key: jax.Array, data: jax.Array) -> list[kmeans.KMeansResult]:
     return kmeans.kmeans_of_layers(
@@ -103,10 +105,10 @@ def peak_bytes(vectors: np.ndarray, num_codes: int, num_steps: int) -> int:
 
 
 def fewer_products(count: int) -> Callable[..., Fit]:
-  """`ours`, with the first `count` of the six products of `pieces`."""
+  """Returns `ours` with the first `count` products of the bf16 split."""
 
   def method(*arguments: Any) -> Fit:
-    loop._loop.clear_cache()  # it holds programs with six
+    loop.run_steps.clear_cache()  # it holds programs with six
     exact = ours(*arguments)
 
     def fit() -> jax.Array:
@@ -119,13 +121,13 @@ def fewer_products(count: int) -> Callable[..., Fit]:
 
 
 def fewer_products_assign(count: int) -> Callable[..., Any]:
-  """As `fewer_products` assigns."""
+  """Returns the assignment of `fewer_products`."""
 
   @jax.jit
   def codes(vectors: jax.Array, codebook: jax.Array) -> jax.Array:
-    blocks = assignment.to_blocks(vectors)
-    layers = jnp.zeros(blocks.shape[0], jnp.int32)
-    columns = assignment.split_columns(blocks)
+    batch = batching.make_batch([vectors])
+    columns = batching.split_columns(batch.tiles)
+    layers = batch.layout.layers
     return assignment.nearest_centroid(columns, codebook[None], layers)
 
   def assign(vectors: np.ndarray, codebook: np.ndarray) -> jax.Array:
@@ -138,7 +140,7 @@ def fewer_products_assign(count: int) -> Callable[..., Any]:
 def sklearn_lloyd(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """KMeans of scikit-learn, on the CPU."""
+  """Runs KMeans of scikit-learn, on the CPU."""
   from sklearn import cluster  # optional peer
 
   model = cluster.KMeans(
@@ -155,7 +157,7 @@ def sklearn_lloyd(
 def faiss_lloyd(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """Kmeans of FAISS on the CPU."""
+  """Runs Kmeans of FAISS on the CPU."""
   import faiss  # optional peer
 
   def fit() -> np.ndarray:
@@ -189,7 +191,7 @@ def _assigned(data: Any, codebook: Any) -> Any:
 def torch_lloyd(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """The strongest plain PyTorch form: no launch or pass that could be saved."""
+  """Runs the fastest plain PyTorch that we found: no launch can be saved."""
   import torch
 
   data = _on_device(vectors)
@@ -210,7 +212,7 @@ def torch_lloyd(
 def torch_paper(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """SR-C as the paper writes it: 16 chunks, noise on the data, then means."""
+  """Runs SR-C as the paper writes it: 16 chunks, noise on the data, means."""
   import torch
 
   data = _on_device(vectors)
@@ -240,20 +242,20 @@ def torch_paper(
 
 
 def torch_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-  """As both torch methods assign."""
+  """Assigns like both torch methods."""
   return _assigned(_on_device(vectors), _on_device(codebook)).cpu().numpy()
 
 
 def flash(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """flash-kmeans, whose loop asks for the movement of the centroids."""
+  """Runs flash-kmeans, whose loop waits for the movement of the centroids."""
   fit = flash_batch(vectors[None], rows, num_steps)
   return lambda: fit()[0]
 
 
 def flash_batch(vectors: np.ndarray, rows: np.ndarray, num_steps: int) -> Fit:
-  """flash-kmeans of equally many sub-vectors each, [L, N, D], in one call."""
+  """Runs flash-kmeans on L equally large layers [L, N, D] in one call."""
   import flash_kmeans  # optional peer
 
   data = _on_device(vectors)
@@ -272,7 +274,7 @@ def flash_batch(vectors: np.ndarray, rows: np.ndarray, num_steps: int) -> Fit:
 
 
 def flash_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-  """As flash-kmeans assigns."""
+  """Assigns like flash-kmeans."""
   from flash_kmeans import assign_euclid_triton
 
   data, centroids = _on_device(vectors)[None], _on_device(codebook)[None]
@@ -285,9 +287,9 @@ def flash_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 def fast(
   vectors: np.ndarray, rows: np.ndarray, num_steps: int, seed: int
 ) -> Fit:
-  """Fastkmeans, which draws the first rows itself and sends the data along.
+  """Runs fastkmeans, which draws the first rows and copies the data itself.
 
-  The data are reordered so that its draw finds the given rows.
+  The data are reordered so that it draws the given rows.
   """
   import fastkmeans  # optional peer
   import torch
@@ -311,7 +313,7 @@ def fast(
 
 
 def fast_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-  """As fastkmeans assigns when it trains: in float16."""
+  """Assigns like fastkmeans when it trains: in float16."""
   import torch
   from fastkmeans import triton_kernels
 
@@ -326,7 +328,7 @@ def fast_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def exact_assign(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-  """Argmin in float64, to judge others by."""
+  """Returns the argmin in float64, to compare others with."""
   wide = np.asarray(codebook, np.float64)
   norms = np.square(wide).sum(axis=1)
   return np.concatenate(

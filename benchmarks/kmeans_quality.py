@@ -1,15 +1,15 @@
-"""Squared error of k-means on real kernels: what each part of ours is worth.
+"""Squared error of k-means on real kernels: the gain of each part of it.
 
     python -m benchmarks.kmeans_quality --weights FILE.safetensors ...
 
 Every entry is the mean squared error of a sub-vector relative to the authors'
 rule at T = 1000 (noise of amplitude 1, an empty cluster's centroid becomes 0,
-the data mean), mean and standard deviation over the seeds. Table 1 adds what
-`annealing.method` says to the paper's, one after the other; table 2 compares
-rules for empty clusters.
+the data mean), mean and standard deviation over the seeds. Table 1 starts from
+the paper's settings and adds those of `annealing.method` one after the other;
+table 2 compares rules for empty clusters.
 
 The files hold PyTorch kernels [C_out, C_in, kh, kw] under torch names; layers
-that no file has are left out. 10 minutes on an H100, mostly compilation.
+that no file has are left out. Takes 10 minutes on an H100, mostly compilation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ import numpy as np
 import safetensors.numpy
 from jax import lax
 
-from pqf_jax import kmeans
-from pqf_jax.kmeans import annealing, batching, empty_clusters, iteration, loop
+from pqf_jax.kmeans import annealing, batching, empty_clusters, kmeans, loop
 
 # Small and large layers of ResNet-18 and MobileNetV2, 'torch name:length of a
 # sub-vector'.
@@ -52,27 +51,27 @@ class Method(NamedTuple):
   """A kind of k-means.
 
   Attributes:
-    num_steps: T, transfers included.
+    num_steps: T, Hartigan's steps included.
     changed: (attribute, value) pairs that differ from `annealing.method`.
-    reseed: rule for empty clusters.
+    empty_rule: rule for empty clusters.
     plus_plus: k-means++ instead of random sub-vectors as a start.
   """
 
   num_steps: int
   changed: tuple[tuple[str, float], ...] = ()
-  reseed: iteration.Rule = empty_clusters.split_worst
+  empty_rule: empty_clusters.Rule = empty_clusters.split_worst
   plus_plus: bool = False
 
 
 def to_zero(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
-  """The authors' rule: the centroid of an empty cluster becomes 0."""
+  """Moves the centroids of empty clusters to 0: the authors' rule."""
   return empty_clusters.Proposal(
     clusters.means, jnp.maximum(clusters.counts, 1), _no_spread(clusters)
   )
 
 
 def keep(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
-  """The centroid of an empty cluster stays where it is (and gets noise)."""
+  """Keeps the centroids of empty clusters where they are, and adds noise."""
   empty = clusters.counts[:, None] == 0
   return empty_clusters.Proposal(
     jnp.where(empty, clusters.codebook, clusters.means),
@@ -82,7 +81,7 @@ def keep(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
 
 
 def split_largest(clusters: empty_clusters.Clusters) -> empty_clusters.Proposal:
-  """Empty clusters move next to the clusters with most sub-vectors."""
+  """Places empty clusters next to the clusters with most sub-vectors."""
   return empty_clusters.split(clusters, clusters.counts)
 
 
@@ -94,7 +93,7 @@ def _no_spread(clusters: empty_clusters.Clusters) -> jax.Array:
 def plus_plus_start(
   key: jax.Array, vectors: jax.Array, *, num_codes: int
 ) -> jax.Array:
-  """K-means++ (Arthur and Vassilvitskii, 2007): K rows of `vectors`."""
+  """Draws K rows by k-means++ (Arthur and Vassilvitskii, 2007)."""
 
   def choose(
     state: tuple[jax.Array, jax.Array], choice_key: jax.Array
@@ -115,26 +114,28 @@ def measure(
   """Returns the final squared error of `num_seeds` runs, [num_seeds]."""
   # All seeds in one call.
   count, length = vectors.shape
-  packed = batching.pack([vectors] * num_seeds)
+  batch = batching.make_batch([vectors] * num_seeds)
   keys = jax.random.split(jax.random.key(0), (2, num_seeds))
   start = plus_plus_start if method.plus_plus else random_start
   starts = [start(key, vectors, num_codes=num_codes) for key in keys[0]]
   annealed = annealing.method(count, length, num_codes)
   annealed = annealed._replace(**dict(method.changed))
-  last = annealed.num_transfers(method.num_steps)
-  num_moves = method.num_steps - last
-  shape = num_moves, num_codes, length
+  num_last = annealed.num_hartigan_steps(method.num_steps)
+  num_annealed = method.num_steps - num_last
+  shape = num_annealed, num_codes, length
   normals = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1]]
   fitted = loop.fit(
-    packed,
+    batch,
     jnp.stack(starts),
-    annealing.make_schedule(num_moves, [annealed] * num_seeds),
+    annealing.make_schedule(num_annealed, [annealed] * num_seeds),
     jnp.stack(normals, axis=1),
-    options=iteration.Options(
-      most_rows=packed.blocks[:, :, 0].size // num_seeds,
-      num_transfers=last,
-      num_own_blocks=len(packed.blocks) if annealed.weighs_own else 0,
-      reseed=method.reseed,
+    options=loop.Options(
+      most_rows=batch.tiles[:, :, 0].size // num_seeds,
+      num_hartigan_steps=num_last,
+      num_hartigan_tiles=(
+        len(batch.tiles) if annealed.assigns_by_hartigan else 0
+      ),
+      empty_rule=method.empty_rule,
     ),
   )
   return np.asarray(fitted.distortion[:, -1])
@@ -143,34 +144,34 @@ def measure(
 def random_start(
   key: jax.Array, vectors: jax.Array, *, num_codes: int
 ) -> jax.Array:
-  """The start of `annealed_kmeans`."""
+  """Returns a start drawn as by `annealed_kmeans`."""
   return vectors[kmeans.random_rows(key[None], [len(vectors)], num_codes)[0]]
 
 
-# What the paper has, in the order in which it is taken back.
+# The paper's settings, in the order in which the table replaces them.
 _PAPER = (
   ("amplitude", 1.0),
   ("momentum", 0.0),
-  ("ends_in_transfers", False),
-  ("weighs_own", False),
+  ("ends_by_hartigan", False),
+  ("assigns_by_hartigan", False),
 )
 AUTHORS = Method(1000, _PAPER, to_zero)
 TABLES = {
-  "what each part is worth": {
+  "the gain of each part": {
     "authors, 1000": AUTHORS,
     "authors, 100": AUTHORS._replace(num_steps=100),
     "+ split_worst": Method(100, _PAPER),
     "+ amplitude": Method(100, _PAPER[1:]),
     "+ momentum": Method(100, _PAPER[2:]),
-    "+ last transfers": Method(100, _PAPER[3:]),
-    "+ own weight: 100 steps": Method(100),
+    "+ Hartigan's last steps": Method(100, _PAPER[3:]),
+    "+ Hartigan's rule: 100 steps": Method(100),
     "1000 steps": Method(1000),
     "1000, only split_worst": Method(1000, _PAPER),
     "100, k-means++": Method(100, plus_plus=True),
     "100, no noise": Method(100, (("amplitude", 0.0),)),
   },
   "rules for empty clusters, 100 steps": {
-    rule.__name__: Method(100, reseed=rule)
+    rule.__name__: Method(100, empty_rule=rule)
     for rule in (to_zero, keep, split_largest, empty_clusters.split_worst)
   },
 }
@@ -211,12 +212,12 @@ def main() -> None:
       reference = errors(name, AUTHORS).mean()
       cells = [errors(name, each) / reference for each in methods.values()]
       means.append([cell.mean() for cell in cells])
-      told = [f"{cell.mean():.4f} ± {cell.std():.4f}" for cell in cells]
+      texts = [f"{cell.mean():.4f} ± {cell.std():.4f}" for cell in cells]
       shape = ", ".join(map(str, (*vectors.shape, _num_codes(vectors))))
-      print(f"| {name}, {shape} | " + " | ".join(told) + " |", flush=True)
+      print(f"| {name}, {shape} | " + " | ".join(texts) + " |", flush=True)
     for name, summary in {"mean": np.mean, "highest": np.max}.items():
-      told = [f"{value:.4f}" for value in summary(means, axis=0)]
-      print(f"| {name} | " + " | ".join(told) + " |")
+      texts = [f"{value:.4f}" for value in summary(means, axis=0)]
+      print(f"| {name} | " + " | ".join(texts) + " |")
 
 
 def _num_codes(vectors: jax.Array) -> int:

@@ -1,4 +1,21 @@
-"""K-means on accelerators, exact and reproducible: `kmeans` and `assign`."""
+"""K-means on accelerators, exact and reproducible: two doors.
+
+- k-means: `annealed_kmeans`, `lloyd_kmeans` and, for several layers at once,
+  `kmeans_of_layers`; each result is a `KMeansResult`.
+- `assign`: the nearest centroid of every sub-vector.
+
+The modules, in the order of reading:
+
+- `reference`: the whole algorithm in plain NumPy.
+- `kmeans`: the formulas, and the first door.
+- `annealing`: noise and momentum of every step, and which rule assigns.
+- `loop`: one step, and the loop over all of them.
+- `assignment`: nearest centroids, and the second door.
+- `hartigan`: the rule that assigns where clusters are small.
+- `empty_clusters`: the rule for centroids of clusters without sub-vectors.
+- `batching`: several layers in one set of tiles.
+- `backends`: kernels and sums of each platform.
+"""
 
 from pqf_jax.kmeans.assignment import assign as assign
 from pqf_jax.kmeans.kmeans import KMeansResult as KMeansResult

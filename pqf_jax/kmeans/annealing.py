@@ -1,4 +1,4 @@
-"""How a layer is annealed: how much noise and momentum, in which step."""
+"""How a layer is annealed: its noise and momentum in every step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-OWN_WEIGHT = 0.5
-"""`weight` of the transfers by which steps assign: many move at once, with 1 it
-is too many."""
+HARTIGAN_WEIGHT = 0.5
+"""Weight of a sub-vector in its own cluster in steps that assign by Hartigan's
+rule. Many move at once in such a step, and 1 would be too many."""
 
 
 class Method(NamedTuple):
@@ -18,40 +18,40 @@ class Method(NamedTuple):
 
   Attributes:
     amplitude: of the noise, a.
-    momentum: a multiple of 1/4 below 1, so that products with it can be exact:
-      a centroid goes so much further than the mean, by the way to it and by the
-      move before.
-    weighs_own: whether steps assign by transfers of `OWN_WEIGHT` instead of to
-      the nearest centroid.
-    ends_in_transfers: whether the last tenth of the steps are transfers.
+    momentum: how much further than the mean a centroid goes, as a share of the
+      way to the mean and of the move before. A multiple of 1/4 below 1, so that
+      products with it can be exact.
+    assigns_by_hartigan: whether steps assign by Hartigan's rule, with
+      `HARTIGAN_WEIGHT`, instead of to the nearest centroid.
+    ends_by_hartigan: whether the last tenth of the steps are Hartigan's.
   """
 
   amplitude: float
   momentum: float
-  weighs_own: bool
-  ends_in_transfers: bool = True
+  assigns_by_hartigan: bool
+  ends_by_hartigan: bool = True
 
-  def num_transfers(self, num_steps: int) -> int:
-    """How many of the steps are transfers: the last tenth, at most 20.
+  def num_hartigan_steps(self, num_steps: int) -> int:
+    """Returns how many steps are Hartigan's: the last tenth, at most 20.
 
-    They find what they can in 10 to 20 steps, where clusters are small.
+    Where clusters are small, more than 10 to 20 steps improve nothing.
     """
-    return min(20, num_steps // 10) if self.ends_in_transfers else 0
+    return min(20, num_steps // 10) if self.ends_by_hartigan else 0
 
 
-LLOYD = Method(0.0, 0.0, weighs_own=False, ends_in_transfers=False)
+LLOYD = Method(0.0, 0.0, assigns_by_hartigan=False, ends_by_hartigan=False)
 """Plain k-means."""
 
 
 def method(count: int, length: int, num_codes: int) -> Method:
-  """What is best for N sub-vectors of length D and K centroids.
+  """Returns the best method for N sub-vectors of length D and K centroids.
 
   - Noise has to be of the size of a cell, to move sub-vectors from one to
     another. The cells of short sub-vectors are small compared with the data,
     and the mean of many moves less (the root of n_j). The paper has 1.
   - Large clusters move slowly and straight on; small ones would overshoot.
-  - Where clusters are large, assigning by transfers comes to the nearest
-    centroid, which costs a third to a half.
+  - Where clusters are large, Hartigan's rule gives the nearest centroid, which
+    costs a third to a half as much to find.
 
   Measured on 14 layers (docs/kmeans_quality.md).
 
@@ -64,7 +64,7 @@ def method(count: int, length: int, num_codes: int) -> Method:
   return Method(
     amplitude=min(1.0, length**0.5 / 4) * (per_code / 32) ** 0.45,
     momentum=0.75 if per_code >= 100 else 0.5,
-    weighs_own=per_code < 48,
+    assigns_by_hartigan=per_code < 48,
   )
 
 

@@ -1,7 +1,8 @@
-"""The sub-vectors of one or several layers in one set of blocks.
+"""Batches: the sub-vectors of one or several layers in one set of tiles.
 
-They are cut into blocks of 1024; a block belongs to one layer, and what pads a
-layer's last block counts for nothing.
+Sub-vectors are cut into tiles of 1024. A tile belongs to one layer; a layer's
+last tile is padded, and padding counts for nothing. Tiles let layers of any
+size share one program, because a tile may have a codebook of its own.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pqf_jax.kmeans import assignment
 from pqf_jax.numerics import segments
 
+TILE = 1024
+"""Sub-vectors of a tile."""
 
-class Places(NamedTuple):
-  """Which sub-vectors there are.
+
+class Layout(NamedTuple):
+  """The layer of each tile, and how many sub-vectors it holds.
 
   Attributes:
-    layers: [B] int32, the layer of each block. Each device has its share of
+    layers: [B] int32, the layer of each tile. Each device has its share of
       every layer, one layer after the other.
-    filled: [B] int32, the sub-vectors of each block.
+    filled: [B] int32, the number of sub-vectors of each tile.
     sizes: [L] float32, N of each layer.
   """
 
@@ -35,77 +38,75 @@ class Places(NamedTuple):
   sizes: jax.Array
 
 
-class Packed(NamedTuple):
-  """The sub-vectors of L layers, in blocks.
+class Batch(NamedTuple):
+  """The sub-vectors of L layers, in tiles.
 
   Attributes:
-    blocks: [B, 1024, D] float32, zeros behind a layer's last sub-vector.
-    places: which of them are sub-vectors, and of which layer.
+    tiles: [B, 1024, D] float32, zeros behind a layer's last sub-vector.
+    layout: the layer of each tile, and how full it is.
   """
 
-  blocks: jax.Array
-  places: Places
+  tiles: jax.Array
+  layout: Layout
 
 
-def pack(layers: Sequence[jax.Array], *, num_shards: int = 1) -> Packed:
-  """Packs sub-vectors [N_l, D] of each layer.
+def make_batch(layers: Sequence[jax.Array], *, num_shards: int = 1) -> Batch:
+  """Puts the sub-vectors [N_l, D] of each layer into tiles.
 
   Args:
-    layers: one array a layer, of the same D.
-    num_shards: devices over which the blocks will be spread; the number of
-      blocks of one layer becomes a multiple of it.
+    layers: one array for each layer, of the same D.
+    num_shards: devices over which the tiles will be spread; the number of tiles
+      of one layer becomes a multiple of it.
 
   Returns:
-    The blocks; all but their content is known without running anything.
+    The batch. Its layout depends on the shapes only.
   """
   counts = [vectors.shape[0] for vectors in layers]
-  bounds = block_bounds(counts, num_shards)
-  blocks, owners, filled = [], [], []
+  bounds = tile_bounds(counts, num_shards)
+  tiles, owners, filled = [], [], []
   for index, vectors in enumerate(layers):
     shape = num_shards, bounds[index + 1] - bounds[index]
-    padding = math.prod(shape) * assignment.BLOCK - counts[index]
+    padding = math.prod(shape) * TILE - counts[index]
     padded = jnp.pad(vectors, ((0, padding), (0, 0)))
-    blocks.append(padded.reshape(*shape, assignment.BLOCK, vectors.shape[1]))
-    starts = np.arange(math.prod(shape)).reshape(shape) * assignment.BLOCK
+    tiles.append(padded.reshape(*shape, TILE, vectors.shape[1]))
+    starts = np.arange(math.prod(shape)).reshape(shape) * TILE
     owners.append(np.full(shape, index, np.int32))
-    filled.append(np.clip(counts[index] - starts, 0, assignment.BLOCK))
-  joined = jnp.concatenate(blocks, axis=1).astype(jnp.float32)
-  places = Places(
+    filled.append(np.clip(counts[index] - starts, 0, TILE))
+  joined = jnp.concatenate(tiles, axis=1).astype(jnp.float32)
+  layout = Layout(
     layers=jnp.asarray(np.concatenate(owners, axis=1).reshape(-1)),
     filled=jnp.asarray(np.concatenate(filled, axis=1).reshape(-1), jnp.int32),
     sizes=jnp.asarray(counts, jnp.float32),
   )
-  return Packed(joined.reshape(-1, *joined.shape[2:]), places)
+  return Batch(joined.reshape(-1, *joined.shape[2:]), layout)
 
 
-def block_bounds(counts: Sequence[int], num_shards: int = 1) -> list[int]:
-  """First block of each layer on every device, and the number of all: [L + 1].
+def tile_bounds(counts: Sequence[int], num_shards: int = 1) -> list[int]:
+  """Returns the first tile of each layer on a device, then their number: [L+1].
 
   Args:
     counts: N of each layer.
     num_shards: devices.
   """
-  unit = assignment.BLOCK * num_shards
+  unit = TILE * num_shards
   return np.cumsum([0, *(-(-count // unit) for count in counts)]).tolist()
 
 
-def places_of_rows(
+def rows_in_batch(
   rows: jax.Array, counts: Sequence[int], *, num_shards: int = 1
 ) -> jax.Array:
-  """Where in [B * 1024] the given rows of each layer are, [L, K] both."""
-  bounds = (
-    np.array(block_bounds(counts, num_shards), np.int32) * assignment.BLOCK
-  )
+  """Finds rows of each layer among the [B * 1024] of a batch, [L, K] both."""
+  bounds = np.array(tile_bounds(counts, num_shards), np.int32) * TILE
   on_each = np.diff(bounds)[:, None]
   return rows // on_each * bounds[-1] + bounds[:-1, None] + rows % on_each
 
 
-def unpack(
+def split_batch(
   values: jax.Array, counts: Sequence[int], *, num_shards: int = 1
 ) -> list[jax.Array]:
-  """[N_l] of each layer, of [B, 1024] packed as `pack` does."""
+  """Returns the [N_l] values of each layer from the [B, 1024] of a batch."""
   shares = values.reshape(num_shards, -1, values.shape[1])
-  bounds = block_bounds(counts, num_shards)
+  bounds = tile_bounds(counts, num_shards)
   return [
     shares[:, first:end].reshape(-1)[:count]
     for count, (first, end) in zip(
@@ -114,32 +115,42 @@ def unpack(
   ]
 
 
-def inside(places: Places) -> jax.Array:
-  """[B, 1024] bool: which entries are sub-vectors, not padding."""
-  place = jnp.arange(assignment.BLOCK, dtype=jnp.int32)
-  return place[None] < places.filled[:, None]
+def split_columns(tiles: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the D columns, each [B, 1024], of tiles [B, 1024, D].
+
+  Everything below works on columns, because the long axis is the one that
+  vector lanes, threads and cores should run along.
+  """
+  return tuple(tiles[:, :, i] for i in range(tiles.shape[2]))
 
 
-def totals(
-  places: Places,
+def mask(layout: Layout) -> jax.Array:
+  """Returns [B, 1024] bool: which entries are sub-vectors, not padding."""
+  place = jnp.arange(TILE, dtype=jnp.int32)
+  return place[None] < layout.filled[:, None]
+
+
+def layer_sums(
+  layout: Layout,
   values: jax.Array,
   *,
   most_rows: int,
   axis_name: str | None = None,
 ) -> jax.Array:
-  """Sums [B, 1024, C] of each layer, [L, C], exactly.
+  """Sums values [B, 1024, C] over each layer, exactly: [L, C].
 
   Args:
-    places: says which layer a block belongs to.
+    layout: says which layer a tile belongs to.
     values: float32, 0 where there is no sub-vector.
-    most_rows: of a layer on one device, padding included.
-    axis_name: of the devices over which the blocks are spread (`shard_map`).
+    most_rows: rows of the largest layer on one device, padding included.
+    axis_name: name of the `shard_map` axis over which the tiles are spread, or
+      None.
   """
-  scale = scales(places, values, axis_name=axis_name)
-  words = segments.to_words(values / scale[places.layers][:, None])
+  scale = layer_scales(layout, values, axis_name=axis_name)
+  words = segments.to_words(values / scale[layout.layers][:, None])
   sums = segments.word_sums(
     words.reshape(-1, words.shape[2]),
-    jnp.repeat(places.layers, assignment.BLOCK),
+    jnp.repeat(layout.layers, TILE),
     scale.shape[0],
     most_added=most_rows,
     axis_name=axis_name,
@@ -147,12 +158,12 @@ def totals(
   return segments.from_words(sums) * scale
 
 
-def scales(
-  places: Places, values: jax.Array, *, axis_name: str | None = None
+def layer_scales(
+  layout: Layout, values: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:
-  """The power of two above each layer's largest entries, [L, C]."""
+  """Returns the power of two above each layer's largest entries, [L, C]."""
   largest = jax.ops.segment_max(
-    jnp.abs(values).max(axis=1), places.layers, places.sizes.size
+    jnp.abs(values).max(axis=1), layout.layers, layout.sizes.size
   )
   if axis_name is not None:
     largest = lax.pmax(largest, axis_name)

@@ -1,16 +1,17 @@
-"""Where the centroids of empty clusters go."""
+"""Rules that place the centroids of empty clusters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Offset of a re-seeded centroid from its donor's mean, in units of the donor
-# cluster's root mean squared distance per dimension. 0.1 to 1 score alike.
-_SPLIT_OFFSET = 0.3
+SPLIT_OFFSET = 0.3
+"""Offset of a new centroid from its donor's mean, in units of the donor
+cluster's root mean squared distance per dimension. 0.1 to 1 score alike."""
 
 
 class Clusters(NamedTuple):
@@ -30,7 +31,7 @@ class Clusters(NamedTuple):
 
 
 class Proposal(NamedTuple):
-  """Where the next centroids go, before the noise of the schedule.
+  """The next centroids, before the noise of the schedule.
 
   Attributes:
     centroids: [K, D] float32.
@@ -43,12 +44,17 @@ class Proposal(NamedTuple):
   spread: jax.Array
 
 
-def split_worst(clusters: Clusters) -> Proposal:
-  """Re-seeds empty clusters next to the clusters with the largest error.
+Rule = Callable[[Clusters], Proposal]
+"""Moves centroids to the means of their clusters, and those of empty ones."""
 
-  The i-th empty cluster moves to the mean of the cluster with the i-th largest
-  sum of squared distances, plus a Gaussian offset of 0.3 times that cluster's
-  root mean squared distance per dimension. Others move to their mean.
+
+def split_worst(clusters: Clusters) -> Proposal:
+  """Places empty clusters next to the clusters with the largest error.
+
+  The centroid of the i-th empty cluster moves to the mean of the cluster with
+  the i-th largest sum of squared distances, plus a Gaussian offset of 0.3 times
+  that cluster's root mean squared distance per dimension. Every other centroid
+  moves to its mean.
 
   Of four rules this one ends with the least squared error
   (docs/kmeans_quality.md). Moving to the farthest sub-vectors scored alike.
@@ -57,13 +63,13 @@ def split_worst(clusters: Clusters) -> Proposal:
 
 
 def split(clusters: Clusters, priority: jax.Array) -> Proposal:
-  """Re-seeds empty clusters next to those with the highest `priority` [K]."""
+  """Places empty clusters next to those with the highest `priority` [K]."""
   num_codes, length = clusters.means.shape
   empty = clusters.counts == 0
-  own = jnp.arange(num_codes, dtype=jnp.int32)
-  source = jnp.where(empty, _donors(priority, empty), own)
+  numbers = jnp.arange(num_codes, dtype=jnp.int32)
+  source = jnp.where(empty, _donors(priority, empty), numbers)
   counts = jnp.maximum(clusters.counts, 1)[source]
-  spread = _SPLIT_OFFSET * jnp.sqrt(clusters.errors[source] / counts / length)
+  spread = SPLIT_OFFSET * jnp.sqrt(clusters.errors[source] / counts / length)
   return Proposal(
     centroids=clusters.means[source],
     counts=counts,
@@ -72,7 +78,7 @@ def split(clusters: Clusters, priority: jax.Array) -> Proposal:
 
 
 def _donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
-  """[K]: for the i-th empty cluster, the cluster of i-th highest priority."""
+  """Returns [K]: the i-th empty cluster gets the i-th highest priority."""
   return lax.platform_dependent(
     priority, empty, cpu=_sorted_donors, default=_counted_donors
   )
@@ -90,8 +96,8 @@ def _counted_donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
   A sort and a scan are several small programs on a GPU, which take longer than
   the assignment of a small layer.
   """
-  own = jnp.arange(priority.size, dtype=jnp.int32)
-  before = own[None, :] < own[:, None]
+  numbers = jnp.arange(priority.size, dtype=jnp.int32)
+  before = numbers[None, :] < numbers[:, None]
   higher = priority[None, :] > priority[:, None]
   equal = priority[None, :] == priority[:, None]
   # Two counts below K in one number below K^2: a pass less.
@@ -101,4 +107,4 @@ def _counted_donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
   both = (ahead + base * empties).sum(axis=1, dtype=jnp.uint32)
   turn, rank = jnp.divmod(both, base)
   chosen = rank[None, :] == turn[:, None]
-  return jnp.where(chosen, own[None, :], 0).sum(axis=1, dtype=jnp.int32)
+  return jnp.where(chosen, numbers[None, :], 0).sum(axis=1, dtype=jnp.int32)

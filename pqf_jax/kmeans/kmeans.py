@@ -13,7 +13,7 @@ paper adds noise a_t * std * z to the *data* before taking the mean; the mean of
 n_j such draws is the formula above, exactly in distribution, with K * D normal
 numbers a step instead of N * D. The last step has no noise (a_T = 0).
 
-Four things are not the paper's (`annealing.method`). With them 100 steps end
+Four things differ from the paper (`annealing.method`). With them 100 steps end
 with 0.3 % less squared error than the authors' rule (a = 1, an empty cluster's
 centroid becomes 0) after 1000, on the mean of 14 layers, and 1000 with 0.8 %
 less (docs/kmeans_quality.md):
@@ -21,9 +21,10 @@ less (docs/kmeans_quality.md):
 - The amplitude a, 1 in the paper, is larger where clusters are.
 - Centroids go further than the mean, by a part of the way to it and of their
   last move: over-relaxation (Lee, Baek and Sung, 1997) and momentum.
-- Where clusters are small, a sub-vector is assigned with regard to what it
-  contributes to its own centroid, half as much as in a transfer.
-- The last steps are transfers (`pqf_jax.kmeans.hartigan`).
+- Where clusters are small, steps assign by Hartigan's rule
+  (`pqf_jax.kmeans.hartigan`) with half its weight: it accounts for the share
+  that a sub-vector has in its own centroid.
+- The last steps are Hartigan's, with full weight and without noise.
 
 Assignment is exact float32 without N x K memory (`pqf_jax.kmeans.assignment`),
 sums are exact (`pqf_jax.numerics.segments`): a result is the same at every run,
@@ -42,21 +43,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pqf_jax import errors
-from pqf_jax.kmeans import annealing, assignment, batching, iteration, loop
+from pqf_jax.kmeans import annealing, batching, loop
 
 LARGEST = 1e15
 """Squared distances of larger sub-vectors could overflow float32."""
 
 
 class KMeansResult(NamedTuple):
-  """What k-means returns: `vectors` is close to `codebook[codes]`.
+  """The result of k-means: `vectors` is close to `codebook[codes]`.
 
   Attributes:
     codebook: [K, D] float32 centroids.
     codes: [N] int32, nearest centroid of every sub-vector in `codebook`.
     distortion: [T + 1] float32, squared error of a sub-vector (summed over D,
-      averaged over N). Entry t is measured before step t + 1, the last entry
-      is that of the returned (codebook, codes).
+      averaged over N). Entry t is measured in step t + 1: after its assignment
+      and before the centroids move, but after their move if the step is
+      Hartigan's. The last entry is that of the returned (codebook, codes).
     variance: [] float32, of the N * D entries of the sub-vectors.
   """
 
@@ -76,10 +78,10 @@ def annealed_kmeans(
 ) -> KMeansResult:
   """Runs SR-C k-means (see the module docstring) from random sub-vectors.
 
-  Empty clusters are re-seeded by `reseeding.split_worst`. The result depends
-  only on the arguments; one compilation serves all calls with the same N, D,
-  `num_codes` and `num_steps`. Works under `jit` and `vmap`, then without the
-  check for NaN.
+  `empty_clusters.split_worst` places the centroids of empty clusters. The
+  result depends only on the arguments; one compilation serves all calls with
+  the same N, D, `num_codes` and `num_steps`. Works under `jit` and `vmap`, then
+  without the check for NaN.
 
   Args:
     key: PRNG key, consumed.
@@ -111,7 +113,7 @@ def lloyd_kmeans(
   num_steps: int,
   mesh: Mesh | None = None,
 ) -> KMeansResult:
-  """Runs plain k-means (Lloyd, 1982), without noise, momentum or transfers.
+  """Runs plain k-means (Lloyd, 1982): no noise, momentum or Hartigan's rule.
 
   Its error never increases, but ends 0.3 % (131072 sub-vectors) to 20 % (4096)
   above the annealed one.
@@ -153,7 +155,8 @@ def kmeans_of_layers(
 
   A set's codebook and codes are, to the bit, those of a call with this set
   alone (not under a `jit` of the caller, where they may differ by rounding).
-  Small sets then cost what their sub-vectors cost, not a dozen launches a step.
+  Small sets then cost as much as their sub-vectors, not a dozen launches a
+  step.
 
   Args:
     keys: [L] PRNG keys, consumed.
@@ -165,22 +168,29 @@ def kmeans_of_layers(
       are spread already, or one that holds a copy.
 
   Returns:
-    One result a set.
+    One result for each set.
   """
   if mesh is None:
-    layers = [_one_copy(vectors) for vectors in layers]
+    layers = [_on_one_device(vectors) for vectors in layers]
     mesh = _mesh_of(layers)
   methods = [
-    annealing.method(*vectors.shape, num_codes) if annealed else annealing.LLOYD
+    _method(vectors, num_codes) if annealed else annealing.LLOYD
     for vectors in layers
   ]
-  # Blocks of layers that weigh their own come first, as `Options` asks.
-  order = sorted(range(len(layers)), key=lambda i: not methods[i].weighs_own)
+  # Layers that are assigned by Hartigan's rule come first, as `Options` asks.
+  order = sorted(
+    range(len(layers)), key=lambda i: not methods[i].assigns_by_hartigan
+  )
   layers, methods = [layers[i] for i in order], [methods[i] for i in order]
-  found = _run(
+  results = _run(
     keys[np.array(order)], layers, methods, num_codes, num_steps, mesh
   )
-  return [found[order.index(i)] for i in range(len(layers))]
+  return [results[order.index(i)] for i in range(len(layers))]
+
+
+def _method(vectors: jax.Array, num_codes: int) -> annealing.Method:
+  count, length = vectors.shape
+  return annealing.method(count, length, num_codes)
 
 
 def _run(
@@ -191,26 +201,26 @@ def _run(
   num_steps: int,
   mesh: Mesh | None,
 ) -> list[KMeansResult]:
-  """`kmeans_of_layers`, of layers in the order of their blocks."""
+  """Runs k-means on layers in the order of their tiles."""
   num_shards = 1 if mesh is None else mesh.size
   counts = tuple(vectors.shape[0] for vectors in layers)
-  bounds = batching.block_bounds(counts, num_shards)
-  packed, starts = _packed(keys, tuple(layers), num_codes, num_shards)
-  last = methods[0].num_transfers(num_steps)
-  num_moves = num_steps - last
+  bounds = batching.tile_bounds(counts, num_shards)
+  batch, starts = _batch_and_starts(keys, tuple(layers), num_codes, num_shards)
+  num_last = methods[0].num_hartigan_steps(num_steps)
+  num_annealed = num_steps - num_last
   fitted = loop.fit(
-    packed,
+    batch,
     starts,
-    annealing.make_schedule(num_moves, methods),
-    _normals(keys, num_moves, num_codes, layers[0].shape[1]),
-    options=iteration.Options(
-      most_rows=int(np.diff(bounds).max()) * assignment.BLOCK,
-      num_transfers=last,
-      num_own_blocks=bounds[sum(method.weighs_own for method in methods)],
+    annealing.make_schedule(num_annealed, methods),
+    draw_normals(keys, num_annealed, num_codes, layers[0].shape[1]),
+    options=loop.Options(
+      most_rows=int(np.diff(bounds).max()) * batching.TILE,
+      num_hartigan_steps=num_last,
+      num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
     ),
     mesh=mesh,
   )
-  return _unpacked(fitted, counts, num_shards)
+  return _results(fitted, counts, num_shards)
 
 
 def random_rows(
@@ -237,20 +247,49 @@ def random_rows(
   )
 
 
-def _one_copy(vectors: jax.Array) -> jax.Array:
-  """One of the copies, if every device of several has all of `vectors`."""
+def first_rows(
+  keys: jax.Array, counts: Sequence[int], num_codes: int
+) -> jax.Array:
+  """Returns the rows of each layer that are its first centroids, [L, K]."""
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+  return random_rows(keys, counts, num_codes)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_steps", "num_codes", "length")
+)
+def draw_normals(
+  keys: jax.Array, num_steps: int, num_codes: int, length: int
+) -> jax.Array:
+  """Draws normal numbers, [T, L, K, D]; a layer's depend on its key only.
+
+  A program of its own because it takes a third of the compile time, and
+  depends on (T, K, D) only, so calls with different N share it. 8 bits of a
+  random offset are enough, and make products with them exact in `loop`.
+  """
+
+  def draw(key: jax.Array) -> jax.Array:
+    shape = num_steps, num_codes, length
+    normals = jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
+    return normals.astype(jnp.bfloat16)
+
+  return jax.vmap(draw, out_axes=1)(keys)
+
+
+def _on_one_device(vectors: jax.Array) -> jax.Array:
+  """Returns one copy, if every device of several has all of `vectors`."""
   if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
     return vectors
-  copies = len(vectors.sharding.device_set)
-  if copies > 1 and vectors.is_fully_replicated:
+  num_devices = len(vectors.sharding.device_set)
+  if num_devices > 1 and vectors.is_fully_replicated:
     return vectors.addressable_data(0)
   return vectors
 
 
 def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
-  """The devices over which the layers are spread, if these are several.
+  """Returns the devices over which the layers are spread, if several.
 
-  A kernel cannot be divided among devices by the compiler.
+  The compiler cannot divide a kernel among devices.
   """
   devices = {
     device
@@ -265,47 +304,26 @@ def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
 
 
 @functools.partial(jax.jit, static_argnames=("num_codes", "num_shards"))
-def _packed(
+def _batch_and_starts(
   keys: jax.Array,
   layers: tuple[jax.Array, ...],
   num_codes: int,
   num_shards: int,
-) -> tuple[batching.Packed, jax.Array]:
-  """The layers in blocks, and their first centroids, [L, K, D]."""
+) -> tuple[batching.Batch, jax.Array]:
+  """Returns the layers in tiles, and their first centroids, [L, K, D]."""
   counts = [vectors.shape[0] for vectors in layers]
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-  rows = random_rows(keys, counts, num_codes)
-  places = batching.places_of_rows(rows, counts, num_shards=num_shards)
-  packed = batching.pack(layers, num_shards=num_shards)
-  return packed, packed.blocks.reshape(-1, packed.blocks.shape[2])[places]
-
-
-@functools.partial(
-  jax.jit, static_argnames=("num_steps", "num_codes", "length")
-)
-def _normals(
-  keys: jax.Array, num_steps: int, num_codes: int, length: int
-) -> jax.Array:
-  """[L] keys -> [T, L, K, D] normal numbers; a layer's depend on its key only.
-
-  A program of its own because it takes a third of the compile time, and
-  depends on (T, K, D) only, so calls with different N share it. 8 bits of a
-  random offset are enough, and make `relaxation` exact.
-  """
-
-  def draw(key: jax.Array) -> jax.Array:
-    shape = num_steps, num_codes, length
-    normals = jax.random.normal(jax.random.fold_in(key, 1), shape, jnp.float32)
-    return normals.astype(jnp.bfloat16)
-
-  return jax.vmap(draw, out_axes=1)(keys)
+  rows = batching.rows_in_batch(
+    first_rows(keys, counts, num_codes), counts, num_shards=num_shards
+  )
+  batch = batching.make_batch(layers, num_shards=num_shards)
+  return batch, batch.tiles.reshape(-1, batch.tiles.shape[2])[rows]
 
 
 @functools.partial(jax.jit, static_argnames=("counts", "num_shards"))
-def _unpacked(
-  fitted: iteration.Fitted, counts: tuple[int, ...], num_shards: int
+def _results(
+  fitted: loop.Fitted, counts: tuple[int, ...], num_shards: int
 ) -> list[KMeansResult]:
-  codes = batching.unpack(fitted.codes, counts, num_shards=num_shards)
+  codes = batching.split_batch(fitted.codes, counts, num_shards=num_shards)
   return [
     KMeansResult(*result)
     for result in zip(

@@ -1,9 +1,9 @@
-"""The loop of SR-C k-means over the sub-vectors of one or several layers.
+"""The loop of SR-C k-means over a batch, and one step of it.
 
-Layers share one program: their sub-vectors are cut into blocks of 1024, a block
-belongs to one layer, and what pads a layer's last block has weight 0. All sums
-are exact (`pqf_jax.numerics.segments`), so that a layer's result is the same,
-to the bit, whichever layers it is computed with and on however many devices.
+`pqf_jax.kmeans.reference` is the same algorithm without batches and backends.
+Here a layer's result is the same, to the bit, whichever layers share its batch
+and on however many devices. For this all sums are exact
+(`pqf_jax.numerics.segments`).
 
 Bits are also lost where XLA fuses a product with the addition behind it, or
 does not: a choice that may depend on the shapes. So the mean, the centred data
@@ -16,88 +16,133 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from pqf_jax.kmeans import annealing, assignment, batching, iteration
+from pqf_jax.kmeans import annealing, batching, empty_clusters, hartigan
 from pqf_jax.kmeans.backends import base, selection
 from pqf_jax.numerics import exact
 
 
+class Options(NamedTuple):
+  """The settings that are compiled into the programs.
+
+  Attributes:
+    most_rows: rows of the largest layer on a device, padding included.
+    num_hartigan_steps: Hartigan's steps behind those of the schedule.
+    num_hartigan_tiles: the number of tiles, the first of each device, whose
+      layers' `annealing.Method.assigns_by_hartigan`.
+    empty_rule: the rule that places the centroids of empty clusters.
+    axis_name: name of the `shard_map` axis over which the tiles are spread, or
+      None.
+  """
+
+  most_rows: int
+  num_hartigan_steps: int = 0
+  num_hartigan_tiles: int = 0
+  empty_rule: empty_clusters.Rule = empty_clusters.split_worst
+  axis_name: str | None = None
+
+
+class Prepared(NamedTuple):
+  """The data of the loop, computed once.
+
+  Attributes:
+    points: the sub-vectors, less `offset`.
+    offset: [L, D] float32, the data means.
+    squares: [L, D] float32, sums of x^2.
+  """
+
+  points: base.Points
+  offset: jax.Array
+  squares: jax.Array
+
+
+class Fitted(NamedTuple):
+  """The result of `fit` for L layers.
+
+  Attributes:
+    codebooks: [L, K, D] float32.
+    codes: [B, 1024] int32.
+    distortion: [L, T + num_hartigan_steps + 1] float32, squared error of a
+      sub-vector.
+    variance: [L] float32, of the entries of all sub-vectors.
+  """
+
+  codebooks: jax.Array
+  codes: jax.Array
+  distortion: jax.Array
+  variance: jax.Array
+
+
 def fit(
-  packed: batching.Packed,
+  batch: batching.Batch,
   starts: jax.Array,
   schedule: annealing.Schedule,
   normals: jax.Array,
   *,
-  options: iteration.Options,
+  options: Options,
   mesh: Mesh | None = None,
-) -> iteration.Fitted:
-  """Runs the steps of `schedule`, and then transfers.
+) -> Fitted:
+  """Runs the steps of `schedule`, and then Hartigan's.
 
   Deterministic; all randomness is in `starts` and `normals`.
 
   Args:
-    packed: the sub-vectors.
+    batch: the sub-vectors.
     starts: [L, K, D] float32, the first centroids.
     schedule: of T steps.
     normals: [T, L, K, D] bfloat16 draws of a standard normal.
-    options: what is compiled into the programs.
-    mesh: devices over which the blocks of each layer are spread, or None.
+    options: the settings that are compiled into the programs.
+    mesh: devices over which the tiles of each layer are spread, or None.
 
   Returns:
     Codebooks, codes that match them, and the error of every step.
   """
-  if mesh is None:
-    offsets, prepare, loop = (
-      functools.partial(function, options=options)
-      for function in (_offsets, _prepared, _loop)
-    )
-  else:
-    offsets, prepare, loop = _on_devices(mesh, options)
-  prepared = prepare(packed, offsets(packed))
-  return loop(prepared, starts, schedule, normals)
+  means, prepare, run = _programs(mesh, options)
+  prepared = prepare(batch, means(batch))
+  return run(prepared, starts, schedule, normals)
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _offsets(
-  packed: batching.Packed, *, options: iteration.Options
-) -> jax.Array:
-  """The means of the layers, [L, D]."""
-  totals = batching.totals(
-    packed.places,
-    packed.blocks,
+def layer_means(batch: batching.Batch, *, options: Options) -> jax.Array:
+  """Returns the means of the layers, [L, D]."""
+  sums = batching.layer_sums(
+    batch.layout,
+    batch.tiles,
     most_rows=options.most_rows,
     axis_name=options.axis_name,
   )
-  return totals / packed.places.sizes[:, None]
+  return sums / batch.layout.sizes[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _prepared(
-  packed: batching.Packed, offset: jax.Array, *, options: iteration.Options
-) -> iteration.Prepared:
-  # The data mean is moved to 0: the scores of `nearest` cancel less there.
-  vectors = packed.blocks - offset[packed.places.layers][:, None]
-  vectors = jnp.where(batching.inside(packed.places)[:, :, None], vectors, 0)
+def prepare(
+  batch: batching.Batch, offset: jax.Array, *, options: Options
+) -> Prepared:
+  """Centres the sub-vectors, because scores near 0 cancel less."""
+  layout = batch.layout
+  vectors = batch.tiles - offset[layout.layers][:, None]
+  vectors = jnp.where(batching.mask(layout)[:, :, None], vectors, 0)
   norms = exact.dot(vectors, vectors)[:, :, None]
   scales = functools.partial(
-    batching.scales, packed.places, axis_name=options.axis_name
+    batching.layer_scales, layout, axis_name=options.axis_name
   )
-  squares = batching.totals(
-    packed.places,
+  squares = batching.layer_sums(
+    layout,
     jnp.square(vectors),
     most_rows=options.most_rows,
     axis_name=options.axis_name,
   )
-  return iteration.Prepared(
+  return Prepared(
     points=base.Points(
-      columns=assignment.split_columns(vectors),
+      columns=batching.split_columns(vectors),
       norms=norms[:, :, 0],
-      places=packed.places,
+      layout=layout,
       scale=scales(vectors),
       norm_scale=scales(norms),
     ),
@@ -107,18 +152,18 @@ def _prepared(
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _loop(
-  prepared: iteration.Prepared,
+def run_steps(
+  prepared: Prepared,
   starts: jax.Array,
   schedule: annealing.Schedule,
   normals: jax.Array,
   *,
-  options: iteration.Options,
-) -> iteration.Fitted:
+  options: Options,
+) -> Fitted:
+  """Runs all steps by the backend of the platform; arguments as in `fit`."""
   _, num_codes, length = starts.shape
-  run = functools.partial(iteration.iterate, options=options)
   return selection.by_platform(
-    run,
+    functools.partial(_run_steps, options=options),
     prepared,
     starts,
     schedule,
@@ -129,30 +174,267 @@ def _loop(
   )
 
 
-_SPREAD = PartitionSpec("blocks")
+class _Movable(NamedTuple):
+  """Points whose codes Hartigan's rule may change.
+
+  Attributes:
+    points: see there.
+    vectors: as `base.Backend.split` made them.
+  """
+
+  points: base.Points
+  vectors: jax.Array | None
+
+  def assigned(
+    self, state: _State, codes: jax.Array, weight: float
+  ) -> jax.Array:
+    """Returns the codes [B, 1024] after Hartigan's rule."""
+    return hartigan.assign(
+      self.points.columns,
+      state.codebooks,
+      state.counts,
+      self.points.layout.layers,
+      codes,
+      weight=weight,
+      vectors=self.vectors,
+    )
+
+
+class _Loop(NamedTuple):
+  """The constants of all steps.
+
+  Attributes:
+    backend: of the platform.
+    operands: the points, as the backend prepared them.
+    movable: the points of the tiles that are assigned by Hartigan's rule.
+    prepared: see there.
+    deviation: of each dimension, [L, D].
+    num_codes: K.
+    options: see there.
+  """
+
+  backend: base.Backend
+  operands: Any
+  movable: _Movable
+  prepared: Prepared
+  deviation: jax.Array
+  num_codes: int
+  options: Options
+
+  def totals(self, codes: jax.Array) -> base.Totals:
+    """Returns the sums over each cluster, on all devices."""
+    integers = self.backend.sums(
+      self.operands, codes, self.num_codes, self.options.most_rows
+    )
+    if self.options.axis_name is not None:
+      integers = lax.psum(integers, self.options.axis_name)
+    return self.backend.totals(self.operands, integers)
+
+
+class _State(NamedTuple):
+  """The arrays that one step hands to the next.
+
+  Attributes:
+    codebooks: [L, K, D].
+    velocity: [L, K, D], their last moves.
+    codes: [B, 1024], the assignment that `codebooks` was computed from.
+    counts: [L, K], the sizes of its clusters; for an empty one, that of the
+      cluster beside which its centroid was put.
+  """
+
+  codebooks: jax.Array
+  velocity: jax.Array
+  codes: jax.Array
+  counts: jax.Array
+
+
+def _run_steps(
+  backend: base.Backend,
+  prepared: Prepared,
+  starts: jax.Array,
+  schedule: annealing.Schedule,
+  normals: jax.Array,
+  *,
+  options: Options,
+) -> Fitted:
+  points = prepared.points
+  operands = backend.prepare(points)
+  sizes = points.layout.sizes[:, None]
+  deviation = jnp.sqrt(prepared.squares / jnp.maximum(sizes - 1, 1))
+  num_codes = starts.shape[1]
+  first = points.first(options.num_hartigan_tiles)
+  movable = _Movable(first, backend.split(first))
+  loop = _Loop(
+    backend, operands, movable, prepared, deviation, num_codes, options
+  )
+  start = starts - prepared.offset[:, None]
+  codes = jnp.zeros(points.norms.shape, jnp.int32)
+  if options.num_hartigan_tiles:
+    codes = backend.codes(operands, start)
+  counts = jnp.broadcast_to(sizes / num_codes, start.shape[:2])
+  state, trace = lax.scan(
+    functools.partial(_step, loop),
+    _State(start, jnp.zeros_like(start), codes, counts),
+    (*schedule, normals),
+    unroll=backend.unroll,
+  )
+  turns = jnp.arange(options.num_hartigan_steps, dtype=jnp.int32)
+  everyone = _Movable(points, backend.split(points))
+  step = functools.partial(_hartigan_step, loop, everyone)
+  state, more = lax.scan(step, state, turns)
+  codes = backend.codes(operands, state.codebooks)
+  return _fitted(loop, state.codebooks, codes, jnp.concatenate([trace, more]))
+
+
+def _step(
+  loop: _Loop,
+  state: _State,
+  inputs: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[_State, jax.Array]:
+  """Takes one step of SR-C; also returns the gains before it."""
+  amounts, momenta, normal = inputs
+  codes = _assigned(loop, state)
+  totals = loop.totals(codes)
+  clusters, gains = _clusters(loop.backend, state.codebooks, totals)
+  proposal = jax.vmap(loop.options.empty_rule)(clusters)
+  ahead, velocity = _with_momentum(state, clusters, proposal, momenta)
+  noise = (amounts[:, None] * loop.deviation)[:, None]
+  noise = noise / jnp.sqrt(proposal.counts)[:, :, None]
+  # 16 bits times the 8 of a bfloat16: an exact product.
+  noise = lax.reduce_precision(jnp.maximum(noise, proposal.spread), 8, 15)
+  moved = ahead + noise * normal.astype(jnp.float32)
+  return _State(moved, velocity, codes, proposal.counts), gains
+
+
+def _assigned(loop: _Loop, state: _State) -> jax.Array:
+  """Returns the codes of a step, [B, 1024]."""
+  num_tiles = loop.options.num_hartigan_tiles
+  if num_tiles == 0:
+    return loop.backend.codes(loop.operands, state.codebooks)
+  moved = loop.movable.assigned(
+    state, state.codes[:num_tiles], annealing.HARTIGAN_WEIGHT
+  )
+  if num_tiles == len(state.codes):
+    return moved
+  # The nearest centroids of these tiles are not needed, but cost little. They
+  # are overwritten in place, which without the barrier XLA:GPU (jax 0.11.2)
+  # refuses to compile, because a kernel wrote them.
+  nearest = loop.backend.codes(loop.operands, state.codebooks)
+  return lax.optimization_barrier(nearest).at[:num_tiles].set(moved)
+
+
+def _clusters(
+  backend: base.Backend, codebooks: jax.Array, totals: base.Totals
+) -> tuple[empty_clusters.Clusters, jax.Array]:
+  """Returns the clusters, and their gains [L, K].
+
+  The gain of a cluster is the sum of |x - c|^2 less that of |x|^2.
+  """
+  counts = totals.counts
+  gains = counts * backend.dot(codebooks, codebooks)
+  gains = gains - 2 * backend.dot(codebooks, totals.vectors)
+  errors = jnp.maximum(totals.norms + gains, 0)
+  clusters = empty_clusters.Clusters(
+    codebook=codebooks,
+    means=totals.vectors / jnp.maximum(counts, 1)[:, :, None],
+    counts=counts,
+    errors=lax.reduce_precision(errors, 8, 9),
+  )
+  return clusters, gains
+
+
+def _with_momentum(
+  state: _State,
+  clusters: empty_clusters.Clusters,
+  proposal: empty_clusters.Proposal,
+  momenta: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the proposed centroids, carried further, and their moves.
+
+  Both are [L, K, D]. The centroids of empty clusters rest where they were put.
+  """
+  way = proposal.centroids - state.codebooks
+  # 22 bits times the 2 of a momentum: an exact product.
+  further = lax.reduce_precision(way + state.velocity, 8, 21)
+  ahead = proposal.centroids + momenta[:, None, None] * further
+  empty = clusters.counts[:, :, None] == 0
+  ahead = jnp.where(empty, proposal.centroids, ahead)
+  return ahead, jnp.where(empty, 0, ahead - state.codebooks)
+
+
+def _hartigan_step(
+  loop: _Loop, everyone: _Movable, state: _State, turn: jax.Array
+) -> tuple[_State, jax.Array]:
+  """Takes one of Hartigan's steps; also returns the gains after it."""
+  moved = everyone.assigned(state, state.codes, 1.0)
+  # Half of them at a time: each is judged as if it moved alone.
+  place = jnp.arange(moved.shape[1], dtype=jnp.int32)
+  codes = jnp.where((place % 2 == turn % 2)[None], moved, state.codes)
+  totals = loop.totals(codes)
+  clusters, _ = _clusters(loop.backend, state.codebooks, totals)
+  some = totals.counts[:, :, None] > 0
+  means = jnp.where(some, clusters.means, state.codebooks)
+  _, gains = _clusters(loop.backend, means, totals)
+  return _State(means, state.velocity, codes, totals.counts), gains
+
+
+def _fitted(
+  loop: _Loop, codebooks: jax.Array, codes: jax.Array, gains: jax.Array
+) -> Fitted:
+  """Returns the result, from the gains of all steps, [T, L, K]."""
+  points, squares = loop.prepared.points, loop.prepared.squares
+  sizes = points.layout.sizes[:, None]
+  residual = jnp.stack(points.columns, 2)
+  residual = residual - codebooks[points.layout.layers[:, None], codes]
+  inside = batching.mask(points.layout)[:, :, None]
+  error = jnp.square(jnp.where(inside, residual, 0))
+  error = batching.layer_sums(
+    points.layout,
+    error.sum(axis=2, keepdims=True),
+    most_rows=loop.options.most_rows,
+    axis_name=loop.options.axis_name,
+  )
+  # Rounding may take the error of a perfect fit below 0.
+  trace = squares.sum(axis=1)[None] + gains.sum(axis=2)
+  errors = jnp.concatenate([jnp.maximum(trace.T, 0), error], axis=1)
+  spread = loop.prepared.offset.var(axis=1)
+  return Fitted(
+    codebooks=codebooks + loop.prepared.offset[:, None],
+    codes=codes,
+    distortion=errors / sizes,
+    variance=(squares / sizes).mean(axis=1) + spread,
+  )
+
+
+# Trees of these types with a PartitionSpec for each array.
+_SPREAD = PartitionSpec("tiles")
 _SAME = PartitionSpec()
-_PLACES = batching.Places(_SPREAD, _SPREAD, _SAME)
-_PACKED = batching.Packed(_SPREAD, _PLACES)
-_POINTS = base.Points(_SPREAD, _SPREAD, _PLACES, _SAME, _SAME)
-_PREPARED = iteration.Prepared(_POINTS, _SAME, _SAME)
-_SPECS = {
-  _offsets: ((_PACKED,), _SAME),
-  _prepared: ((_PACKED, _SAME), _PREPARED),
-  _loop: (
-    (_PREPARED, _SAME, annealing.Schedule(_SAME, _SAME), _SAME),
-    iteration.Fitted(_SAME, _SPREAD, _SAME, _SAME),
-  ),
-}
-"""(arguments, results) of each program on several devices."""
+_LAYOUT = batching.Layout._make((_SPREAD, _SPREAD, _SAME))
+_BATCH = batching.Batch._make((_SPREAD, _LAYOUT))
+_POINTS = base.Points._make((_SPREAD, _SPREAD, _LAYOUT, _SAME, _SAME))
+_PREPARED = Prepared._make((_POINTS, _SAME, _SAME))
+_SCHEDULE = annealing.Schedule._make((_SAME, _SAME))
+_FITTED = Fitted._make((_SAME, _SPREAD, _SAME, _SAME))
+
+_PROGRAMS: tuple[tuple[Callable[..., Any], Any, Any], ...] = (
+  (layer_means, (_BATCH,), _SAME),
+  (prepare, (_BATCH, _SAME), _PREPARED),
+  (run_steps, (_PREPARED, _SAME, _SCHEDULE, _SAME), _FITTED),
+)
+"""(program, specs of its arguments, specs of its results)."""
 
 
 @functools.cache
-def _on_devices(
-  mesh: Mesh, options: iteration.Options
+def _programs(
+  mesh: Mesh | None, options: Options
 ) -> tuple[Callable[..., Any], ...]:
-  """The programs, spread over all devices of `mesh`."""
-  options = options._replace(axis_name="blocks")
-  devices = Mesh(mesh.devices.reshape(-1), ("blocks",))
+  """Returns the three programs, spread over all devices of `mesh` if any."""
+  if mesh is None:
+    return tuple(
+      functools.partial(function, options=options) for function, *_ in _PROGRAMS
+    )
+  options = options._replace(axis_name="tiles")
+  devices = Mesh(mesh.devices.reshape(-1), ("tiles",))
   return tuple(
     jax.jit(
       jax.shard_map(
@@ -163,5 +445,5 @@ def _on_devices(
         check_vma=False,
       )
     )
-    for function, (in_specs, out_specs) in _SPECS.items()
+    for function, in_specs, out_specs in _PROGRAMS
   )

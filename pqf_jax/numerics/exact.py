@@ -1,14 +1,15 @@
 """Inner products that round alike in every program.
 
 XLA may fuse a product with the addition behind it, which rounds once where two
-operations round twice, and adds in what order it likes; both depend on the
-shapes. On CPUs the last bit of |c|^2 of a codebook changed where four layers
-or more shared a call, and with it now and then a code.
+operations round twice, and may add in any order; both depend on the shapes. On
+CPUs the last bit of |c|^2 of a codebook changed where four layers or more
+shared a call, and with it now and then a code.
 """
 
 import itertools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -21,16 +22,17 @@ def dot(left: jax.Array, right: jax.Array) -> jax.Array:
     left: [..., D] float32; the D terms are unrolled.
     right: of the same shape.
   """
-  total = 0.0
-  for i in range(left.shape[-1]):
+  products = (
+    one * other
+    for i in range(left.shape[-1])
     for one, other in itertools.product(
       _halves(left[..., i]), _halves(right[..., i])
-    ):
-      total = total + one * other
-  return total
+    )
+  )
+  return sum(products, start=jnp.float32(0))
 
 
 def _halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Two arrays of 12-bit numbers, half of 24, whose sum is `values`."""
+  """Returns two arrays of 12-bit numbers, half of 24, that add to `values`."""
   high = lax.reduce_precision(values, 8, 11)
   return high, values - high

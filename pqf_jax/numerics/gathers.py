@@ -1,7 +1,8 @@
-"""Rows of a table by their number, for TPUs: a product with 0 and 1.
+"""Rows of a table by their number, as a matrix product of 0 and 1, for TPUs.
 
-A gather there writes rows of D numbers padded to 128, at D = 4 that is 32 times
-the kernel, and reads them again: by the compiler's count 10 times the traffic.
+A gather on a TPU writes rows of D numbers padded to 128, at D = 4 that is 32
+times the kernel, and reads them again: by the compiler's count 10 times the
+traffic.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ def columns(table: jax.Array, rows: jax.Array) -> jax.Array:
     rows: [...] integer, 0 to K - 1.
   """
   num_rows, length = table.shape
-  split = bf16_split.cut(table.astype(jnp.float32))
-  stacked = jnp.concatenate(split, axis=1).astype(jnp.bfloat16)
+  parts = bf16_split.split(table.astype(jnp.float32))
+  stacked = jnp.concatenate(parts, axis=1).astype(jnp.bfloat16)
   numbers = jnp.arange(num_rows, dtype=jnp.int32)
   chosen = rows.reshape(-1)[None].astype(jnp.int32) == numbers[:, None]
-  found = lax.dot_general(
+  gathered = lax.dot_general(
     stacked,
     chosen.astype(jnp.bfloat16),
     (((0,), (0,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
   # Exact in this order: each sum has no more bits than the table's numbers.
-  first, second, third = found.reshape(len(split), length, -1)
+  first, second, third = gathered.reshape(len(parts), length, -1)
   whole = ((first + second) + third).astype(table.dtype)
   return whole.reshape(length, *rows.shape)

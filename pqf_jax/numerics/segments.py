@@ -1,21 +1,20 @@
 """Sums of rows by segment that do not depend on the order of addition.
 
 Floating-point addition is not associative, so a scatter-add on many threads or
-devices gives other bits at every run. Integer addition is: a number x in
-[-1, 1] is cut into two words,
+devices gives other bits at every run. Integer addition is associative: a number
+x in [-1, 1] is cut into two int32 words,
 
     x = high * 2^-14 + low * 2^-29,    |high| <= 2^14,  0 <= low < 2^15,
 
-and the words are added as int32, by a scatter on NVIDIA both at once as one
-int64. (K-means adds them in kernels instead:
-`pqf_jax.kmeans.backends.selection`.) The resolution is 2^-29 of the largest
-entry, where a float32 sum of n terms loses up to n * 2^-24 of itself. A sum is
-then a function of the *set* of its rows: not of their order, of the other
-segments, or of the number of devices.
+and the words are added; a scatter on NVIDIA adds both at once, as one int64.
+(K-means adds them in kernels where it has some: `pqf_jax.kmeans.backends`.) The
+resolution is 2^-29 of the largest entry, where a float32 sum of n terms loses
+up to n * 2^-24 of itself. A sum is then a function of the *set* of its rows:
+not of their order, of the other segments, or of the number of devices.
 
-It also avoids the float32 scatter-add that jaxlib 0.10.2 to 0.11.0 compile into
-a compare-and-swap loop on NVIDIA, 450 to 2,000 times slower than an integer
-one.
+This also avoids the float32 scatter-add that jaxlib 0.10.2 to 0.11.0 compile
+into a compare-and-swap loop on NVIDIA, 450 to 2,000 times slower than an
+integer one.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from jax import lax
 _WORD_BITS = 15
 
 LOW_UNIT = 2.0**-_WORD_BITS
-"""What a low word counts, in units of a high word or in those of `to_word`."""
+"""The value of 1 in a low word, where 1 in a high word has the value 1."""
 
-# So many words can be added to an int32.
+# The number of words that can be added to an int32.
 _MOST_ADDED = 2 ** (31 - _WORD_BITS)
 
-# So many of their halves, of 8 bits, can be added to a float32.
+# The number of digits, of 8 bits, that can be added to a float32.
 _MOST_MULTIPLIED = 2**16
 
 # Private copies of the sums on an accelerator: threads that add to the same
@@ -44,7 +43,8 @@ _MOST_MULTIPLIED = 2**16
 # N = 262144, 11 float32 columns and 256 segments on an H200.
 _NUM_COPIES = 8
 
-# The same where there are few segments: sums of whole layers took 5 ms.
+# Few segments get more copies, so that there are so many sums in all: without,
+# sums of whole layers took 5 ms.
 _LEAST_SLOTS = 4096
 
 
@@ -62,8 +62,8 @@ def segment_sum(
   Returns:
     [K, C] sums in the type of `rows`, 0 for an empty segment. The error is at
     most 2^-29 of the column's largest entry for each row added, and the
-    rounding of the result. float64, which two words cannot hold, is added as it
-    is, in the order that XLA chooses.
+    rounding of the result. Two words cannot hold a float64 number: those are
+    added in floating point, in the order that XLA chooses.
   """
   if rows.dtype == jnp.float64:
     return jax.ops.segment_sum(rows, segments, num_segments)
@@ -77,10 +77,10 @@ def segment_sum(
 def column_sum(
   columns: jax.Array, segments: jax.Array, num_segments: int
 ) -> jax.Array:
-  """`segment_sum` of rows that lie side by side, by matrix products.
+  """Sums columns by segment, like `segment_sum`, by matrix products.
 
-  For TPUs, which pad the last axis to 128: a few long columns, not many short
-  rows.
+  For TPUs, which pad the last axis to 128: a few long columns instead of many
+  short rows.
 
   Args:
     columns: [C, N] float32 or less.
@@ -88,20 +88,21 @@ def column_sum(
     num_segments: K.
 
   Returns:
-    [K, C], to the bit what `segment_sum` gives.
+    [K, C], to the bit the result of `segment_sum`.
   """
   values = columns.astype(jnp.float32)
   scale = power_of_two(jnp.abs(values).max(axis=1, initial=0))
   pairs = jnp.stack(split_words(values / scale[:, None]), axis=1)
   words = pairs.reshape(2 * values.shape[0], values.shape[1])
-  sums = merged(*_column_products(num_segments, words, segments))
+  sums = merge(*_column_products(num_segments, words, segments))
   return (from_words(sums) * scale[None, :]).astype(columns.dtype)
 
 
 def power_of_two(largest: jax.Array) -> jax.Array:
-  """The least power of two above each entry; 1 for 0, NaN if not finite.
+  """Returns the least power of two above each entry.
 
-  Dividing by it is exact, and leaves numbers within [-1, 1].
+  Division by it is exact, and leaves numbers within [-1, 1]. It is 1 for an
+  entry of 0, and NaN for one that is not finite.
   """
   _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
   # Beyond 2^±126 the scale or its inverse would not be a normal float32.
@@ -120,20 +121,21 @@ def split_words(fractions: jax.Array) -> tuple[jax.Array, jax.Array]:
   scaled = fractions * 2.0 ** (_WORD_BITS - 1)
   high = jnp.floor(scaled)
   low = to_word(scaled - high)
-  return tuple(
-    jnp.where(jnp.isnan(word), 0, word).astype(jnp.int32)
-    for word in (low, high)
-  )
+  return _to_integer(low), _to_integer(high)
+
+
+def _to_integer(word: jax.Array) -> jax.Array:
+  return jnp.where(jnp.isnan(word), 0, word).astype(jnp.int32)
 
 
 def to_word(fractions: jax.Array) -> jax.Array:
-  """float32 in [0, 1] -> the whole number, below 2^15, of a low word."""
+  """Rounds float32 in [0, 1] to a low word: a whole number below 2^15."""
   largest = 2**_WORD_BITS - 1
   return jnp.minimum(jnp.round(fractions * (largest + 1)), largest)
 
 
 def from_words(sums: jax.Array) -> jax.Array:
-  """[..., 2 C] float32 sums of `to_words` -> [..., C] sums of the fractions."""
+  """Converts [..., 2 C] float32 sums of words to [..., C] sums of fractions."""
   pairs = sums.reshape(*sums.shape[:-1], sums.shape[-1] // 2, 2)
   low, high = pairs[..., 0], pairs[..., 1]
   return (high + low * LOW_UNIT) * 2.0 ** (1 - _WORD_BITS)
@@ -147,16 +149,17 @@ def word_sums(
   most_added: int | None = None,
   axis_name: str | None = None,
 ) -> jax.Array:
-  """Sums integer words by segment, exactly, then rounds to float32.
+  """Sums int32 words by segment, exactly, then rounds to float32.
 
   Args:
     words: [N, 2 C] int32 pairs: 0 to 2^15 - 1, then at most 2^14 in absolute
       value.
     segments: [N] integer, the segment of each row.
     num_segments: K.
-    most_added: the rows of a segment lie within so many consecutive rows (on
-      one device); None: N.
-    axis_name: of the devices over which the rows are spread (`shard_map`).
+    most_added: the number of consecutive rows (on one device) within which the
+      rows of any one segment lie; None: N.
+    axis_name: name of the `shard_map` axis over which the rows are spread, or
+      None.
 
   Returns:
     [K, 2 C] float32; the same on all devices.
@@ -164,7 +167,7 @@ def word_sums(
   sums = integer_sums(words, segments, num_segments, most_added=most_added)
   if axis_name is not None:
     sums = lax.psum(sums, axis_name)
-  return merged(*sums)
+  return merge(*sums)
 
 
 def integer_sums(
@@ -174,7 +177,7 @@ def integer_sums(
   *,
   most_added: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`word_sums` of one device, as two int32 [K, 2 C]: low + high * 2^15."""
+  """Sums words of one device as two int32 [K, 2 C]: low + high * 2^15."""
   most_added = words.shape[0] if most_added is None else most_added
   num_needed = 1
   while num_needed * _MOST_ADDED < most_added:
@@ -190,9 +193,9 @@ def integer_sums(
   )
 
 
-def merged(low: jax.Array, high: jax.Array) -> jax.Array:
-  """The float32 nearest to `low + high * 2^15`, but for one more rounding."""
-  # One form of every integer, however its parts were added up.
+def merge(low: jax.Array, high: jax.Array) -> jax.Array:
+  """Returns `low + high * 2^15` as float32, rounded twice."""
+  # Each integer gets one representation, in whatever parts it was added up.
   high = high + (low >> 15)
   low = low & 0x7FFF
   return high.astype(jnp.float32) * 2.0**15 + low.astype(jnp.float32)
@@ -201,14 +204,14 @@ def merged(low: jax.Array, high: jax.Array) -> jax.Array:
 def to_digits(words: jax.Array, *, axis: int) -> jax.Array:
   """Cuts words into bfloat16 digits: their lower 8 bits, then their upper ones.
 
-  What a matrix unit multiplies exactly; twice as long along `axis`.
+  A matrix unit multiplies digits exactly. `axis` becomes twice as long.
   """
   digits = jnp.concatenate([words & 0xFF, words >> 8], axis=axis)
   return digits.astype(jnp.bfloat16)
 
 
 def from_digits(sums: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
-  """int32 sums of `to_digits` -> those of the words: low + high * 2^15."""
+  """Converts int32 sums of digits to those of words: low + high * 2^15."""
   low, high = jnp.split(sums, 2, axis=axis)
   high = high + (low >> 8)
   return (low & 0xFF) + ((high & 0x7F) << 8), high >> 7
@@ -221,10 +224,10 @@ def _sums(
   words: jax.Array,
   segments: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums as two int32 [K, 2 C], low + high * 2^15, which cannot overflow.
+  """Sums words as two int32 [K, 2 C], low + high * 2^15, without overflow.
 
   Row i is added to copy i % `num_copies`. The rows of a segment lie within
-  `most_added` consecutive rows, so no copy gets more than its share of these.
+  `most_added` consecutive rows, so no copy gets more than its share of them.
   """
   copies = jnp.arange(words.shape[0], dtype=jnp.int32) % num_copies
   slots = segments.astype(jnp.int32) * num_copies + copies
@@ -236,18 +239,18 @@ def _sums(
 def _products(
   num_segments: int, words: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`_sums` as matrix products."""
+  """Sums words [N, 2 C] as matrix products; results as of `_sums`."""
   return _column_products(num_segments, words.T, segments)
 
 
 def _column_products(
   num_segments: int, words: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`_sums` of words [2 C, N], as products of 8 bits of them with 0 and 1."""
+  """Sums words [2 C, N] as products of their digits with 0 and 1."""
   count = words.shape[1]
   rows = min(_MOST_MULTIPLIED, max(1, count))
   words = jnp.pad(words, ((0, 0), (0, -count % rows)))
-  # What pads the last part adds zeros.
+  # The padding of the last part adds zeros.
   segments = jnp.pad(segments.astype(jnp.int32), (0, -count % rows))
   digits = to_digits(words, axis=0)
   digits = digits.reshape(digits.shape[0], -1, rows)
@@ -269,7 +272,7 @@ def _add(words: jax.Array, slots: jax.Array, num_slots: int) -> jax.Array:
 
 
 def _add_pairs(words: jax.Array, slots: jax.Array, num_slots: int) -> jax.Array:
-  """A low and a high word at once, as int64.
+  """Adds a low and a high word at once, as int64.
 
   Nothing is carried from the lower half: low words are not negative, and their
   sum stays below 2^31. 105 us instead of 204 at N = 3072000, 10 words and 9216

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
-from pqf_jax.kmeans import assignment, hartigan
+from pqf_jax.kmeans import assignment, batching, hartigan
 from pqf_jax.kmeans.backends import hopper_nearest
 from pqf_jax.numerics import bf16_split
 
@@ -23,24 +23,24 @@ from pqf_jax.numerics import bf16_split
     ),
   ]
 )
-def transfer(request, monkeypatch):
-  """`transfers.transfer`, or the form for GPUs in Pallas's interpreter."""
+def assign(request, monkeypatch):
+  """`hartigan.assign`, without or with the kernel for GPUs, interpreted."""
   if request.param == "any platform":
-    return hartigan.transfer
+    return hartigan.assign
   run = functools.partial(
     hopper_nearest.nearest, interpret=mosaic_gpu.InterpretGPUParams()
   )
-  monkeypatch.setattr(assignment, "kernel_but_own", run)
+  monkeypatch.setattr(hopper_nearest, "nearest", run)
 
   def by_kernel(columns, *arguments):
     norms = sum(jnp.square(column) for column in columns)
-    vectors = bf16_split.of_vectors((*columns, norms))
-    return hartigan.transfer(columns, *arguments, vectors=vectors)
+    vectors = bf16_split.split_vectors((*columns, norms))
+    return hartigan.assign(columns, *arguments, vectors=vectors)
 
   return by_kernel
 
 
-def _transferred(transfer, vectors, codes, num_codes):
+def _assigned(assign, vectors, codes, num_codes):
   """One step over all sub-vectors, from the clusters of `codes`.
 
   The centroids of empty clusters are where the first sub-vector is.
@@ -50,16 +50,16 @@ def _transferred(transfer, vectors, codes, num_codes):
   np.add.at(means, codes, vectors)
   means /= np.maximum(counts, 1)[:, None]
   means[counts == 0] = vectors[0]
-  blocks = assignment.to_blocks(jnp.asarray(vectors))
-  padding = blocks.shape[0] * assignment.BLOCK - len(codes)
-  moved = transfer(
-    assignment.split_columns(blocks),
+  batch = batching.make_batch([jnp.asarray(vectors)])
+  padding = batching.TILE - len(codes)
+  moved = assign(
+    batching.split_columns(batch.tiles),
     jnp.asarray(means[None], jnp.float32),
     jnp.asarray(counts[None], jnp.float32),
-    jnp.zeros(blocks.shape[0], jnp.int32),
-    jnp.asarray(np.pad(codes, (0, padding)).reshape(-1, 1024), jnp.int32),
+    batch.layout.layers,
+    jnp.asarray(np.pad(codes, (0, padding))[None], jnp.int32),
   )
-  return np.asarray(moved).reshape(-1)[: len(codes)]
+  return np.asarray(moved)[0, : len(codes)]
 
 
 def _error(vectors, codes):
@@ -75,11 +75,9 @@ def clustering(request):
   return vectors.astype(np.float32), draws.integers(0, 7, 40)
 
 
-def test_each_goes_where_brute_force_finds_the_least_error(
-  transfer, clustering
-):
+def test_each_goes_where_brute_force_finds_the_least_error(assign, clustering):
   vectors, codes = clustering
-  moved = _transferred(transfer, vectors, codes, 9)  # the last two are empty
+  moved = _assigned(assign, vectors, codes, 9)  # the last two are empty
   for row, code in enumerate(codes):
     alternatives = [code] if (codes == code).sum() == 1 else range(7)
     tried = [np.r_[codes[:row], j, codes[row + 1 :]] for j in alternatives]
@@ -87,11 +85,11 @@ def test_each_goes_where_brute_force_finds_the_least_error(
     assert moved[row] == alternatives[int(np.argmin(error))]
 
 
-def test_they_improve_what_k_means_cannot(transfer):
+def test_it_improves_on_a_result_that_k_means_cannot(assign):
   vectors = np.array([[0, 0], [3, 0], [4.6, 0]], np.float32)
   codes = np.array([0, 0, 1])
   means = np.array([[1.5, 0], [4.6, 0]], np.float32)
   np.testing.assert_array_equal(assignment.assign(vectors, means), codes)
-  moved = _transferred(transfer, vectors, codes, 2)
+  moved = _assigned(assign, vectors, codes, 2)
   assert moved[1] == 1
   assert _error(vectors, np.r_[0, moved[1:]]) < _error(vectors, codes)

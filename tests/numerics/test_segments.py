@@ -51,7 +51,7 @@ def _scatter(add, num_copies):
 
 
 @pytest.mark.parametrize(
-  "form",
+  "add_words",
   [
     *(
       _scatter(add, copies)
@@ -61,14 +61,14 @@ def _scatter(add, num_copies):
     functools.partial(segments._products, 4),
   ],
 )
-def test_words_are_added_exactly(form, monkeypatch):
+def test_words_are_added_exactly(add_words, monkeypatch):
   monkeypatch.setattr(segments, "_MOST_MULTIPLIED", 1024)
   draws = np.random.default_rng(0)
   low = draws.integers(0, 2**15, (5000, 3))
   high = draws.integers(-(2**14), 2**14, (5000, 3), endpoint=True)
   words = np.stack([low, high], axis=2).reshape(5000, 6)
   codes = draws.integers(0, 4, 5000)
-  parts = form(jnp.asarray(words, jnp.int32), jnp.asarray(codes))
+  parts = add_words(jnp.asarray(words, jnp.int32), jnp.asarray(codes))
   total = np.float64(parts[0]) + np.float64(parts[1]) * 2**15
   np.testing.assert_array_equal(total, _exact(words, codes, 4))
 

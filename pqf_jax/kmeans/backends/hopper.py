@@ -1,6 +1,6 @@
-"""The form of NVIDIA Hopper and later: kernels, if a codebook fits in.
+"""The backend of NVIDIA Hopper and later: kernels for all parts of a step.
 
-It has to fit into the shared memory of a processor.
+A codebook has to fit into the shared memory of a processor.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from pqf_jax.kmeans import assignment, batching
-from pqf_jax.kmeans.backends import base, hopper_sums
+from pqf_jax.kmeans.backends import base, hopper_nearest, hopper_sums
 from pqf_jax.numerics import bf16_split, segments
 
 
-class _Operands(NamedTuple):
-  """What the kernels for a GPU read.
+class _Prepared(NamedTuple):
+  """The operands of the kernels.
 
   Attributes:
-    vectors: [B, depth, 1024] bfloat16, from `pieces`.
+    vectors: [B, depth, 1024] bfloat16, from `bf16_split.split_vectors`.
     columns: D + 2 arrays [B, 1024] float32: x, |x|^2 and 1.
     layers: [B] int32.
-    units: [L, D + 2] float32, of `sums_gpu`.
+    units: [L, D + 2] float32, of `hopper_sums.sums`.
   """
 
   vectors: jax.Array
@@ -31,45 +31,44 @@ class _Operands(NamedTuple):
   units: jax.Array
 
 
-def _operands(points: base.Points) -> _Operands:
-  places = points.places
+def _prepare(points: base.Points) -> _Prepared:
+  layout = points.layout
   # Half the sub-vectors of a layer, all at its largest entry, fit into int32;
   # more cannot be there at once, for the mean is 0. Norms may all be large.
-  room = jnp.maximum(segments.power_of_two(places.sizes) * 2.0**-17, 1)[:, None]
+  room = jnp.maximum(segments.power_of_two(layout.sizes) * 2.0**-17, 1)[:, None]
   largest = jnp.concatenate([points.scale, 2 * points.norm_scale], axis=1)
   units = jnp.minimum(2.0**14 / (largest * room), 2.0**100)
-  inside = batching.inside(places).astype(jnp.float32)
-  return _Operands(
-    vectors=bf16_split.of_vectors(points.columns),
-    columns=(*points.columns, points.norms, inside),
-    layers=places.layers,
+  ones = batching.mask(layout).astype(jnp.float32)
+  return _Prepared(
+    vectors=bf16_split.split_vectors(points.columns),
+    columns=(*points.columns, points.norms, ones),
+    layers=layout.layers,
     units=jnp.pad(units, ((0, 0), (0, 1)), constant_values=1),
   )
 
 
-def _kernel_codes(prepared: _Operands, codebooks: jax.Array) -> jax.Array:
-  return assignment.kernel(
-    prepared.vectors, assignment.tables(codebooks), prepared.layers
+def _codes(prepared: _Prepared, codebooks: jax.Array) -> jax.Array:
+  return hopper_nearest.nearest(
+    prepared.vectors, assignment.score_tables(codebooks), prepared.layers
   )
 
 
-def _kernel_sums(
-  prepared: _Operands, codes: jax.Array, num_codes: int, most_rows: int
+def _sums(
+  prepared: _Prepared, codes: jax.Array, num_codes: int, most_rows: int
 ) -> jax.Array:
-  del most_rows  # The units see to it that nothing overflows.
+  del most_rows  # The units are chosen so that nothing overflows.
+  return hopper_sums.sums(
+    prepared.columns,
+    codes,
+    prepared.layers,
+    prepared.units,
+    num_codes,
+    num_coarse=2,
+  )
 
-  @jax.custom_batching.sequential_vmap
-  def sums(*columns: jax.Array) -> jax.Array:
-    *columns, codes, layers, units = columns
-    return hopper_sums.sums(
-      columns, codes, layers, units, num_codes, num_coarse=2
-    )
 
-  return sums(*prepared.columns, codes, prepared.layers, prepared.units)
-
-
-def _kernel_totals(prepared: _Operands, integers: jax.Array) -> base.Totals:
-  # One form of every integer, however its parts were added up.
+def _totals(prepared: _Prepared, integers: jax.Array) -> base.Totals:
+  # Each integer gets one representation, in whatever parts it was added up.
   low, high = integers[:, 0::2], integers[:, 1::2]
   high = (high + (low >> 15)).astype(jnp.float32)
   low = (low & 0x7FFF).astype(jnp.float32)
@@ -77,28 +76,20 @@ def _kernel_totals(prepared: _Operands, integers: jax.Array) -> base.Totals:
   return base.Totals(jnp.moveaxis(sums[:, :-2], 1, 2), sums[:, -2], sums[:, -1])
 
 
-def _candidates(points: base.Points) -> base.Candidates:
-  columns = *points.columns, points.norms
-  return base.Candidates(points, bf16_split.of_vectors(columns))
+def _split(points: base.Points) -> jax.Array:
+  return bf16_split.split_vectors((*points.columns, points.norms))
 
 
 def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-  # XLA:GPU adds each row in its order, whatever the shape (tests/ops/
-  # test_kernels_gpu.py); exact products would cost a program more a step.
+  # XLA:GPU adds each row in its order, whatever the shape (tests/kmeans/
+  # backends/test_hopper.py); exact products would cost a program more a step.
   return (left * right).sum(axis=-1)
 
 
-KERNELS = base.Form(
-  _operands,
-  _kernel_codes,
-  _kernel_sums,
-  _kernel_totals,
-  _candidates,
-  unroll=4,
-  dot=_dot,
+BACKEND = base.Backend(
+  _prepare, _codes, _sums, _totals, _split, unroll=4, dot=_dot
 )
-"""Nearest centroids, the cheapest other cluster, and sums by kernels."""
 
-TWO_KERNELS = KERNELS._replace(candidates=base.without_kernel)
-"""The same where a codebook fits into shared memory, but not with one more
-number each."""
+BACKEND_WITHOUT_HARTIGAN = BACKEND._replace(split=base.without_kernel)
+"""For codebooks that fit into shared memory, but not with one more number to
+each centroid."""

@@ -1,8 +1,8 @@
 """Nearest centroid as a Pallas kernel for NVIDIA Hopper and later.
 
 The matrix units compute the scores (`pqf_jax.numerics.bf16_split`), 64
-sub-vectors by 64 centroids at a time, into registers. What remains for a thread
-is 3 instructions a pair: compare, and choose the smaller score and its index.
+sub-vectors by 64 centroids at a time, into registers. A thread then spends 3
+instructions a pair: compare, and choose the smaller score and its index.
 Arithmetic without matrix units needs D + 3.
 
 It uses Pallas's default backend for NVIDIA (Mosaic GPU).
@@ -11,7 +11,7 @@ It uses Pallas's default backend for NVIDIA (Mosaic GPU).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,30 +23,31 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from pqf_jax.numerics import bf16_split
 
 FIRST_JAX = (0, 11)
-"""The backend's functions had other arguments before."""
+"""The first version of jax whose Mosaic GPU functions have these arguments."""
 
-# Sub-vectors of one matrix product, and the columns of it whose minima a thread
-# carries side by side.
+# Sub-vectors of one matrix product (a strip of a tile), and the columns of it
+# whose minima a thread carries side by side.
 _ROWS = 64
 _FOLD = 8
 
-# Centroids of one matrix product: fewer leave registers for a second block on a
+# Centroids of one matrix product: fewer leave registers for a second tile on a
 # multiprocessor, more are 2 to 7 % faster if there is none.
 _COLUMNS = 64
 _MOST_COLUMNS = 128
 
-# Tiles of sub-vectors that a warpgroup has in shared memory: while it works on
-# one, the other arrives.
+# Strips that a warpgroup has in shared memory: while it works on one, the other
+# arrives.
 _SLOTS = 2
 
-# Of an H100 or H200, shared memory less what the backend takes.
+# An H100 or H200 has so many processors, and so much shared memory in each,
+# less what Mosaic takes.
 _NUM_PROCESSORS = 132
 _SHARED_BYTES = 232448 - 4096
 
 
 @functools.cache
 def is_available() -> bool:
-  """Whether this process has such a GPU, and a jax that can use it."""
+  """Returns whether this process has such a GPU, and a jax that can use it."""
   if jax.__version_info__ < FIRST_JAX:
     return False
   try:
@@ -57,7 +58,7 @@ def is_available() -> bool:
 
 
 def fits(length: int, num_codes: int) -> bool:
-  """Whether a codebook [K, D] fits into shared memory."""
+  """Returns whether a codebook [K, D] fits into shared memory."""
   return _fits(bf16_split.depth(length), num_codes, num_warpgroups=1)
 
 
@@ -65,44 +66,59 @@ def nearest(
   vectors: jax.Array,
   tables: jax.Array,
   layers: jax.Array,
-  own: jax.Array | None = None,
+  excluded: jax.Array | None = None,
   *,
-  num_warpgroups: int | None = None,
   interpret: Any = None,
 ) -> jax.Array:
   """Returns the row of a table with the smallest score, for every sub-vector.
 
-  The lowest index wins a tie.
+  The lowest index wins a tie. Under `vmap` it runs once after the other.
 
   Args:
-    vectors: [B, depth, 1024] bfloat16, from `pieces.of_vectors`.
+    vectors: [B, depth, 1024] bfloat16, from `bf16_split.split_vectors`.
     tables: [L, K, D + 1] float32; row (r, f) scores x by r + <x, f>.
-    layers: [B] int32, which table a block is scored with.
-    own: [B, 1024] int32, a row that each sub-vector passes over, or None.
-    num_warpgroups: that share a block, or a part of one where there are few,
-      1, 2 or 4; None: 4 if they fit.
+    layers: [B] int32, the table that a tile is scored with.
+    excluded: [B, 1024] int32, a row that each sub-vector may not choose, or
+      None.
     interpret: the interpreter of Pallas to run it with, for tests on a CPU.
 
   Returns:
     codes, [B, 1024] int32.
   """
-  tables = bf16_split.of_tables(tables, unit=_COLUMNS)
-  num_blocks, depth, block = vectors.shape
-  num_codes = tables.shape[2]
-  if num_warpgroups is None:
-    num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
+  arrays = [vectors, tables, layers]
+  if excluded is not None:
+    arrays.append(excluded)
+  return _nearest(interpret)(*arrays)
+
+
+@functools.cache  # jax traces a function again if it is not the same object
+def _nearest(interpret: Any) -> Callable[..., jax.Array]:
+  @jax.custom_batching.sequential_vmap
+  def run(*arrays: jax.Array) -> jax.Array:
+    vectors, tables, layers, *excluded = arrays
+    tables = bf16_split.split_tables(tables, unit=_COLUMNS)
+    kernel = _kernel(vectors.shape, tables.shape[2], interpret)
+    return kernel(vectors, tables, layers, *excluded)
+
+  return run
+
+
+def _kernel(shape: tuple[int, ...], num_codes: int, interpret: Any) -> Any:
+  """Returns the kernel for split vectors of a shape, and K of the tables."""
+  num_tiles, depth, tile = shape
+  num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
   parts = 1
   while (
-    2 * parts * num_blocks <= _NUM_PROCESSORS
-    and 2 * parts * num_warpgroups * _ROWS <= block
+    2 * parts * num_tiles <= _NUM_PROCESSORS
+    and 2 * parts * num_warpgroups * _ROWS <= tile
   ):
     parts *= 2
-  single = num_blocks <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
+  single = num_tiles <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
   columns = _MOST_COLUMNS if single else _COLUMNS
   transforms = _transforms(depth)
-  kernel = gpu.kernel(
+  return gpu.kernel(
     functools.partial(_body, columns=columns, parts=parts),
-    out_type=jax.ShapeDtypeStruct((num_blocks, block), jnp.int32),
+    out_type=jax.ShapeDtypeStruct((num_tiles, tile), jnp.int32),
     scratch_types=[
       gpu.SMEM((depth, num_codes), jnp.bfloat16, transforms=transforms),
       gpu.SMEM(
@@ -113,18 +129,16 @@ def nearest(
       gpu.Barrier(num_arrivals=1),
       gpu.Barrier(num_arrivals=1, num_barriers=num_warpgroups * _SLOTS),
     ],
-    grid=(num_blocks * parts,),
+    grid=(num_tiles * parts,),
     grid_names=("part",),
     num_threads=num_warpgroups,
     thread_name="warpgroup",
     interpret=interpret,
   )
-  passed_over = () if own is None else (own,)
-  return kernel(vectors, tables, layers, *passed_over)
 
 
 def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
-  """How shared memory is laid out for products of that depth."""
+  """Returns the layout of shared memory for products of a depth."""
   swizzle = min(128, 2 * depth)
   return gpu.TilingTransform((8, swizzle // 2)), gpu.SwizzleTransform(swizzle)
 
@@ -143,70 +157,70 @@ def _body(
   columns: int,
   parts: int,
 ) -> None:
-  """One of the parts of a block; its warpgroups share the table."""
-  *own, codes, table, tiles, table_arrived, tile_arrived = others
+  """Finds the codes of a part of a tile; its warpgroups share the table."""
+  *excluded, codes, table, strips, table_arrived, strip_arrived = others
   part, warpgroup = lax.axis_index("part"), lax.axis_index("warpgroup")
-  block = lax.div(part, parts)
-  share = codes.shape[1] // (parts * tiles.shape[0])
-  num_tiles = share // _ROWS
-  first = (lax.rem(part, parts) * tiles.shape[0] + warpgroup) * share
+  tile = lax.div(part, parts)
+  share = codes.shape[1] // (parts * strips.shape[0])
+  num_strips = share // _ROWS
+  first = (lax.rem(part, parts) * strips.shape[0] + warpgroup) * share
 
-  def rows(tile: jax.Array | int) -> pl.Slice:
-    return pl.ds(first + tile * _ROWS, _ROWS)
+  def rows(strip: jax.Array | int) -> pl.Slice:
+    return pl.ds(first + strip * _ROWS, _ROWS)
 
-  def passed_over(tile: jax.Array | int) -> list[jax.Array]:
-    return [_eights(ref.at[block, rows(tile)]) for ref in own]
+  def excluded_eights(strip: jax.Array | int) -> list[jax.Array]:
+    return [_eights(ref.at[tile, rows(strip)]) for ref in excluded]
 
-  def fetch(tile: jax.Array | int, slot: jax.Array | int) -> None:
+  def fetch(strip: jax.Array | int, slot: jax.Array | int) -> None:
     gpu.copy_gmem_to_smem(
-      vectors.at[block, :, rows(tile)],
-      tiles.at[warpgroup, slot],
-      tile_arrived.at[warpgroup * _SLOTS + slot],
+      vectors.at[tile, :, rows(strip)],
+      strips.at[warpgroup, slot],
+      strip_arrived.at[warpgroup * _SLOTS + slot],
     )
 
   @pl.when(warpgroup == 0)
   def _() -> None:
-    gpu.copy_gmem_to_smem(tables.at[layers[block]], table, table_arrived)
+    gpu.copy_gmem_to_smem(tables.at[layers[tile]], table, table_arrived)
 
-  for slot in range(min(_SLOTS, num_tiles)):
+  for slot in range(min(_SLOTS, num_strips)):
     fetch(slot, slot)
-  passed = passed_over(0)
+  eights = excluded_eights(0)
   gpu.barrier_wait(table_arrived)
 
-  def step(tile: jax.Array, passed: list[jax.Array]) -> list[jax.Array]:
-    # A tile ahead, because they come from global memory.
-    after = passed_over(lax.min(tile + 1, num_tiles - 1))
-    slot = lax.rem(tile, _SLOTS)
-    gpu.barrier_wait(tile_arrived.at[warpgroup * _SLOTS + slot])
-    mine = tiles.at[warpgroup, slot].transpose((1, 0))
-    best = _best(mine, table, columns, passed)
+  def step(strip: jax.Array, eights: list[jax.Array]) -> list[jax.Array]:
+    # A strip ahead, because they come from global memory.
+    after = excluded_eights(lax.min(strip + 1, num_strips - 1))
+    slot = lax.rem(strip, _SLOTS)
+    gpu.barrier_wait(strip_arrived.at[warpgroup * _SLOTS + slot])
+    here = strips.at[warpgroup, slot].transpose((1, 0))
+    best = _best(here, table, columns, eights)
 
-    @pl.when(tile + _SLOTS < num_tiles)
+    @pl.when(strip + _SLOTS < num_strips)
     def _() -> None:
-      fetch(tile + _SLOTS, slot)
+      fetch(strip + _SLOTS, slot)
 
-    codes[block, rows(tile)] = _first(*best)
+    codes[tile, rows(strip)] = _lowest(*best)
     return after
 
-  lax.fori_loop(0, num_tiles, step, passed)
+  lax.fori_loop(0, num_strips, step, eights)
 
 
 def _best(
-  tile: jax.Ref,
+  strip: jax.Ref,
   table: jax.Ref,
   columns: int,
-  passed_over: Sequence[jax.Array],
+  excluded: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """Smallest score and its index over every 8th centroid, [64, 8] both.
+  """Finds the smallest score among every 8th centroid, and its index.
 
-  The index counts eights; that of a tie is the lowest. What is passed over is
-  counted alike.
+  Both are [64, 8]. The index counts eights, as `excluded` does, and is the
+  lowest in a tie.
   """
   shape = _ROWS, _FOLD
 
   def scores(first: jax.Array) -> jax.Array:
     def product(accumulator: jax.Ref) -> jax.Array:
-      gpu.wgmma(accumulator, tile, table.at[:, pl.ds(first, columns)])
+      gpu.wgmma(accumulator, strip, table.at[:, pl.ds(first, columns)])
       return accumulator[...]
 
     shape = _ROWS, columns
@@ -215,14 +229,14 @@ def _best(
   def step(
     chunk: jax.Array, best: tuple[jax.Array, jax.Array]
   ) -> tuple[jax.Array, jax.Array]:
-    found = scores(chunk * columns)
+    chunk_scores = scores(chunk * columns)
     value, index = best
     for i in range(columns // _FOLD):
-      score = lax.slice(found, (0, i * _FOLD), (_ROWS, (i + 1) * _FOLD))
+      score = lax.slice(chunk_scores, (0, i * _FOLD), (_ROWS, (i + 1) * _FOLD))
       closer = score < value
       eight = jnp.full(shape, chunk * (columns // _FOLD) + i, jnp.int32)
-      for passed in passed_over:
-        closer &= eight != passed
+      for excluded_eight in excluded:
+        closer &= eight != excluded_eight
       value = jnp.where(closer, score, value)
       index = jnp.where(closer, eight, index)
     return value, index
@@ -231,8 +245,8 @@ def _best(
   return lax.fori_loop(0, table.shape[1] // columns, step, start)
 
 
-def _first(value: jax.Array, index: jax.Array) -> jax.Array:
-  """The index of the smallest value of a row, the lowest in a tie, [64]."""
+def _lowest(value: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns the index of a row's smallest value, the lowest in a tie: [64]."""
   least = lax.broadcast_in_dim(value.min(axis=1), value.shape, (0,))
   candidates = index * _FOLD + _column()
   none = _full(jnp.iinfo(jnp.int32).max, jnp.int32)
@@ -240,7 +254,7 @@ def _first(value: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _eights(codes: jax.Ref) -> jax.Array:
-  """[64] codes -> [64, 8]: the eight of a code in its column, -1 elsewhere."""
+  """Converts [64] codes to [64, 8]: eights in a code's column, -1 elsewhere."""
   layout = gpu.Layout.WGMMA.reduce(1)
   code = gpu.load(codes, layout=layout, optimized=False)
   code = lax.broadcast_in_dim(code, (_ROWS, _FOLD), (0,))

@@ -1,11 +1,12 @@
 """Exact sums by segment as a Pallas kernel for NVIDIA Hopper and later.
 
-A block of 1024 rows adds its words (`pqf_jax.numerics.segments`) to sums of its
-own in shared memory, one atomic addition of an integer each, and then its sums
-to those of its layer in global memory, where XLA's scatter adds every row.
+A tile of 1024 rows adds its words (`pqf_jax.numerics.segments`) to sums of its
+own in shared memory, one atomic addition of an integer each, and then these
+sums to those of its layer in global memory. XLA's scatter adds every row in
+global memory.
 
 It uses Pallas's default backend for NVIDIA (Mosaic GPU), and from the library
-below it what Pallas has no name for: addition at addresses that are data.
+below it an operation that Pallas lacks: addition at addresses that are data.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-# Threads of a warpgroup: what the backend calls one thread.
+# Threads of a warpgroup, which Mosaic calls one thread.
 _NUM_THREADS = 128
 _NUM_WARPGROUPS = 4
 _SHARED_BYTES = 232448 - 4096
 
-# Columns of an array that one copy of the backend may move.
+# Columns of an array that one copy of Mosaic may move.
 _MOST_COPIED = 256
 
 _WORD_BITS = 15
 
 
 def fits(num_columns: int, num_segments: int) -> bool:
-  """Whether a block's sums fit into shared memory."""
+  """Returns whether a tile's sums fit into shared memory."""
   return 8 * num_columns * _held(num_segments) <= _SHARED_BYTES
 
 
@@ -46,20 +47,20 @@ def sums(
   units: jax.Array,
   num_segments: int,
   *,
-  num_coarse: int = 0,
+  num_coarse: int,
 ) -> jax.Array:
   """Adds up, in integers, the rows of each segment of each layer.
 
   A number x times its unit u is taken as `high + low * 2^-15`, two integers,
-  the first nearest to x u.
+  the first nearest to x u. Under `vmap` it runs once after the other.
 
   Args:
     columns: C arrays [B, 1024] float32.
     codes: [B, 1024] int32, the segment of a row in its layer.
-    layers: [B] int32, the layer of a block.
+    layers: [B] int32, the layer of a tile.
     units: [L, C] float32, powers of two; |x| u is at most 2^14.
     num_segments: K of a layer.
-    num_coarse: of the last columns, of which no low words are added up.
+    num_coarse: number of the last columns whose low words are left out.
 
   Returns:
     [L, 2 C, K] int32: a column's low words, its high words, ... Low words have
@@ -67,7 +68,6 @@ def sums(
   """
   held = _held(num_segments)
   shape = held // _chunk(held), 2 * len(columns), _chunk(held)
-  totals = jax.new_ref(jnp.zeros((units.shape[0], *shape), jnp.int32))
 
   def body(*refs: jax.Ref) -> None:
     pl.run_scoped(
@@ -77,25 +77,30 @@ def sums(
       collective_axes="warpgroup",
     )
 
-  mesh = gpu.Mesh(
-    grid=codes.shape[:1],
-    grid_names=("block",),
-    num_threads=_NUM_WARPGROUPS,
-    thread_name="warpgroup",
-  )
-  kernel = pl.kernel(body, mesh=mesh)
-  kernel(*columns, codes, layers, units, totals)
-  merged = jnp.moveaxis(totals[...], 1, 2).reshape(-1, shape[1], held)
-  return merged[:, :, :num_segments]
+  @jax.custom_batching.sequential_vmap
+  def run(*arrays: jax.Array) -> jax.Array:
+    *_, codes, _, units = arrays
+    totals = jax.new_ref(jnp.zeros((units.shape[0], *shape), jnp.int32))
+    mesh = gpu.Mesh(
+      grid=codes.shape[:1],
+      grid_names=("tile",),
+      num_threads=_NUM_WARPGROUPS,
+      thread_name="warpgroup",
+    )
+    pl.kernel(body, mesh=mesh)(*arrays, totals)
+    joined = jnp.moveaxis(totals[...], 1, 2).reshape(-1, shape[1], held)
+    return joined[:, :, :num_segments]
+
+  return run(*columns, codes, layers, units)
 
 
 def _chunk(held: int) -> int:
-  """Segments that one copy to global memory may move."""
+  """Returns how many segments one copy to global memory may move."""
   return min(held, _MOST_COPIED)
 
 
 def _held(num_segments: int) -> int:
-  """K, filled up to whole chunks of whole vectors of a warpgroup."""
+  """Returns K, filled up to whole chunks of whole vectors of a warpgroup."""
   unit = _NUM_THREADS if num_segments <= _NUM_THREADS else _MOST_COPIED
   return num_segments + -num_segments % unit
 
@@ -119,17 +124,17 @@ class _Vector:
 
 
 def _body(*refs: jax.Ref, num_coarse: int) -> None:
-  """One block; its warpgroups share the sums."""
+  """Adds one tile; its warpgroups share the sums."""
   *columns, codes, layers, units, totals, sums, together = refs
-  block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-  layer = layers[block]
+  tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
+  layer = layers[tile]
   num_chunks, num_words, chunk = sums.shape
   share = codes.shape[1] // _NUM_WARPGROUPS
   rows, held = _Vector(share), _Vector(chunk)
-  here = block, pl.ds(warpgroup * share, share)
+  here = tile, pl.ds(warpgroup * share, share)
 
   def each(count: int, work: Callable[[jax.Array], None]) -> None:
-    """Shares the indices below `count` among the warpgroups, then meets."""
+    """Divides the indices below `count` among the warpgroups, then meets."""
 
     def step(turn: jax.Array, carry: None) -> None:
       index = turn * _NUM_WARPGROUPS + warpgroup
@@ -149,7 +154,7 @@ def _body(*refs: jax.Ref, num_coarse: int) -> None:
     row[...] = held.full(0, jnp.int32)
 
   def carry_over(index: jax.Array) -> None:
-    """Keeps low words below 2^15, so that many blocks can be added."""
+    """Keeps low words below 2^15, so that many tiles can be added."""
     pair = sums.at[index // len(columns)]
     low = pair.at[2 * lax.rem(index, len(columns))]
     high = pair.at[2 * lax.rem(index, len(columns)) + 1]
@@ -185,7 +190,7 @@ def _rounded(values: jax.Array) -> jax.Array:
 def _add(
   sums: jax.Ref, row: int, codes: jax.Array, words: jax.Array, layout: Any
 ) -> None:
-  """Adds each word to the sum of its code; a thread, its own words."""
+  """Adds each word to the sum of its code; a thread adds those it holds."""
   _, num_rows, chunk = sums.shape
 
   @gpu.inline_mgpu(arg_types=(gpu.RefType(), layout, layout))
@@ -215,7 +220,7 @@ def _add(
 
 
 def _elements(array: Any) -> Iterator[ir.Value]:
-  """The numbers of an array that this thread holds."""
+  """Yields the numbers of an array that this thread holds."""
   for register in array.registers.flat:
     for lane in range(ir.VectorType(register.type).shape[0]):
       yield vector.extract(register, [], [lane])

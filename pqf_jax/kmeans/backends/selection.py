@@ -1,17 +1,16 @@
-"""What a step of k-means sums up, by platform.
+"""Choice of the backend by platform.
 
 A step needs of every cluster the sum of its sub-vectors, of their squared
 norms, and their number. All are summed in integers
 (`pqf_jax.numerics.segments`), so that neither the order nor the number of
-devices matters. A form is how one platform gets them:
+devices matters. The backends are:
 
-- CPUs: passes with a running minimum, a scatter of integer words
-  (`forms.scattered`).
-- NVIDIA Hopper and later: kernels for nearest centroids, transfers and sums, if
-  a codebook fits into shared memory (`forms.hopper`).
+- CPUs: passes with a running minimum, a scatter of integer words (`portable`).
+- NVIDIA Hopper and later: kernels for nearest centroids, Hartigan's rule and
+  sums, if a codebook fits into shared memory (`hopper`).
 - TPUs: kernels for nearest centroids and sums, which are a matrix product too
-  (`forms.tpu`).
-- other accelerators: one fused reduction, a scatter.
+  (`tpu`).
+- other accelerators: one fused reduction, a scatter (`portable`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from pqf_jax.kmeans.backends import (
   hopper_sums,
   portable,
   tpu,
-  tpu_kernels,
 )
 
 
@@ -39,24 +37,26 @@ def by_platform(
   num_codes: int,
   most_rows: int,
 ) -> base.Tree:
-  """Returns `run(form, *arguments)` with the form of the platform.
+  """Returns `run(backend, *arguments)` with the backend of the platform.
 
   Args:
-    run: traced once a platform that the program may be compiled for.
+    run: traced once for each platform that the program may be compiled for.
     *arguments: trees of arrays.
     length: D.
     num_codes: K.
-    most_rows: of the layer that has most, padding included, on a device.
+    most_rows: rows of the largest layer on a device, padding included.
   """
-  forms = {"cpu": portable.SCATTERED, "default": portable.SCATTERED}
-  if most_rows <= tpu_kernels.MOST_ROWS:
-    forms["tpu"] = tpu.PRODUCTS
+  backends = {"cpu": portable.BACKEND, "default": portable.BACKEND}
+  if most_rows <= tpu.MOST_ROWS:
+    backends["tpu"] = tpu.BACKEND
   if (
     hopper_nearest.is_available()
     and hopper_nearest.fits(length, num_codes)
     and hopper_sums.fits(length + 2, num_codes)
   ):
-    by_kernel = hopper_nearest.fits(length + 1, num_codes)
-    forms["cuda"] = hopper.KERNELS if by_kernel else hopper.TWO_KERNELS
-  runs = {name: functools.partial(run, form) for name, form in forms.items()}
+    with_norms = hopper_nearest.fits(length + 1, num_codes)
+    backends["cuda"] = (
+      hopper.BACKEND if with_norms else hopper.BACKEND_WITHOUT_HARTIGAN
+    )
+  runs = {name: functools.partial(run, each) for name, each in backends.items()}
   return lax.platform_dependent(*arguments, **runs)

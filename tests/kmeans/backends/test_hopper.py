@@ -42,14 +42,14 @@ def test_equal_distances_go_to_the_lowest_index():
   assert set(codes) == {0, 20, 40, 60, 80}
 
 
-def test_transfers_are_those_of_the_other_form():
+def test_hartigans_rule_is_that_of_any_platform():
   for length, num_codes in [(9, 256), (4, 250), (18, 16), (2, 2), (3, 1)]:
     vectors = jnp.asarray(_vectors(2, 4096, length))
-    packed = batching.pack(tuple(vectors))
-    columns = assignment.split_columns(packed.blocks)
+    batch = batching.make_batch(tuple(vectors))
+    columns = batching.split_columns(batch.tiles)
     norms = sum(jnp.square(column) for column in columns)
     means = jnp.asarray(_vectors(2, num_codes, length, seed=1))
-    layers = packed.places.layers
+    layers = batch.layout.layers
     codes = assignment.nearest_centroid(columns, means, layers)
     draws = np.random.default_rng(0)
     codes = jnp.where(draws.random(codes.shape) < 0.5, codes, 0)
@@ -61,14 +61,14 @@ def test_transfers_are_those_of_the_other_form():
       ] = 0
     arguments = columns, means, jnp.asarray(counts), layers, codes
     for weight in (0.5, 1.0):
-      want = hartigan.transfer(*arguments, weight=weight)
-      found = hartigan.transfer(
+      want = hartigan.assign(*arguments, weight=weight)
+      by_kernel = hartigan.assign(
         *arguments,
         weight=weight,
-        vectors=bf16_split.of_vectors((*columns, norms)),
+        vectors=bf16_split.split_vectors((*columns, norms)),
       )
-      assert (found != want).mean() < 1e-3
-      assert num_codes == 1 or (found != codes).mean() > 0.1
+      assert (by_kernel != want).mean() < 1e-3
+      assert num_codes == 1 or (by_kernel != codes).mean() > 0.1
 
 
 def test_sums_are_exact():
@@ -85,6 +85,7 @@ def test_sums_are_exact():
       jnp.asarray(layers),
       jnp.full((3, num_columns), 2.0**14),
       num_codes,
+      num_coarse=0,
     )
     sums = np.asarray(sums).astype(np.int64)
     assert sums.shape == (3, 2 * num_columns, num_codes)
@@ -97,7 +98,7 @@ def test_sums_are_exact():
 
 
 def test_a_layer_does_not_depend_on_those_it_shares_a_call_with():
-  # Below 3072, steps weigh what is a cluster's own.
+  # Below 3072 sub-vectors steps assign by Hartigan's rule.
   layers = [_vectors(n, 9, seed=n) for n in (300_000, 5000, 64, 2048)]
   keys = jax.random.split(jax.random.key(0), 4)
   run = functools.partial(kmeans.kmeans_of_layers, num_codes=64, num_steps=20)
@@ -149,13 +150,14 @@ def test_integer_words_of_a_scatter_agree_with_the_kernel():
   sums = segments.segment_sum(jnp.asarray(vectors), jnp.asarray(codes), 10)
   columns = tuple(jnp.asarray(vectors.T.reshape(2, 4, 1024)))
   scale = segments.power_of_two(jnp.abs(vectors).max(axis=0))
-  found = hopper_sums.sums(
+  words = hopper_sums.sums(
     columns,
     jnp.asarray(codes.reshape(4, 1024)),
     jnp.zeros(4, jnp.int32),
     2.0**14 / scale[None],
     10,
+    num_coarse=0,
   )
-  high, low = np.float64(found[0, 1::2]), np.float64(found[0, 0::2])
+  high, low = np.float64(words[0, 1::2]), np.float64(words[0, 0::2])
   want = (high + low * 2.0**-15) * np.asarray(scale)[:, None] * 2.0**-14
   np.testing.assert_allclose(sums, want.T, rtol=1e-6, atol=1e-6)

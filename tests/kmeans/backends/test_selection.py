@@ -5,23 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pqf_jax.kmeans import batching, iteration, loop
-from pqf_jax.kmeans.backends import portable, selection, tpu, tpu_kernels
+from pqf_jax.kmeans import batching, loop
+from pqf_jax.kmeans.backends import portable, selection, tpu
 
 MOST_ROWS = 4096
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def points():
   draws = np.random.default_rng(0)
   layers = [
     jnp.asarray(draws.standard_t(4, (count, 9)), jnp.float32)
     for count in (1500, 700, 3000)
   ]
-  packed = batching.pack(layers)
-  options = iteration.Options(MOST_ROWS)
-  offset = loop._offsets(packed, options=options)
-  return loop._prepared(packed, offset, options=options).points
+  batch, options = batching.make_batch(layers), loop.Options(MOST_ROWS)
+  means = loop.layer_means(batch, options=options)
+  return loop.prepare(batch, means, options=options).points
 
 
 # The kernels for a TPU take 256 centroids at a time.
@@ -34,22 +33,22 @@ def codebooks(request):
 @pytest.fixture
 def interpreted(monkeypatch):
   for name in ("nearest", "sums"):
-    run = functools.partial(getattr(tpu_kernels, name), interpret=True)
-    monkeypatch.setattr(tpu_kernels, name, run)
+    run = functools.partial(getattr(tpu, name), interpret=True)
+    monkeypatch.setattr(tpu, name, run)
 
 
-def _results(form, points, codebooks):
-  prepared = form.prepare(points)
-  codes = form.codes(prepared, codebooks)
-  integers = form.sums(prepared, codes, codebooks.shape[1], MOST_ROWS)
-  return codes, form.totals(prepared, integers)
+def _results(backend, points, codebooks):
+  prepared = backend.prepare(points)
+  codes = backend.codes(prepared, codebooks)
+  integers = backend.sums(prepared, codes, codebooks.shape[1], MOST_ROWS)
+  return codes, backend.totals(prepared, integers)
 
 
 def test_totals_are_those_of_numpy(points, codebooks):
-  codes, totals = _results(portable.SCATTERED, points, codebooks)
+  codes, totals = _results(portable.BACKEND, points, codebooks)
   vectors = np.stack(points.columns, axis=2).astype(np.float64)
-  inside = np.asarray(batching.inside(points.places))
-  owners = np.broadcast_to(points.places.layers[:, None], inside.shape)[inside]
+  inside = np.asarray(batching.mask(points.layout))
+  owners = np.broadcast_to(points.layout.layers[:, None], inside.shape)[inside]
   where = owners, np.asarray(codes)[inside]
   shape = codebooks.shape[:2]
   sums, norms, counts = (np.zeros((*shape, width)) for width in (9, 1, 1))
@@ -62,28 +61,34 @@ def test_totals_are_those_of_numpy(points, codebooks):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_the_form_of_a_tpu_gives_the_same_bits(points, codebooks):
-  plain = _results(portable.SCATTERED, points, codebooks)
-  products = _results(tpu.PRODUCTS, points, codebooks)
+def test_the_backend_of_a_tpu_gives_the_same_bits(points, codebooks):
+  plain = _results(portable.BACKEND, points, codebooks)
+  products = _results(tpu.BACKEND, points, codebooks)
   jax.tree.map(np.testing.assert_array_equal, products, plain)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_ties_go_to_the_lowest_index_on_a_tpu(points):
   codebooks = jnp.repeat(jnp.zeros((3, 1, 9)), 300, axis=1)
-  codes, totals = _results(tpu.PRODUCTS, points, codebooks)
+  codes, totals = _results(tpu.BACKEND, points, codebooks)
   np.testing.assert_array_equal(codes, 0)
-  np.testing.assert_array_equal(totals.counts[:, 0], points.places.sizes)
+  np.testing.assert_array_equal(totals.counts[:, 0], points.layout.sizes)
 
 
-def test_layers_of_too_many_rows_are_scattered_on_a_tpu():
-  forms = []
-  run = lambda form, x: (forms.append(form), x)[1]  # noqa: E731
-  for rows in (tpu_kernels.MOST_ROWS, tpu_kernels.MOST_ROWS + 1):
-    forms.clear()
-    jax.jit(
-      functools.partial(
-        selection.by_platform, run, length=9, num_codes=8, most_rows=rows
-      )
-    ).trace(jnp.zeros(1))
-    assert (tpu.PRODUCTS in forms) == (rows == tpu_kernels.MOST_ROWS)
+@pytest.mark.parametrize("excess", [0, 1])
+def test_layers_of_too_many_rows_are_scattered_on_a_tpu(excess):
+  chosen = []
+
+  def run(backend, array):
+    chosen.append(backend)
+    return array
+
+  program = functools.partial(
+    selection.by_platform,
+    run,
+    length=9,
+    num_codes=8,
+    most_rows=tpu.MOST_ROWS + excess,
+  )
+  jax.jit(program).trace(jnp.zeros(1))
+  assert (tpu.BACKEND in chosen) == (excess == 0)
