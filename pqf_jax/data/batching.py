@@ -1,31 +1,59 @@
-"""Order of the images: a pure function of the seed and the step's number.
+"""Batches of a data set, in an order that only seed and step determine.
 
 There is no iterator state to save: a run that resumes at a step asks for the
 batches from that step on.
 
 Grain shuffles numbers of images and reads ahead; batches of numbers, not of
-images, go through it, since that is 1.7 times as fast.
+images, go through it, since that is 1.7 times as fast. Images stay uint8 until
+`normalize`. One core makes 450 batches a second of 128 augmented CIFAR-10
+images that are in memory.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol
 
 import numpy as np
 
 from pqf_jax import errors
 
 Batch = dict[str, np.ndarray]
+Row = dict[str, Any]
+"""The fields of one image: NumPy arrays or scalars."""
 MAX_THREADS = 16
 # Batches that wait, besides one in work for each thread: they hide a slow one.
 NUM_READY = 2
 
 
-def shuffled_batches(
-  load: Callable[[np.ndarray, np.ndarray], Batch],
-  num_images: int,
+class Dataset(Protocol):
+  """Images in two splits; threads share its methods, which change nothing."""
+
+  @property
+  def name(self) -> str:
+    """The name of the data set."""
+
+  @property
+  def train(self) -> Sized | None:
+    """The training images; None if they were not opened."""
+
+  @property
+  def test(self) -> Sized:
+    """The test images."""
+
+  @property
+  def num_draws(self) -> int:
+    """The number D of random numbers that augment an image."""
+
+  def train_row(self, index: int, draws: np.ndarray) -> Row:
+    """Reads a training image and augments it by float64 [D] in [0, 1)."""
+
+  def test_row(self, index: int) -> Row:
+    """Reads a test image."""
+
+
+def train_batches(
+  dataset: Dataset,
   *,
-  num_draws: int,
   batch_size: int,
   seed: int,
   start_step: int = 0,
@@ -33,37 +61,45 @@ def shuffled_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """Yields batches in an order that is drawn anew for every epoch.
+  """Yields augmented batches in an order that is drawn anew for every epoch.
 
-  An epoch is num_images // batch_size steps in which no image comes twice; the
+  An epoch is len(train) // batch_size steps in which no image comes twice; the
   few that do not fill a batch are left out, different ones in every epoch.
 
   Args:
-    load: (numbers of images int [B / P], draws float64 [B / P, num_draws] in
-      [0, 1)) -> batch; a pure function that threads may share.
-    num_images: in the data set.
-    num_draws: random numbers for an image.
+    dataset: its `train` is read.
     batch_size: images B a step, over all processes.
-    seed: of order and draws.
+    seed: of order and augmentation.
     start_step: number of the first batch.
     num_steps: how many batches; None: no end.
     process_index: which share of every batch this process reads.
     process_count: P; the shares in order make the batch of a single process.
 
+  Returns:
+    Batches of the fields of `dataset.train_row`, [B / P, ...] each.
+
   Raises:
-    InputError: the batch is larger than the data set, or P does not divide B.
+    InputError: the data set was opened without training images, the batch is
+      larger than it, or P does not divide B.
   """
-  rows = rows_of_process(batch_size, process_index, process_count)
+  rows = _rows_of_process(batch_size, process_index, process_count)
+  if dataset.train is None:
+    raise errors.InputError(
+      f"{dataset.name} was opened without its training images; load it with "
+      "with_train=True"
+    )
+  num_images = len(dataset.train)
   if batch_size > num_images:
     raise errors.InputError(
       f"a batch of {batch_size} images cannot be drawn from the {num_images} "
       "training images; lower the batch size"
     )
 
-  def load_rows(indices: np.ndarray, rng: np.random.Generator) -> Batch:
+  def load(indices: np.ndarray, rng: np.random.Generator) -> Batch:
     # Drawn for the whole batch, so that shares do not depend on their number.
-    draws = rng.random((batch_size, num_draws))[rows]
-    return load(indices[rows], draws)
+    draws = rng.random((batch_size, dataset.num_draws))[rows]
+    mine = indices[rows].tolist()
+    return _stack(map(dataset.train_row, mine, draws), len(mine))
 
   # Grain adds the epoch to its seed: near seeds would share their orders.
   seed = int(np.random.SeedSequence(seed % 2**32).generate_state(1)[0])
@@ -72,53 +108,54 @@ def shuffled_batches(
     .shuffle(seed)
     .batch(batch_size, drop_remainder=True)
     .repeat()
-    .random_map(load_rows, seed=seed)
+    .random_map(load, seed=seed)
   )
   stop = None if num_steps is None else start_step + num_steps
   return _read_ahead(batches[start_step:stop])
 
 
-def ordered_batches(
-  load: Callable[[np.ndarray, np.ndarray], Batch],
-  num_images: int,
+def eval_batches(
+  dataset: Dataset,
   *,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """Yields every image once and in order, in batches of one shape.
+  """Yields every test image once and in order, in batches of one shape.
+
+  All processes get the same number of batches.
 
   Args:
-    load: (numbers of images int [B / P], mask float32 [B / P]) -> batch; where
-      the mask is 0, the number is that of the first image, as padding.
-    num_images: in the data set.
-    batch_size: as in `shuffled_batches`.
-    process_index: as in `shuffled_batches`.
-    process_count: as there; all processes get the same number of batches.
+    dataset: its `test` is read.
+    batch_size: as in `train_batches`.
+    process_index: as in `train_batches`.
+    process_count: as in `train_batches`.
+
+  Returns:
+    Batches of the fields of `dataset.test_row`, [B / P, ...] each, and `mask`
+    float32 [B / P], 1 for an image and 0 for padding of the last batch.
 
   Raises:
     InputError: P does not divide B.
   """
-  rows = rows_of_process(batch_size, process_index, process_count)
+  rows = _rows_of_process(batch_size, process_index, process_count)
+  num_images = len(dataset.test)
 
-  def load_step(step: int) -> Batch:
+  def load(step: int) -> Batch:
     indices = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
     mask = indices < num_images
-    return load(np.where(mask, indices, 0), mask.astype(np.float32))
+    # The first image is the padding.
+    mine = np.where(mask, indices, 0).tolist()
+    batch = _stack(map(dataset.test_row, mine), len(mine))
+    return batch | {"mask": mask.astype(np.float32)}
 
-  num_batches = -(-num_images // batch_size)
-  return _read_ahead(_numbers(num_batches).map(load_step))
+  return _read_ahead(_numbers(-(-num_images // batch_size)).map(load))
 
 
-def rows_of_process(
+def _rows_of_process(
   batch_size: int, process_index: int, process_count: int
 ) -> slice:
-  """Returns the rows of a batch that one process reads.
-
-  Raises:
-    InputError: the processes cannot share the batch evenly, or there is no
-      process of this index.
-  """
+  """Returns the rows of a batch that one process reads."""
   if batch_size < 1 or batch_size % process_count:
     raise errors.InputError(
       f"the batch size {batch_size} is not a positive multiple of the "
@@ -131,6 +168,17 @@ def rows_of_process(
     )
   size = batch_size // process_count
   return slice(process_index * size, (process_index + 1) * size)
+
+
+def _stack(rows: Iterable[Row], count: int) -> Batch:
+  """Copies one image after the other, while the cache still has it."""
+  batch: Batch = {}
+  for number, row in enumerate(rows):
+    for name, value in row.items():
+      if not number:
+        batch[name] = np.empty((count, *value.shape), value.dtype)
+      batch[name][number] = value
+  return batch
 
 
 def _numbers(count: int) -> Any:

@@ -10,7 +10,7 @@ accuracy that leaves images out, or counts others twice, is not the accuracy.
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from pqf_jax import errors
 from pqf_jax.data import sources, transforms
 
+T = TypeVar("T", covariant=True)
 Transform = Callable[[Image.Image], Image.Image]
 # Of a split's images; every image of ImageNet can be decoded.
 MAX_DAMAGED_SHARE = 0.001
@@ -36,8 +37,8 @@ class EncodedImage(NamedTuple):
   label: int
 
 
-class EncodedImages(Protocol):
-  """Image files by number; threads may share it.
+class Stored(Protocol[T]):
+  """Items of files by number; threads may share it.
 
   Reading raises a `DamagedError` where a checksum shows that the bytes have
   changed since they were written.
@@ -45,15 +46,18 @@ class EncodedImages(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int, /) -> EncodedImage: ...
+  def __getitem__(self, index: int, /) -> T: ...
 
-  def read_all(self) -> Iterable[EncodedImage]:
+  def read_all(self) -> Iterable[T]:
     """Reads all in order, where a format does this faster than one by one."""
     return (self[index] for index in range(len(self)))
 
+
+class EncodedImages(Stored[EncodedImage], Protocol):
+  """Image files by number."""
+
   def place(self, index: int) -> str:
     """Returns where an image is stored, for messages."""
-    ...
 
 
 class EncodedDataset(Protocol):
@@ -62,15 +66,15 @@ class EncodedDataset(Protocol):
   @property
   def num_classes(self) -> int:
     """The number of classes; labels are below."""
-    ...
 
   def split(self, name: str) -> EncodedImages:
     """Returns the images of a split, such as `train`."""
-    ...
 
 
 class Records:
-  """A source that decodes and transforms each image when it is read.
+  """A source that decodes and transforms each RGB image when it is read.
+
+  Damaged images are refused, unless it is made by `for_training`.
 
   Attributes:
     damaged: numbers of the damaged images so far.
@@ -84,14 +88,6 @@ class Records:
     *,
     max_damaged: int = 0,
   ) -> None:
-    """Stores the settings; images are read later.
-
-    Args:
-      encoded: the image files.
-      num_classes: labels must be below.
-      transform: of an RGB image.
-      max_damaged: damaged images that are replaced; one more is an error.
-    """
     self.damaged: set[int] = set()
     self._encoded = encoded
     self._num_classes = num_classes
@@ -106,17 +102,13 @@ class Records:
   def __getitem__(self, index: int) -> sources.Record:
     return self._decode(index)
 
-  def in_memory(self) -> sources.InMemory:
-    """Returns the same source, which decodes every image once."""
-
-    def read_all() -> list[sources.Record]:
-      try:
-        encoded = list(self._encoded.read_all())
-      except DamagedError:  # reading one by one shows which image it is
-        return [self[index] for index in range(len(self))]
-      return [self._decode(index, image) for index, image in enumerate(encoded)]
-
-    return sources.InMemory(len(self), read_all)
+  def decode_all(self) -> list[sources.Record]:
+    """Returns all records in order."""
+    try:
+      encoded = list(self._encoded.read_all())
+    except DamagedError:  # reading one by one shows which image it is
+      return [self[index] for index in range(len(self))]
+    return [self._decode(index, image) for index, image in enumerate(encoded)]
 
   def _decode(
     self, index: int, encoded: EncodedImage | None = None
@@ -160,6 +152,28 @@ class Records:
     )
 
 
+class InMemory:
+  """A source that decodes all its images when the first one is asked for.
+
+  A data set opens at once this way, and a split that nobody reads costs
+  nothing.
+  """
+
+  def __init__(self, records: Records) -> None:
+    self._records = records
+    self._decoded: list[sources.Record] | None = None
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> sources.Record:
+    with self._lock:
+      if self._decoded is None:
+        self._decoded = self._records.decode_all()
+    return self._decoded[index]
+
+
 def for_training(
   encoded: EncodedImages, num_classes: int, transform: Transform
 ) -> Records:
@@ -169,13 +183,6 @@ def for_training(
   """
   max_damaged = max(MIN_DAMAGED, int(MAX_DAMAGED_SHARE * len(encoded)))
   return Records(encoded, num_classes, transform, max_damaged=max_damaged)
-
-
-def for_test(
-  encoded: EncodedImages, num_classes: int, transform: Transform
-) -> Records:
-  """Returns records that refuse damaged images."""
-  return Records(encoded, num_classes, transform)
 
 
 def _decode_image(data: bytes) -> Image.Image:

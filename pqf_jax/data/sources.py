@@ -1,17 +1,16 @@
 """Labelled images by number, whatever their files look like."""
 
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pqf_jax.data import batching
+
 Record = dict[str, Any]
 """`image` uint8 [H, W, 3] and `label` int."""
 Augment = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(uint8 [H, W, 3], float64 [NUM_DRAWS] in [0, 1)) -> uint8 [S, S, 3]."""
-# Random numbers for an image: row of the crop, its column, flip.
-NUM_DRAWS = 3
+"""(uint8 [H, W, 3], float64 [3] in [0, 1)) -> uint8 [S, S, 3]."""
 
 
 class Source(Protocol):
@@ -48,25 +47,18 @@ class ImageDataset(NamedTuple):
   std: tuple[float, float, float]
   augment: Augment
 
+  @property
+  def num_draws(self) -> int:
+    """Random numbers for an image: row of the crop, its column, flip."""
+    return 3
 
-class InMemory:
-  """A source that reads all its images when the first one is asked for.
+  def train_row(self, index: int, draws: np.ndarray) -> batching.Row:
+    """Returns `image` uint8 [S, S, 3], augmented, and `label` int32."""
+    record = self.train[index]
+    image = self.augment(record["image"], draws)
+    return {"image": image, "label": np.int32(record["label"])}
 
-  A data set opens at once this way, and a split that nobody reads costs
-  nothing.
-  """
-
-  def __init__(self, length: int, read_all: Callable[[], list[Record]]) -> None:
-    self._length = length
-    self._read_all = read_all
-    self._records: list[Record] | None = None
-    self._lock = threading.Lock()
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, index: int) -> Record:
-    with self._lock:
-      if self._records is None:
-        self._records = self._read_all()
-    return self._records[index]
+  def test_row(self, index: int) -> batching.Row:
+    """Returns `image` uint8 [S, S, 3] and `label` int32."""
+    record = self.test[index]
+    return {"image": record["image"], "label": np.int32(record["label"])}

@@ -82,7 +82,7 @@ def test_replacement_does_not_depend_on_what_was_read_before():
   labels = [in_order[i]["label"] for i in range(30)]
   again = [backwards[i]["label"] for i in reversed(range(30))]
   assert labels == again[::-1]
-  in_memory = at_once.in_memory()
+  in_memory = decoding.InMemory(at_once)
   assert [in_memory[i]["label"] for i in range(30)] == labels
   assert labels[7:10] == [10, 10, 10]
 
@@ -128,7 +128,7 @@ def test_a_split_of_nothing_but_damaged_images_is_an_error():
 
 
 def test_a_damaged_test_image_is_an_error():
-  records = decoding.for_test(shelf({3: b"spoiled"}), NUM_CLASSES, same)
+  records = decoding.Records(shelf({3: b"spoiled"}), NUM_CLASSES, same)
   assert records[2]["label"] == 2
   with pytest.raises(
     errors.InputError,
@@ -138,7 +138,7 @@ def test_a_damaged_test_image_is_an_error():
 
 
 @pytest.mark.parametrize("label", [-1, NUM_CLASSES])
-@pytest.mark.parametrize("make", [decoding.for_training, decoding.for_test])
+@pytest.mark.parametrize("make", [decoding.for_training, decoding.Records])
 def test_a_label_outside_the_classes(make, label):
   encoded = shelf({})
   encoded[3] = encoded[3]._replace(label=label)
@@ -155,7 +155,7 @@ def test_every_kind_of_image_becomes_rgb(mode, encoding):
   rgb = Image.new("RGB", (16, 16), (200, 100, 50))
   rgb.convert(mode).save(file, encoding)
   encoded = Images([decoding.EncodedImage(file.getvalue(), 0)])
-  image = decoding.for_test(encoded, NUM_CLASSES, same)[0]["image"]
+  image = decoding.Records(encoded, NUM_CLASSES, same)[0]["image"]
   # ITU-R 601-2: 0.299 red, 0.587 green, 0.114 blue.
   expected = (124, 124, 124) if mode == "L" else (200, 100, 50)
   assert image.shape == (16, 16, 3)
@@ -167,6 +167,6 @@ def test_every_kind_of_png_becomes_rgb(mode):
   file = io.BytesIO()
   Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode).save(file, "png")
   encoded = Images([decoding.EncodedImage(file.getvalue(), 0)])
-  image = decoding.for_test(encoded, NUM_CLASSES, same)[0]["image"]
+  image = decoding.Records(encoded, NUM_CLASSES, same)[0]["image"]
   assert image.shape == (16, 16, 3)
   assert (image == 255).all()

@@ -12,18 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from pqf_jax import errors
-from pqf_jax.data import transforms
+from pqf_jax.data import batching
 from pqf_jax.data.coco import annotations as coco_annotations
+from pqf_jax.data.coco import batches as coco_batches
 from pqf_jax.data.coco import targets as coco_targets
 
 TRAIN, TEST = "train2017", "val2017"
-# Of red, green and blue in ImageNet, which the backbones are trained on.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The network halves the image five times.
-SIDE_MULTIPLE = 32
+FLIP_PROBABILITY = 0.5
 # Every image of a batch is padded to the largest: above this limit a few large
 # ones would take gigabytes. COCO's have at most 640 pixels.
 LARGEST_SIDE = 2048
@@ -72,7 +69,7 @@ class Split:
         annotations.
     """
     entry = self.images[index]
-    pixels = read_image(self._folder / entry.file_name)
+    pixels = coco_batches.read_image(self._folder / entry.file_name)
     if pixels.shape[:2] != (entry.height, entry.width):
       raise errors.InputError(
         f"{self._folder / entry.file_name} has {pixels.shape[0]} x "
@@ -119,8 +116,6 @@ class DetectionDataset(NamedTuple):
     labels: names and category ids by label.
     side: S; every image has at most that height and width.
     num_objects: G; no image of `train` has more targets.
-    mean: of red, green and blue in 0..1, to normalize with.
-    std: their standard deviation.
     notes: sentences on what was left out.
   """
 
@@ -130,14 +125,46 @@ class DetectionDataset(NamedTuple):
   labels: Labels
   side: int
   num_objects: int
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
   notes: tuple[str, ...]
 
   @property
   def num_classes(self) -> int:
     """The number of labels, with that of the background."""
     return len(self.labels.names)
+
+  @property
+  def num_draws(self) -> int:
+    """Random numbers for an image: whether it is mirrored."""
+    return 1
+
+  def train_row(self, index: int, draws: np.ndarray) -> batching.Row:
+    """Reads a training image with its objects, mirrored half the time.
+
+    Returns:
+      image     uint8 [S, S, 3], 0 right of and below the image
+      size      int32 [2], its height and width
+      image_id  int64
+      boxes     float32 [G, 4], x1, y1, x2, y2 in pixels
+      labels    int32 [G], from 1 on
+      valid     bool [G]; boxes, labels and masks are 0 where it is False
+      masks     uint8 [G, S, ceil(S / 8)], see `coco_masks.to_bits`
+
+    Raises:
+      InputError: as `Split.pixels`.
+    """
+    assert self.train is not None
+    pixels, targets = self.train.pixels(index), self.train.targets(index)
+    if draws[0] < FLIP_PROBABILITY:
+      pixels, targets = coco_batches.mirror(pixels, targets)
+    image_id = self.train.images[index].id
+    return coco_batches.image_fields(
+      pixels, image_id, self.side
+    ) | coco_batches.target_fields(targets, self.num_objects, self.side)
+
+  def test_row(self, index: int) -> batching.Row:
+    """Returns `image`, `size` and `image_id` of a test image."""
+    pixels, image_id = self.test.pixels(index), self.test.images[index].id
+    return coco_batches.image_fields(pixels, image_id, self.side)
 
 
 def load(
@@ -187,7 +214,7 @@ def load(
     most_objects = coco_targets.most_objects(files[TRAIN], images, num_objects)
     train = Split(files[TRAIN], top / TRAIN, images, labels)
   return DetectionDataset(
-    top.name, train, test, labels, side, most_objects, MEAN, STD, notes
+    top.name, train, test, labels, side, most_objects, notes
   )
 
 
@@ -233,45 +260,10 @@ def unnamed_labels(num_classes: int) -> Labels:
   return Labels(tuple(range(num_classes)), ("",) * num_classes)
 
 
-def read_image(path: epath.PathLike) -> np.ndarray:
-  """Reads an image file, also a gray or CMYK one, as uint8 [H, W, 3].
-
-  Raises:
-    InputError: the file is missing, cannot be decoded or has more than 8 bits.
-  """
-  path = epath.Path(path)
-  try:
-    with path.open("rb") as file, Image.open(file) as image:
-      mode, pixels = image.mode, np.asarray(image.convert("RGB"))
-  except FileNotFoundError as error:
-    raise errors.InputError(f"the image {path} is missing") from error
-  except transforms.DECODING_ERRORS as error:
-    raise errors.InputError(
-      f"the image {path} cannot be decoded ({error}); copy it again"
-    ) from error
-  if mode.startswith(("I", "F")):
-    raise errors.InputError(
-      f"{path} has pixels of more than 8 bits (Pillow's mode {mode}), which "
-      "would be cut off; scale them to 0..255 and save the image again"
-    )
-  return pixels
-
-
 def _read_split(top: epath.Path, name: str) -> coco_annotations.AnnotationFile:
-  """Reads an annotation file, and checks that its images are there."""
+  """Reads an annotation file, and refuses a folder that lacks its images."""
   file = coco_annotations.read(top / "annotations" / f"instances_{name}.json")
-  _check_images(file, top / name)
-  return file
-
-
-def _check_images(
-  file: coco_annotations.AnnotationFile, folder: epath.Path
-) -> None:
-  """Refuses a folder that lacks images of an annotation file.
-
-  Raises:
-    InputError: the folder or an image is missing; names the first one.
-  """
+  folder = top / name
   if not folder.is_dir():
     raise errors.InputError(
       f"{folder}, the folder of the images of {file.path}, is missing"
@@ -290,21 +282,13 @@ def _check_images(
       f"{file.path}); copy {len(missing)} of the {len(file.images)} image "
       "files again"
     )
+  return file
 
 
 def _buffer_side(
   files: Iterable[coco_annotations.AnnotationFile], image_size: int | None
 ) -> int:
-  """Returns the side S in pixels of a square that every image fits into.
-
-  Args:
-    files: of all splits.
-    image_size: S; None: that of the largest image, rounded up to a multiple of
-      `SIDE_MULTIPLE`.
-
-  Raises:
-    InputError: an image is too large; names it and both sizes.
-  """
+  """Returns the side S in pixels of a square that every image fits into."""
   largest, file = max(
     ((image, file) for file in files for image in file.images),
     key=lambda pair: max(pair[0].height, pair[0].width),
@@ -325,4 +309,4 @@ def _buffer_side(
       f"images and annotations down to {LARGEST_SIDE} pixels, or accept the "
       f"memory by --config.data.image_size={pixels}"
     )
-  return image_size or -(-pixels // SIDE_MULTIPLE) * SIDE_MULTIPLE
+  return image_size or coco_batches.rounded_up(pixels)

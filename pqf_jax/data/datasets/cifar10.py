@@ -19,10 +19,10 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   copy = locate.open_copy("cifar10", data_dir, prepare_command=PREPARE_COMMAND)
   resize = functools.partial(transforms.resize, size=size)
   train, test = (
-    make(copy.split(name), copy.num_classes, resize).in_memory()
+    decoding.InMemory(make(copy.split(name), copy.num_classes, resize))
     for name, make in (
       ("train", decoding.for_training),
-      ("test", decoding.for_test),
+      ("test", decoding.Records),
     )
   )
   return sources.ImageDataset(

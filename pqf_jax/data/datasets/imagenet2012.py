@@ -49,7 +49,7 @@ def make_dataset(
   return sources.ImageDataset(
     name=name,
     train=decoding.for_training(copy.split("train"), copy.num_classes, shorten),
-    test=decoding.for_test(
+    test=decoding.Records(
       copy.split("validation"), copy.num_classes, crop_center
     ),
     num_classes=copy.num_classes,

@@ -1,8 +1,6 @@
 """Records of array_record files by number."""
 
-import bisect
 import concurrent.futures
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,7 +25,7 @@ class _Shard(NamedTuple):
   examples_in_shard: int
 
 
-class ArrayRecords:
+class ArrayRecords(decoding.Stored[bytes]):
   """The records of the files of one split."""
 
   def __init__(self, paths: Sequence[str], lengths: Sequence[int]) -> None:
@@ -41,8 +39,6 @@ class ArrayRecords:
       InputError: a file is cut short, damaged, or has another number.
     """
     _check_lengths(paths, lengths)
-    self._paths = list(paths)
-    self._ends = list(itertools.accumulate(lengths))
     self._records = array_record_data_source.ArrayRecordDataSource(
       [
         _Shard(path, 0, length, length)
@@ -52,7 +48,7 @@ class ArrayRecords:
     )
 
   def __len__(self) -> int:
-    return self._ends[-1]
+    return len(self._records)
 
   def __getitem__(self, index: int) -> bytes:
     try:
@@ -66,12 +62,6 @@ class ArrayRecords:
       return iter(self._records.__getitems__(range(len(self))))
     except RuntimeError as error:
       raise decoding.DamagedError(str(error)) from error
-
-  def place(self, index: int) -> str:
-    """Returns file and number of a record, for messages."""
-    shard = bisect.bisect_right(self._ends, index)
-    first = self._ends[shard - 1] if shard else 0
-    return f"record {index - first} of {self._paths[shard]}"
 
 
 def _check_lengths(paths: Sequence[str], lengths: Sequence[int]) -> None:

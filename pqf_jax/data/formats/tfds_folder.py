@@ -5,10 +5,11 @@ files, the library's default. Missing and incomplete files are refused at
 opening.
 """
 
+import bisect
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -22,24 +23,10 @@ from pqf_jax.data.formats import array_records, tfrecords
 INFO_FILE = "dataset_info.json"
 
 
-class Records(Protocol):
-  """Serialized examples by number; threads may share it."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int, /) -> bytes: ...
-
-  def read_all(self) -> Iterator[bytes]:
-    """Reads all in order, where a format does this faster than one by one."""
-    ...
-
-  def place(self, index: int) -> str:
-    """Returns where a record is stored, for messages."""
-    ...
-
-
+Reader = Callable[[Sequence[str], Sequence[int]], decoding.Stored[bytes]]
+"""(paths, number of records of each) -> serialized examples by number."""
 # The first is preferred where there are both.
-READERS: dict[str, Callable[[Sequence[str], Sequence[int]], Records]] = {
+READERS: dict[str, Reader] = {
   "array_record": array_records.ArrayRecords,
   "tfrecord": tfrecords.TFRecords,
 }
@@ -53,8 +40,12 @@ class Examples(decoding.EncodedImages):
   then decode a JPEG to slightly other pixels.
   """
 
-  def __init__(self, records: Records) -> None:
-    self._records = records
+  def __init__(
+    self, read: Reader, paths: Sequence[str], lengths: Sequence[int]
+  ) -> None:
+    self._records = read(paths, lengths)
+    self._paths = paths
+    self._ends = list(itertools.accumulate(lengths))
 
   def __len__(self) -> int:
     return len(self._records)
@@ -68,7 +59,9 @@ class Examples(decoding.EncodedImages):
 
   def place(self, index: int) -> str:
     """Returns file and number of a record."""
-    return self._records.place(index)
+    shard = bisect.bisect_right(self._ends, index)
+    first = self._ends[shard - 1] if shard else 0
+    return f"record {index - first} of {self._paths[shard]}"
 
 
 class Folder(decoding.EncodedDataset):
@@ -127,7 +120,7 @@ class Folder(decoding.EncodedDataset):
         raise errors.InputError(
           f"{path} is missing: copy this file again, or {self._advice}"
         )
-    return Examples(READERS[self._format](paths, split.shard_lengths))
+    return Examples(READERS[self._format], paths, split.shard_lengths)
 
 
 def _parse(record: bytes) -> decoding.EncodedImage:

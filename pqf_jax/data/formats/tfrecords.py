@@ -19,11 +19,12 @@ import io
 import os
 import pathlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from pqf_jax import errors
+from pqf_jax.data import decoding
 from pqf_jax.runtime import files
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4
@@ -34,7 +35,7 @@ _POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
 _MASK_DELTA = 0xA282EAD8
 
 
-class TFRecords:
+class TFRecords(decoding.Stored[bytes]):
   """The records of the files of one split."""
 
   def __init__(self, paths: Sequence[str], lengths: Sequence[int]) -> None:
@@ -62,25 +63,13 @@ class TFRecords:
     return int(self._starts[-1])
 
   def __getitem__(self, index: int) -> bytes:
-    shard, record = self._shard_and_record(index)
+    shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+    record = index - int(self._starts[shard])
     start, end = self._offsets[shard][record : record + 2].tolist()
     num_bytes = end - start - HEADER_BYTES - FOOTER_BYTES
     with open(self._paths[shard], "rb", buffering=0) as file:
       file.seek(start + HEADER_BYTES)
       return file.read(num_bytes)
-
-  def read_all(self) -> Iterator[bytes]:
-    """Reads all in order."""
-    return (self[index] for index in range(len(self)))
-
-  def place(self, index: int) -> str:
-    """Returns file and number of a record, for messages."""
-    shard, record = self._shard_and_record(index)
-    return f"record {record} of {self._paths[shard]}"
-
-  def _shard_and_record(self, index: int) -> tuple[int, int]:
-    shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-    return shard, index - int(self._starts[shard])
 
 
 def read_offsets(path: str, num_records: int) -> np.ndarray:

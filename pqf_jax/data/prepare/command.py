@@ -21,8 +21,6 @@ from pqf_jax.data.formats import image_files
 from pqf_jax.data.prepare import shards, tars
 from pqf_jax.runtime import progress
 
-VERSION = "5.1.0"
-
 
 def main(arguments: Sequence[str]) -> int:
   """Runs the command and returns its exit status."""
@@ -31,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("name", choices=["imagenet2012"])
+  parser.add_argument("name", choices=[shards.NAME])
   parser.add_argument("--from", required=True, dest="source", metavar="SOURCE")
   parser.add_argument("--to", required=True, dest="target", metavar="DIR")
   options = parser.parse_args(arguments)
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Writes target/imagenet2012/5.1.0.
+  """Writes ImageNet as array_record files.
 
   Args:
     source: holds the two archives, or `train` and `val`.
@@ -56,7 +54,7 @@ def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
     InputError: the source holds neither or is not complete, the disk cannot
       hold the result, or the target exists already.
   """
-  shards.new_folder(target, "imagenet2012", VERSION)  # refused at once
+  shards.new_folder(target)  # refused at once
   progress.say(f"looking at the images in {source}")
   splits = _read_splits(source)
   num_images = {name: len(split.images) for name, split in splits.items()}
@@ -64,8 +62,6 @@ def prepare_imagenet(source: pathlib.Path, target: pathlib.Path) -> None:
     folder = shards.write_dataset(
       target,
       splits,
-      name="imagenet2012",
-      version=VERSION,
       class_names=imagenet_labels.class_names(),
       advance=bar.advance,
     )
@@ -81,22 +77,20 @@ def _read_splits(source: pathlib.Path) -> Mapping[str, shards.Split]:
   missing = [path.name for path in archives if not path.is_file()]
   if not missing:
     return {
-      "train": _from_archive(tars.train_images(source)),
-      "validation": _from_archive(tars.validation_images(source)),
+      "train": tars.train_images(source),
+      "validation": tars.validation_images(source),
     }
   if any(
     (source / name).is_dir() for name in ("train", *image_files.TEST_FOLDERS)
   ):
     folder = image_files.Folder(source, imagenet_labels.class_names())
     paths = folder.flat_test_files()
-    names = map(os.path.basename, paths)
-    test = (
-      image_files.Images(
-        paths, [imagenet_labels.validation_label(name) for name in names]
-      )
-      if paths
-      else folder.split("validation")
-    )
+    if paths:
+      names = map(os.path.basename, paths)
+      labels = list(map(imagenet_labels.validation_label, names))
+      test = image_files.Images(paths, labels)
+    else:
+      test = folder.split("validation")
     return {
       "train": _from_files(folder.split("train")),
       "validation": _from_files(test),
@@ -106,14 +100,6 @@ def _read_splits(source: pathlib.Path) -> Mapping[str, shards.Split]:
     f"{source} {lacks} {', '.join(missing)}; give the folder that holds both "
     "archives as they were downloaded from image-net.org, or train/CLASS and "
     "val/CLASS"
-  )
-
-
-def _from_archive(images: tars.Images) -> shards.Split:
-  return shards.Split(
-    images,
-    [member.name for member in images.members],
-    [member.num_bytes for member in images.members],
   )
 
 

@@ -1,6 +1,6 @@
-"""Data sets in the files of tensorflow-datasets, written without TensorFlow.
+"""ImageNet in the files of tensorflow-datasets, written without TensorFlow.
 
-A folder `<name>/<version>` holds array_record files, `dataset_info.json`,
+A folder `imagenet2012/5.1.0` holds array_record files, `dataset_info.json`,
 `features.json` and the names of the classes. It is written under another name
 and renamed when it is complete.
 """
@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+from tensorflow_datasets.proto import tf_example_pb2
 
 from pqf_jax import errors
 from pqf_jax.data import decoding
 from pqf_jax.runtime import files
 
+NAME, VERSION = "imagenet2012", "5.1.0"
 # The size of the shards of tensorflow-datasets.
 SHARD_BYTES = 128 * 2**20
 # For an image, besides its bytes: file name, label and index.
@@ -36,13 +37,13 @@ class Split(NamedTuple):
   num_bytes: Sequence[int]
 
 
-def new_folder(folder: pathlib.Path, name: str, version: str) -> pathlib.Path:
-  """Returns the folder that a data set will be written to.
+def new_folder(data_dir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder that the data set will be written to.
 
   Raises:
     InputError: the folder exists already.
   """
-  target = folder / name / version
+  target = data_dir / NAME / VERSION
   if target.exists():
     raise errors.InputError(
       f"{target} exists already; remove it, or give another folder"
@@ -51,23 +52,19 @@ def new_folder(folder: pathlib.Path, name: str, version: str) -> pathlib.Path:
 
 
 def write_dataset(
-  folder: pathlib.Path,
+  data_dir: pathlib.Path,
   splits: Mapping[str, Split],
   *,
-  name: str,
-  version: str,
   class_names: Sequence[str],
   advance: Callable[[int], None] = lambda num_images: None,
 ) -> pathlib.Path:
-  """Writes `folder/name/version`, or continues a run that was stopped.
+  """Writes the folder of `new_folder`, or continues a run that was stopped.
 
   Images keep their order, so that readers have to shuffle.
 
   Args:
-    folder: the data_dir.
-    splits: by name.
-    name: of the data set.
-    version: such as 5.1.0.
+    data_dir: where the folder is made.
+    splits: {name: images}, such as `train`.
     class_names: in the order of the labels.
     advance: called with the number of images that were written since.
 
@@ -78,38 +75,31 @@ def write_dataset(
     InputError: the folder exists already, an image is empty, or the disk
       cannot hold all of them.
   """
-  target = new_folder(folder, name, version)
+  target = new_folder(data_dir)
   for data in splits.values():
     if 0 in data.num_bytes:
       place = data.images.place(list(data.num_bytes).index(0))
       raise errors.InputError(f"{place} is empty; copy it again")
   # The name depends on the content, so that only a run that writes the same
   # images continues with its files.
-  partial = target.with_name(f"incomplete.{_digest(splits)}_{version}")
+  partial = target.with_name(f"incomplete.{_digest(splits)}_{VERSION}")
   partial.mkdir(parents=True, exist_ok=True)
-  shards = {split: _cut(data.num_bytes) for split, data in splits.items()}
-  paths = {
-    split: [
-      partial / f"{name}-{split}.array_record-{i:05d}-of-{len(cuts):05d}"
-      for i in range(len(cuts))
-    ]
-    for split, cuts in shards.items()
+  shards = {
+    split: _cut(partial / f"{NAME}-{split}", data.num_bytes)
+    for split, data in splits.items()
   }
-  files.check_space(
-    partial,
-    sum(
-      sum(splits[split].num_bytes[i] + OVERHEAD_BYTES for i in range(*cut))
-      for split in splits
-      for path, cut in zip(paths[split], shards[split], strict=True)
-      if not path.exists()
-    ),
-  )
+  num_bytes = 0
   for split, data in splits.items():
-    for path, (start, stop) in zip(paths[split], shards[split], strict=True):
+    for path, images in shards[split].items():
       if not path.exists():
-        _write_shard(path, data, range(start, stop))
-      advance(stop - start)
-  _write_info(partial, splits, shards, name, version)
+        num_bytes += sum(data.num_bytes[i] + OVERHEAD_BYTES for i in images)
+  files.check_space(partial, num_bytes)
+  for split, data in splits.items():
+    for path, images in shards[split].items():
+      if not path.exists():
+        _write_shard(path, data, images)
+      advance(len(images))
+  _write_info(partial, splits, shards)
   _features(class_names).save_config(partial)
   (partial / "label.labels.txt").write_text("\n".join(class_names) + "\n")
   os.replace(partial, target)
@@ -128,15 +118,23 @@ def _digest(splits: Mapping[str, Split]) -> str:
   return digest.hexdigest()[:12]
 
 
-def _cut(num_bytes: Sequence[int]) -> list[tuple[int, int]]:
-  """Returns the first image of every shard, and the one after its last."""
-  cuts, start, shard_bytes = [], 0, 0
+def _cut(
+  prefix: pathlib.Path, num_bytes: Sequence[int]
+) -> dict[pathlib.Path, range]:
+  """Returns {path: images} of the shards of a split."""
+  shards, start, shard_bytes = [], 0, 0
   for index, size in enumerate(num_bytes):
     if shard_bytes and shard_bytes + size > SHARD_BYTES:
-      cuts.append((start, index))
+      shards.append(range(start, index))
       start, shard_bytes = index, 0
     shard_bytes += size
-  return [*cuts, (start, len(num_bytes))]
+  shards.append(range(start, len(num_bytes)))
+  return {
+    prefix.with_name(
+      f"{prefix.name}.array_record-{number:05d}-of-{len(shards):05d}"
+    ): images
+    for number, images in enumerate(shards)
+  }
 
 
 def _write_shard(path: pathlib.Path, split: Split, images: range) -> None:
@@ -149,22 +147,11 @@ def _write_shard(path: pathlib.Path, split: Split, images: range) -> None:
 
 
 def _example(image: decoding.EncodedImage, file_name: str) -> bytes:
-  def feature(values: Sequence[bytes]) -> tf_feature_pb2.Feature:
-    return tf_feature_pb2.Feature(
-      bytes_list=tf_feature_pb2.BytesList(value=values)
-    )
-
-  label = tf_feature_pb2.Feature(
-    int64_list=tf_feature_pb2.Int64List(value=[image.label])
-  )
-  features = {
-    "file_name": feature([file_name.encode()]),
-    "image": feature([image.data]),
-    "label": label,
-  }
-  example = tf_example_pb2.Example(
-    features=tf_feature_pb2.Features(feature=features)
-  )
+  example = tf_example_pb2.Example()
+  feature = example.features.feature
+  feature["file_name"].bytes_list.value.append(file_name.encode())
+  feature["image"].bytes_list.value.append(image.data)
+  feature["label"].int64_list.value.append(image.label)
   return example.SerializeToString(deterministic=True)
 
 
@@ -181,27 +168,25 @@ def _features(class_names: Sequence[str]) -> tfds.features.FeaturesDict:
 def _write_info(
   folder: pathlib.Path,
   splits: Mapping[str, Split],
-  shards: Mapping[str, list[tuple[int, int]]],
-  name: str,
-  version: str,
+  shards: Mapping[str, Mapping[pathlib.Path, range]],
 ) -> None:
   info = {
     "description": "ILSVRC 2012, images in the order of their source.",
     "disableShuffling": True,
     "fileFormat": "array_record",
-    "name": name,
+    "name": NAME,
     "splits": [
       {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         "name": split,
         "numBytes": str(sum(splits[split].num_bytes)),
-        "shardLengths": [str(stop - start) for start, stop in cuts],
+        "shardLengths": [str(len(images)) for images in shards[split].values()],
       }
-      for split, cuts in shards.items()
+      for split in splits
     ],
     "supervisedKeys": {
       "tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}
     },
-    "version": version,
+    "version": VERSION,
   }
   (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))

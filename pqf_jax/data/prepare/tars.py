@@ -13,32 +13,33 @@ from typing import IO, NamedTuple
 from pqf_jax import errors
 from pqf_jax.data import decoding
 from pqf_jax.data.datasets import imagenet_labels
+from pqf_jax.data.prepare import shards
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 
 
-class Member(NamedTuple):
+class _Member(NamedTuple):
   """One image, and the place of its bytes in the archive."""
 
   name: str
-  label: int
   offset: int
   num_bytes: int
+  label: int
 
 
-class Images(decoding.EncodedImages):
+class _Images(decoding.EncodedImages):
   """Images in an archive."""
 
-  def __init__(self, tar: pathlib.Path, members: list[Member]) -> None:
+  def __init__(self, tar: pathlib.Path, members: list[_Member]) -> None:
     self._tar = tar
-    self.members = members
+    self._members = members
 
   def __len__(self) -> int:
-    return len(self.members)
+    return len(self._members)
 
   def __getitem__(self, index: int) -> decoding.EncodedImage:
-    member = self.members[index]
+    member = self._members[index]
     with open(self._tar, "rb") as file:
       file.seek(member.offset)
       data = file.read(member.num_bytes)
@@ -46,10 +47,10 @@ class Images(decoding.EncodedImages):
 
   def place(self, index: int) -> str:
     """Returns the names of the image and of the archive."""
-    return f"{self.members[index].name} in {self._tar}"
+    return f"{self._members[index].name} in {self._tar}"
 
 
-def train_images(folder: pathlib.Path) -> Images:
+def train_images(folder: pathlib.Path) -> shards.Split:
   """Finds the training images.
 
   Args:
@@ -61,61 +62,63 @@ def train_images(folder: pathlib.Path) -> Images:
   path = folder / TRAIN_TAR
   names = imagenet_labels.class_names()
   label = {f"{name}.tar": number for number, name in enumerate(names)}
-  members: list[Member] = []
+  members: list[_Member] = []
   classes = set()
   with open(path, "rb") as file:
-    for outer in _files_in(path, file, 0):
-      name = pathlib.PurePosixPath(outer.name).name
+    for name, offset, num_bytes in _files_in(path, file):
       if name not in label:
         raise errors.InputError(
-          f"{path} holds {outer.name}, but must hold one CLASS.tar for each "
-          "class, such as n01440764.tar; give the archive as it was downloaded"
+          f"{path} holds {name}, but must hold one CLASS.tar for each class, "
+          "such as n01440764.tar; give the archive as it was downloaded"
         )
       classes.add(name)
       members += [
-        Member(
-          pathlib.PurePosixPath(image.name).name,
-          label[name],
-          image.offset_data,
-          image.size,
-        )
-        for image in _files_in(path, file, outer.offset_data, outer.size)
+        _Member(*image, label[name])
+        for image in _files_in(path, file, offset, num_bytes)
       ]
   if len(classes) != len(label):
     raise errors.InputError(
       f"{path} holds {len(classes)} of {len(label)} classes: it is cut short "
       "or not the original; download it again"
     )
-  return Images(path, members)
+  return _split(path, members)
 
 
-def validation_images(folder: pathlib.Path) -> Images:
-  """Finds the validation images, in the order of their numbers.
+def validation_images(folder: pathlib.Path) -> shards.Split:
+  """Finds the validation images in `VALIDATION_TAR`, ordered by number.
 
-  Args:
-    folder: holds `VALIDATION_TAR` as it was downloaded.
-
-  Raises:
-    InputError: the file is not the original, or is cut short.
+  Arguments and errors are those of `train_images`.
   """
   path = folder / VALIDATION_TAR
   with open(path, "rb") as file:
     members = [
-      Member(
-        name := pathlib.PurePosixPath(info.name).name,
-        imagenet_labels.validation_label(name),
-        info.offset_data,
-        info.size,
-      )
-      for info in _files_in(path, file, 0)
+      _Member(*image, imagenet_labels.validation_label(image[0]))
+      for image in _files_in(path, file)
     ]
-  return Images(path, sorted(members))
+  return _split(path, sorted(members))
+
+
+def _split(path: pathlib.Path, members: list[_Member]) -> shards.Split:
+  return shards.Split(
+    _Images(path, members),
+    [member.name for member in members],
+    [member.num_bytes for member in members],
+  )
 
 
 def _files_in(
-  path: pathlib.Path, file: IO[bytes], start: int, num_bytes: int | None = None
-) -> Iterator[tarfile.TarInfo]:
-  """Yields the files of the archive that begins at byte `start` of `file`.
+  path: pathlib.Path,
+  file: IO[bytes],
+  start: int = 0,
+  num_bytes: int | None = None,
+) -> Iterator[tuple[str, int, int]]:
+  """Yields name, offset and size of the files of an archive.
+
+  Args:
+    path: of `file`.
+    file: holds the archive.
+    start: the archive's first byte.
+    num_bytes: the archive's size; None: up to the end of the file.
 
   Raises:
     InputError: the archive is cut short or cannot be read.
@@ -125,7 +128,10 @@ def _files_in(
   file.seek(start)
   try:
     with tarfile.open(fileobj=file, mode="r:") as tar:
-      yield from (info for info in tar if info.isfile())
+      for info in tar:
+        if info.isfile():
+          name = pathlib.PurePosixPath(info.name).name
+          yield name, info.offset_data, info.size
       # A whole archive ends with blocks of zeros.
       if end - tar.offset < tarfile.BLOCKSIZE:
         raise errors.InputError(

@@ -197,7 +197,7 @@ def make_evaluate(
 
   Returns:
     evaluate(variables, batches) -> the statistics of `average_precision`, and
-    images; the batches are those of `detection_batches.eval_batches`.
+    images; the batches are those of `data.eval_batches`.
   """
   ground_truth = make_ground_truth(dataset.test)
   expected = {image.id for image in dataset.test.images}

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from pqf_jax import data
 from pqf_jax.data import coco
 from pqf_jax.data.coco import batches as detection_batches
 from pqf_jax.models import contract as models
@@ -117,9 +118,7 @@ def pictures(
   """
   names = dataset.labels.names
   batch = next(
-    detection_batches.eval_batches(
-      dataset, batch_size=batch_size, **distributed.position()
-    )
+    data.eval_batches(dataset, batch_size=batch_size, **distributed.position())
   )
   outputs_of = {
     title: jax.device_get(detect(place(variables), batch))

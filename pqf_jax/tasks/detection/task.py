@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from pqf_jax import errors, finetune
-from pqf_jax.data.coco import batches as detection_batches
+from pqf_jax import data, errors, finetune
 from pqf_jax.models import contract as models
 from pqf_jax.runtime import distributed, progress
 from pqf_jax.tasks import contract
@@ -84,13 +83,13 @@ class Detection:
     )
 
     def evaluate(variables: PyTree) -> dict[str, float]:
-      batches = detection_batches.eval_batches(
+      batches = data.eval_batches(
         dataset, batch_size=config.eval_batch_size, **distributed.position()
       )
       return measure(prediction.place(variables), batches)
 
     def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-      for batch in detection_batches.train_batches(
+      for batch in data.train_batches(
         dataset, **order, **distributed.position()
       ):
         del batch["image_id"]  # int64, which devices do not have

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pqf_jax import errors
+from pqf_jax import data, errors
 from pqf_jax.data import coco
 from pqf_jax.data.coco import batches as detection_batches
 from tests.data.coco import tiny_coco
@@ -18,13 +18,11 @@ def dataset(tmp_path_factory) -> coco.DetectionDataset:
 
 def train(dataset, num_steps: int, **settings) -> list[dict]:
   settings = {"batch_size": BATCH, "seed": 3} | settings
-  return list(
-    detection_batches.train_batches(dataset, num_steps=num_steps, **settings)
-  )
+  return list(data.train_batches(dataset, num_steps=num_steps, **settings))
 
 
 def evaluate(dataset, **settings) -> list[dict]:
-  return list(detection_batches.eval_batches(dataset, **settings))
+  return list(data.eval_batches(dataset, **settings))
 
 
 def assert_same(left: list[dict], right: list[dict]) -> None:

@@ -11,9 +11,8 @@ from pycocotools import coco as coco_api
 from pycocotools import cocoeval
 from pycocotools import mask as coco_rle
 
-from pqf_jax import errors
+from pqf_jax import data, errors
 from pqf_jax.data import coco
-from pqf_jax.data.coco import batches as detection_batches
 from pqf_jax.tasks.detection import average_precision
 from tests.data.coco import tiny_coco
 
@@ -324,7 +323,7 @@ def inside(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_evaluation_of_a_network_that_knows_the_answers(tiny, batch_size):
   evaluate = average_precision.make_evaluate(as_network(tiny), tiny)
-  batches = detection_batches.eval_batches(tiny, batch_size=batch_size)
+  batches = data.eval_batches(tiny, batch_size=batch_size)
   statistics = evaluate(0.7, batches)
   assert statistics["images"] == 3
   assert statistics["box_ap"] == pytest.approx(1, abs=1e-12)
@@ -335,6 +334,6 @@ def test_evaluation_of_a_network_that_knows_the_answers(tiny, batch_size):
 
 def test_an_image_that_is_not_evaluated_is_an_error(tiny):
   evaluate = average_precision.make_evaluate(as_network(tiny), tiny)
-  batches = list(detection_batches.eval_batches(tiny, batch_size=1))
+  batches = list(data.eval_batches(tiny, batch_size=1))
   with pytest.raises(errors.InputError, match="2 of the 3 test images of tiny"):
     evaluate(0.7, batches[1:])
