@@ -6,7 +6,6 @@ job         resolves and checks what the stages share, before any work
 training    trains, in stage 0 and in fine-tuning
 weights     reads a weights file of any known kind
 workspace   holds the files of a run
-summary     converts its figures to plain data
 """
 
 from pqf_jax.pipeline.modes import run as run

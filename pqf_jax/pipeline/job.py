@@ -13,7 +13,7 @@ from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.models import contract
 from pqf_jax.permutation import search
-from pqf_jax.pipeline import summary, training, weights, workspace
+from pqf_jax.pipeline import training, weights, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -279,5 +279,5 @@ def print_plan(
 ) -> plans.SizeReport:
   """Shows what will be compressed and how large the file will be."""
   size = plans.predict_size(plan, template)
-  progress.show(report.plan_table(summary.plan_rows(size)))
+  progress.show(report.plan_table(size.layers))
   return size

@@ -5,9 +5,10 @@ show.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from pqf_jax.core import plan
 from pqf_jax.report import schema, text
 
 MAX_POINTS = 240
@@ -79,71 +80,69 @@ class Curve(NamedTuple):
 def score_charts(results: schema.Results) -> list[Bars]:
   """Charts each metric by stage; the whole width is 100 %."""
   charts = []
-  for label, rows in schema.scores(results).items():
-    bars = []
-    for row in rows:
-      figure = text.percent(row.value)
-      if row.gap is not None and row.stage != "dense":
-        figure += f" ({text.points(row.gap)})"
-      name = schema.STAGES[row.stage]
-      bars.append(Row(name, name, (100 * row.value,), figure))
-    caption = ""
-    if any("(" in bar.figure for bar in bars):
-      caption = "In parentheses: percentage points from the dense network."
-    charts.append(_bars(f"{text.capitalize(label)} by stage", caption, bars))
+  for label, by_stage in schema.scores(results).items():
+    rows = []
+    for stage, (value, gap) in by_stage.items():
+      figure = text.percent(value)
+      figure += "" if gap is None else f" ({text.points(gap)})"
+      name = schema.STAGES[stage]
+      rows.append(Row(name, name, (100 * value,), figure))
+    caption = "In parentheses: percentage points from the dense network."
+    charts.append(_bars(f"{text.capitalize(label)} by stage", caption, rows))
   return charts
 
 
-def size_chart(
-  rows: Sequence[schema.PlanRow] | Sequence[schema.LayerRow],
-) -> Bars:
+def size_chart(layers: Sequence[plan.LayerSize]) -> Bars:
   """Charts the bytes of each kernel, dense and compressed."""
-  kernels = [row for row in rows if len(row["shape"]) >= 2]
-  largest = max(map(schema.dense_bytes, kernels), default=1)
-  bars = [
+  kernels = [layer for layer in layers if len(layer.shape) >= 2]
+  sizes = [
+    (schema.dense_bytes(layer), layer.payload_bytes) for layer in kernels
+  ]
+  largest = max(dense for dense, _ in sizes)
+  rows = [
     _layer_row(
-      row["path"],
-      (100 * schema.dense_bytes(row) / largest, 100 * row["bytes"] / largest),
-      f"{text.size(schema.dense_bytes(row))} → {text.size(row['bytes'])}",
+      layer.path,
+      (100 * dense / largest, 100 * packed / largest),
+      f"{text.size(dense)} → {text.size(packed)}",
     )
-    for row in kernels
+    for layer, (dense, packed) in zip(kernels, sizes, strict=True)
   ]
   caption = "A kernel in float32, and its codes and codebook in the file."
-  return _bars("Bytes by layer", caption, bars, ("float32", "compressed"))
+  return _bars("Bytes by layer", caption, rows, ("float32", "compressed"))
 
 
-def distortion_chart(rows: Sequence[schema.LayerRow]) -> Bars:
-  """Charts the distortion of each quantized kernel, relative to the largest."""
-  worst = max((row["distortion"] for row in rows), default=0) or 1
-  bars = [
-    _layer_row(
-      row["path"],
-      (100 * row["distortion"] / worst,),
-      text.percent(row["distortion"]),
-    )
-    for row in rows
+def distortion_chart(distortion: Mapping[str, float]) -> Bars:
+  """Charts the distortion of each quantized kernel, relative to the largest.
+
+  Args:
+    distortion: {path: mean squared error / variance of the weights}.
+  """
+  worst = max(distortion.values(), default=0) or 1
+  rows = [
+    _layer_row(path, (100 * value / worst,), text.percent(value))
+    for path, value in distortion.items()
   ]
   caption = (
     "Mean squared error of the quantized weights, before fine-tuning, over "
     "their variance."
   )
-  return _bars("Distortion by layer", caption, bars)
+  return _bars("Distortion by layer", caption, rows)
 
 
-def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
+def permutation_charts(groups: Sequence[schema.Group]) -> list[Bars]:
   """Charts what permuting each channel group gained: log-determinant and error.
 
-  The error is the error of a short k-means; it is drawn where any group has it.
+  The error of a short k-means is drawn where a group has one.
   """
-  drops = [row["log_det_before"] - row["log_det_after"] for row in groups]
-  largest = max(drops, default=0)
-  bars = [
+  drops = [group["log_det_before"] - group["log_det_after"] for group in groups]
+  largest = max([0, *drops]) or 1
+  rows = [
     _group_row(
-      row,
-      (100 * max(drop, 0) / largest if largest > 0 else 0,),
-      f"{row['log_det_before']:.1f} → {row['log_det_after']:.1f}",
+      group,
+      (100 * max(drop, 0) / largest,),
+      f"{group['log_det_before']:.1f} → {group['log_det_after']:.1f}",
     )
-    for row, drop in zip(groups, drops, strict=True)
+    for group, drop in zip(groups, drops, strict=True)
   ]
   caption = (
     "Log-determinant of the covariance of the sub-vectors, before → after; "
@@ -151,34 +150,34 @@ def permutation_charts(groups: Sequence[schema.GroupRow]) -> list[Bars]:
     "costs. A group is named by the first kernel that reads it."
   )
   charts = [
-    _bars("Log-determinant by channel group", caption, bars),
+    _bars("Log-determinant by channel group", caption, rows),
     _permutation_errors(groups),
   ]
   return [chart for chart in charts if chart.rows]
 
 
-def _permutation_errors(groups: Sequence[schema.GroupRow]) -> Bars:
+def _permutation_errors(groups: Sequence[schema.Group]) -> Bars:
   """Charts the error of a short k-means before and after, where it is known."""
   measured = [
-    (row, (row["error_before"], row["error_after"]))
-    for row in groups
-    if row.get("error_before")
+    (group, (group["error_before"], group["error_after"]))
+    for group in groups
+    if group["error_before"]
   ]
   worst = max((max(errors) for _, errors in measured), default=1)
-  bars = [
+  rows = [
     _group_row(
-      row,
+      group,
       tuple(100 * error / worst for error in errors),
       " → ".join(map(text.percent, errors)),
     )
-    for row, errors in measured
+    for group, errors in measured
   ]
   caption = (
     "Squared error of a short k-means, over the mean square of the weights. A "
     "permutation is applied only if it lowers this error as well."
   )
   legend = ("before", "permuted")
-  return _bars("Error of a short k-means", caption, bars, legend)
+  return _bars("Error of a short k-means", caption, rows, legend)
 
 
 def curves(
@@ -186,19 +185,18 @@ def curves(
 ) -> list[Curve]:
   """Charts loss and metrics of each stage that have at least two points."""
   drawn = []
-  labels = {"loss": "loss", **schema.labels(results)}
+  labels = {"loss": "loss", **results["metrics"]}
   for stage, title in STAGE_TITLES.items():
     for name, label in labels.items():
-      scale = 1 if name == "loss" else 100
+      scale, unit = (1, "") if name == "loss" else (100, ", %")
       points = [
         (record["epoch"], scale * record[name])
         for record in history
         if record["stage"] == stage and record.get(name) is not None
       ]
       dense = results.get(f"{name}_dense") if stage == "finetune" else None
-      level = None if dense is None else 100 * dense
+      level = None if dense is None else scale * dense
       if len(points) > 1:
-        unit = "" if name == "loss" else ", %"
         drawn.append(_curve(f"{title}: {label}{unit}", points, level))
   return drawn
 
@@ -209,7 +207,7 @@ def _curve(title: str, points: Sequence[Point], level: float | None) -> Curve:
   x_axis = _axis(min(xs), max(xs))
   y_axis = _axis(min(levels), max(levels), widen=True)
   drawn = (
-    f"{_percent_along(x, x_axis):.2f},{100 - _percent_along(y, y_axis):.2f}"
+    f"{x_axis.percent(x):.2f},{100 - y_axis.percent(y):.2f}"
     for x, y in _thin(points)
   )
   summary = (
@@ -223,9 +221,9 @@ def _curve(title: str, points: Sequence[Point], level: float | None) -> Curve:
     caption,
     summary,
     " ".join(drawn),
-    [Tick(_percent_along(x, x_axis), f"{x:g}") for x in x_axis.marks],
-    [Tick(_percent_along(y, y_axis), f"{y:g}") for y in y_axis.marks],
-    None if level is None else _percent_along(level, y_axis),
+    x_axis.ticks(),
+    y_axis.ticks(),
+    None if level is None else y_axis.percent(level),
   )
 
 
@@ -236,17 +234,15 @@ def _bars(
 
 
 def _group_row(
-  row: schema.GroupRow, widths: tuple[float, ...], figure: str
+  group: schema.Group, widths: tuple[float, ...], figure: str
 ) -> Row:
   """Returns a channel group's row, named by the first kernel that reads it."""
-  names = [text.short_path(path) for path in row["consumers"]]
-  label = names[0] if names else row["group"]
-  label += f" +{len(names) - 1}" if len(names) > 1 else ""
-  full = f"{row['group']}: {row['size']} channels read by {', '.join(names)}"
-  note = row.get("note")
-  full += f" ({note})" if note else ""
-  figure += "" if row["accepted"] else " (not applied)"
-  return Row(label, full, widths, figure, row["accepted"])
+  names = [text.short_path(path) for path in group["consumers"]]
+  label = names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
+  full = f"{group['group']}: {group['size']} channels read by "
+  full += ", ".join(names) + (f" ({group['note']})" if group["note"] else "")
+  figure += "" if group["accepted"] else " (not applied)"
+  return Row(label, full, widths, figure, group["accepted"])
 
 
 def _layer_row(path: str, widths: tuple[float, ...], figure: str) -> Row:
@@ -254,10 +250,7 @@ def _layer_row(path: str, widths: tuple[float, ...], figure: str) -> Row:
 
 
 def _thin(points: Sequence[Point]) -> Iterator[Point]:
-  """Yields means of runs of points: `MAX_POINTS` at most, however long the run.
-
-  A page would otherwise grow with the training.
-  """
+  """Yields means of `MAX_POINTS` runs of points, so that a page stays small."""
   length = math.ceil(len(points) / MAX_POINTS)
   for start in range(0, len(points), length):
     xs, ys = zip(*points[start : start + length], strict=True)
@@ -271,6 +264,12 @@ class _Axis(NamedTuple):
   high: float
   marks: Sequence[float]
 
+  def percent(self, value: float) -> float:
+    return 100 * (value - self.low) / (self.high - self.low)
+
+  def ticks(self) -> list[Tick]:
+    return [Tick(self.percent(mark), f"{mark:g}") for mark in self.marks]
+
 
 def _axis(low: float, high: float, *, widen: bool = False) -> _Axis:
   """Chooses the marks; `widen` moves the ends to the first and last mark."""
@@ -283,7 +282,3 @@ def _axis(low: float, high: float, *, widen: bool = False) -> _Axis:
   if widen:
     return _Axis(marks[0], marks[-1], marks)
   return _Axis(low, high, [mark for mark in marks if low <= mark <= high])
-
-
-def _percent_along(value: float, axis: _Axis) -> float:
-  return 100 * (value - axis.low) / (axis.high - axis.low)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 import markupsafe
 
+from pqf_jax.core import plan
 from pqf_jax.report import charts, schema, tables, text
 from pqf_jax.runtime import files
 
@@ -29,22 +30,22 @@ def write_html(
   path: str | os.PathLike[str],
   results: schema.Results,
   *,
-  config: Mapping[str, Any] | None = None,
-  plan_rows: Sequence[schema.PlanRow] = (),
-  layers: Sequence[schema.LayerRow] = (),
-  groups: Sequence[schema.GroupRow] = (),
-  history: Sequence[schema.Record] = (),
-  pictures: Sequence[bytes] = (),
+  config: Mapping[str, Any],
+  layers: Sequence[plan.LayerSize],
+  distortion: Mapping[str, float],
+  groups: Sequence[schema.Group],
+  history: Sequence[schema.Record],
+  pictures: Sequence[bytes],
 ) -> None:
-  """Writes the report of a run; an empty argument leaves its section out.
+  """Writes the report of a run; what is empty leaves no empty section.
 
   Args:
     path: of the page.
     results: see `schema.Results`.
     config: content of `config.json`.
-    plan_rows: one row a stored variable.
-    layers: one row a quantized kernel.
-    groups: one row a channel group.
+    layers: every variable that the packed file stores.
+    distortion: {path: relative error} of the quantized kernels.
+    groups: the channel groups that a kernel reads.
     history: content of `metrics.jsonl`.
     pictures: PNG files.
   """
@@ -55,82 +56,53 @@ def write_html(
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  name = os.path.basename(results.get("file") or "")
   environment.filters["breakable"] = _breakable
+  lines, total = tables.plan_lines(layers)
   page = environment.get_template("report.html").render(
-    title=results.get("name") or "Compressed model",
-    compressed=results.get("ratio") is not None,
-    facts=_facts(results),
+    title=results["name"],
+    facts=[
+      results["date"],
+      results["device"],
+      f"seed {results['seed']}",
+      f"{results['images']:,} test images",
+    ],
     tiles=_tiles(results),
-    file=json.dumps(name) if name else "",
+    file=json.dumps(results["file"]),
     score_charts=charts.score_charts(results),
     curves=charts.curves(history, results),
     layer_charts=[
-      chart
-      for chart in (
-        charts.size_chart(plan_rows or layers),
-        charts.distortion_chart(layers),
-      )
-      if chart.rows
+      charts.size_chart(layers),
+      charts.distortion_chart(distortion),
     ],
     permutation_charts=charts.permutation_charts(groups),
     pictures=[base64.b64encode(png).decode() for png in pictures],
-    table=_layer_table(plan_rows, layers),
-    seconds=[
-      (stage, text.duration(took))
-      for stage, took in (results.get("seconds") or {}).items()
-    ],
-    command=results.get("command") or "",
-    config=json.dumps(config, indent=2, default=str) if config else "",
+    columns=tables.COLUMNS,
+    lines=lines,
+    total=total,
+    distortion={path: text.percent(e) for path, e in distortion.items()},
+    seconds={
+      stage: text.duration(took) for stage, took in results["seconds"].items()
+    },
+    command=results["command"],
+    config=json.dumps(config, indent=2),
   )
   files.write(path, page.encode())
 
 
-def _facts(results: schema.Results) -> list[str]:
-  facts = [results.get("date"), results.get("device")]
-  if results.get("seed") is not None:
-    facts.append(f"seed {results['seed']}")
-  if results.get("images"):
-    facts.append(f"{results['images']:,} test images")
-  return [str(fact) for fact in facts if fact]
-
-
 def _tiles(results: schema.Results) -> list[Tile]:
-  tiles = []
-  if results.get("ratio") is not None:
-    ratio = f"{results['ratio']:.1f}×"
-    tiles.append(Tile("Smaller", ratio, "than in float32"))
-  if results.get("file_bytes") is not None:
-    num_bytes = results["file_bytes"]
-    before = results.get("dense_bytes")
-    note = f"{num_bytes:,} bytes"
-    note = note if before is None else f"was {text.size(before)}"
-    tiles.append(Tile("File", text.size(num_bytes), note))
-  for label, rows in schema.scores(results).items():
-    last = rows[-1]
-    name = f"{text.capitalize(label)}, {schema.STAGES[last.stage]}"
+  before = text.size(results["dense_bytes"])
+  tiles = [
+    Tile("Smaller", f"{results['ratio']:.1f}×", "than in float32"),
+    Tile("File", text.size(results["file_bytes"]), f"was {before}"),
+  ]
+  for label, by_stage in schema.scores(results).items():
+    stage, (value, gap) = list(by_stage.items())[-1]
+    name = f"{text.capitalize(label)}, {schema.STAGES[stage]}"
     note = ""
-    if last.gap is not None and last.stage != "dense":
-      dense = text.percent(last.value - last.gap)
-      note = f"{text.points(last.gap)} points from {dense}"
-    tiles.append(Tile(name, text.percent(last.value), note))
+    if gap is not None:
+      note = f"{text.points(gap)} points from {text.percent(value - gap)}"
+    tiles.append(Tile(name, text.percent(value), note))
   return tiles
-
-
-def _layer_table(
-  plan_rows: Sequence[schema.PlanRow], layers: Sequence[schema.LayerRow]
-) -> Mapping[str, Any]:
-  """Returns the table of layers with their distortions."""
-  distortions = {row["path"]: text.percent(row["distortion"]) for row in layers}
-  lines, total = tables.plan_lines(plan_rows)
-  return {
-    "columns": (*tables.COLUMNS, "distortion"),
-    "rows": [
-      line._replace(cells=(*line.cells, distortions.get(line.full, "")))
-      for line in lines
-    ],
-    "total": (*total.cells, ""),
-  }
 
 
 def _breakable(path: str) -> markupsafe.Markup:

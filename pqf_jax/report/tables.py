@@ -1,6 +1,6 @@
 """Draws the tables of a run by rich: readable at 80 columns and in a pipe."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import rich.box
@@ -8,6 +8,7 @@ import rich.console
 import rich.markup
 import rich.table
 
+from pqf_jax.core import plan
 from pqf_jax.report import schema, text
 
 COLUMNS = ("shape", "D", "K", "codes", "bytes", "bits/w")
@@ -26,136 +27,116 @@ class Line(NamedTuple):
   cells: Sequence[str]
 
 
-def plan_lines(rows: Sequence[schema.PlanRow]) -> tuple[list[Line], Line]:
+def plan_lines(layers: Sequence[plan.LayerSize]) -> tuple[list[Line], Line]:
   """Returns the rows of the table of layers, and the row of totals.
 
   Dense vectors (biases, norms) share one row, after the kernels.
   """
-  kernels = [row for row in rows if len(row["shape"]) >= 2]
-  vectors = [row for row in rows if len(row["shape"]) < 2]
-  lines = [
-    Line(
-      text.short_path(row["path"]),
-      row["path"],
-      (
-        text.shape(row["shape"]),
-        f"{row['length']}" if row["num_codes"] else "",
-        f"{row['num_codes']}" if row["num_codes"] else "",
-        f"{row['num_subvectors']:,}" if row["num_codes"] else "dense",
-        f"{row['bytes']:,}",
-        f"{row['bits_per_weight']:.2f}",
-      ),
-    )
-    for row in kernels
-  ]
+  lines = []
+  for layer in layers:
+    if len(layer.shape) < 2:
+      continue
+    codes = ("", "", "dense")
+    if layer.num_codes:
+      codes = (
+        f"{layer.length}",
+        f"{layer.num_codes}",
+        f"{layer.num_subvectors:,}",
+      )
+    sums = f"{layer.payload_bytes:,}", f"{layer.bits_per_weight:.2f}"
+    cells = (text.shape(layer.shape), *codes, *sums)
+    lines.append(Line(text.short_path(layer.path), layer.path, cells))
+  vectors = [layer for layer in layers if len(layer.shape) < 2]
   if vectors:
     cells = ("", "", "", "dense", *_sums(vectors))
     lines.append(Line(f"{len(vectors)} vectors", "biases and norms", cells))
-  codes = f"{sum(row['num_subvectors'] for row in rows):,}"
-  return lines, Line("total", "", ("", "", "", codes, *_sums(rows)))
+  num_subvectors = sum(layer.num_subvectors for layer in layers)
+  cells = ("", "", "", f"{num_subvectors:,}", *_sums(layers))
+  return lines, Line("total", "", cells)
 
 
-def plan_table(rows: Sequence[schema.PlanRow]) -> rich.table.Table:
+def plan_table(layers: Sequence[plan.LayerSize]) -> rich.table.Table:
   """Draws what will be compressed and how large the result will be.
 
-  The last row and the caption count all rows, each dense weight as 4 bytes.
+  The last row and the caption count all layers, each dense weight as 4 bytes.
 
   Args:
-    rows: one for each variable that the packed file stores.
+    layers: every variable that the packed file stores.
   """
-  lines, total = plan_lines(rows)
+  lines, total = plan_lines(layers)
   table = _table("Plan", show_footer=True)
   table.add_column("layer", overflow="fold", footer=total.label)
   for name, footer in zip(COLUMNS, total.cells, strict=True):
     table.add_column(name, justify="right", no_wrap=True, footer=footer)
   for line in lines:
     table.add_row(rich.markup.escape(line.label), *line.cells)
-  payload = sum(row["bytes"] for row in rows)
-  dense = sum(map(schema.dense_bytes, rows))
-  if payload:
-    table.caption = (
-      f"predicted size {text.size(payload)}, {dense / payload:.1f}x smaller "
-      f"than float32 ({text.size(dense)})"
-    )
+  payload = sum(layer.payload_bytes for layer in layers)
+  dense = sum(map(schema.dense_bytes, layers))
+  table.caption = (
+    f"predicted size {text.size(payload)}, {dense / payload:.1f}x smaller than "
+    f"float32 ({text.size(dense)})"
+  )
   return table
 
 
-def permutation_table(groups: Sequence[schema.GroupRow]) -> rich.table.Table:
+def permutation_table(groups: Sequence[schema.Group]) -> rich.table.Table:
   """Draws what permuting each channel group gained.
 
-  The columns of the error of a short k-means are left out where no group has
-  one.
-
-  Args:
-    groups: one row each; groups that no kernel reads are left out.
+  Groups that no kernel reads are left out. So are the columns of the error of a
+  short k-means where no group has one.
   """
-  has_errors = any(row.get("error_before") for row in groups)
+  has_errors = any(group["error_before"] for group in groups)
   table = _table("Permutation")
   table.add_column("group", overflow="fold")
   names = ["kernels", "size", "log-det", "after"]
   names += ["error %", "after"] if has_errors else []
   for name in [*names, "applied"]:
     table.add_column(name, justify="right", no_wrap=True)
-  for row in groups:
-    if not row["consumers"]:
+  for group in groups:
+    if not group["consumers"]:
       continue
     cells = [
-      f"{len(row['consumers'])}",
-      f"{row['size']}",
-      f"{row['log_det_before']:.2f}",
-      f"{row['log_det_after']:.2f}",
+      f"{len(group['consumers'])}",
+      f"{group['size']}",
+      f"{group['log_det_before']:.2f}",
+      f"{group['log_det_after']:.2f}",
     ]
     if has_errors:
-      errors = (row["error_before"], row["error_after"])
+      errors = (group["error_before"], group["error_after"])
       cells += [f"{100 * error:.2f}" if error else "" for error in errors]
-    label = rich.markup.escape(text.short_path(row["consumers"][0]))
-    table.add_row(label, *cells, "yes" if row["accepted"] else "no")
+    label = rich.markup.escape(text.short_path(group["consumers"][0]))
+    table.add_row(label, *cells, "yes" if group["accepted"] else "no")
   return table
 
 
 def closing_table(results: schema.Results) -> rich.console.Group:
   """Draws the metrics by stage with their gaps to dense, then size and times.
 
-  Args:
-    results: a missing figure leaves its cell empty.
+  A metric without a value leaves its cell empty.
   """
   scores = schema.scores(results)
-  table = _table(results.get("name", "Results"))
-  table.add_column("stage")
+  table = _table(results["name"])
+  table.add_column("stage", overflow="fold")
   for label in scores:
     # Many metrics fold at 80 columns; a figure that is cut off would be lost.
     for name in (rich.markup.escape(label), "gap"):
       table.add_column(name, justify="right", overflow="fold")
   for stage, name in schema.STAGES.items():
-    cells = list(_score_cells(scores.values(), stage))
-    if any(cells):
-      table.add_row(name, *cells)
-  parts: list[rich.console.RenderableType] = [table] if scores else []
-  for line in (size_line(results), seconds_line(results)):
-    if line:
-      parts.append(rich.markup.escape(line))
-  return rich.console.Group(*parts)
-
-
-def size_line(results: schema.Results) -> str:
-  """Returns `44.6 MiB -> 1.54 MiB (1,615,904 bytes), 29.0x smaller: FILE`."""
-  if results.get("file_bytes") is None:
-    return ""
-  line = f"{text.size(results['file_bytes'])} ({results['file_bytes']:,} bytes)"
-  if results.get("dense_bytes") is not None:
-    line = f"{text.size(results['dense_bytes'])} -> {line}"
-  if results.get("ratio") is not None:
-    line += f", {results['ratio']:.1f}x smaller"
-  return line + (f": {results['file']}" if results.get("file") else "")
-
-
-def seconds_line(results: schema.Results) -> str:
-  """Returns `permute 12.3 s, quantize 4 min 19 s, ... (total 6 min 02 s)`."""
-  seconds = results.get("seconds") or {}
-  if not seconds:
-    return ""
-  parts = (f"{stage} {text.duration(took)}" for stage, took in seconds.items())
-  return f"{', '.join(parts)} (total {text.duration(sum(seconds.values()))})"
+    cells = []
+    for by_stage in scores.values():
+      value, gap = by_stage.get(stage, (None, None))
+      cells.append("" if value is None else text.percent(value))
+      cells.append("" if gap is None else text.points(gap))
+    table.add_row(name, *cells)
+  seconds = results["seconds"]
+  times = (f"{stage} {text.duration(took)}" for stage, took in seconds.items())
+  size = (
+    f"{text.size(results['dense_bytes'])} -> {text.size(results['file_bytes'])}"
+    f" ({results['file_bytes']:,} bytes), {results['ratio']:.1f}x smaller: "
+    f"{results['file']}"
+  )
+  total = text.duration(sum(seconds.values()))
+  return rich.console.Group(table, size, f"{', '.join(times)} (total {total})")
 
 
 def _table(title: str, *, show_footer: bool = False) -> rich.table.Table:
@@ -170,18 +151,8 @@ def _table(title: str, *, show_footer: bool = False) -> rich.table.Table:
   )
 
 
-def _sums(rows: Sequence[schema.PlanRow]) -> tuple[str, str]:
-  num_bytes = sum(row["bytes"] for row in rows)
-  dense = sum(map(schema.dense_bytes, rows))
-  return f"{num_bytes:,}", f"{32 * num_bytes / dense:.2f}" if dense else ""
-
-
-def _score_cells(
-  scores: Iterable[Sequence[schema.Score]], stage: str
-) -> Iterator[str]:
-  """Yields value and gap of each metric after a stage, '' where missing."""
-  for rows in scores:
-    score = next((row for row in rows if row.stage == stage), None)
-    yield text.percent(score.value) if score else ""
-    gap = score.gap if score and stage != "dense" else None
-    yield "" if gap is None else text.points(gap)
+def _sums(layers: Sequence[plan.LayerSize]) -> tuple[str, str]:
+  """Returns the packed bytes of all layers, and the bits of each weight."""
+  num_bytes = sum(layer.payload_bytes for layer in layers)
+  bits = 32 * num_bytes / sum(map(schema.dense_bytes, layers))
+  return f"{num_bytes:,}", f"{bits:.2f}"

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from pqf_jax.core import plan
 from pqf_jax.report import schema
 
 
@@ -29,48 +30,31 @@ def resnet18_shapes():
   return shapes | norms | {"params/fc/bias": (1000,)}
 
 
-def plan_row(path, shape):
+def layer_size(path, shape):
   num_weights = math.prod(shape)
   if len(shape) == 1 or path == "params/conv1/kernel":
-    cut, num_bytes = (0, 0, 0), 4 * num_weights
-  else:
-    length = 9 if shape[:2] == (3, 3) else 4
-    num_subvectors = num_weights // length
-    num_codes = 2048 if "fc" in path else min(256, num_subvectors // 4)
-    bits = math.ceil(math.log2(num_codes))
-    num_bytes = num_subvectors * bits // 8 + 2 * num_codes * length
-    cut = length, num_codes, num_subvectors
-  return {
-    "path": path,
-    "shape": shape,
-    "length": cut[0],
-    "num_codes": cut[1],
-    "num_subvectors": cut[2],
-    "bytes": num_bytes,
-    "bits_per_weight": 8 * num_bytes / num_weights,
-  }
+    return plan.LayerSize(path, shape, 0, 0, 0, 4 * num_weights)
+  length = 9 if shape[:2] == (3, 3) else 4
+  num_subvectors = num_weights // length
+  num_codes = 2048 if "fc" in path else min(256, num_subvectors // 4)
+  bits = math.ceil(math.log2(num_codes))
+  num_bytes = num_subvectors * bits // 8 + 2 * num_codes * length
+  return plan.LayerSize(
+    path, shape, length, num_codes, num_subvectors, num_bytes
+  )
 
 
 @pytest.fixture
 def run():
   """Returns the data of a run of ResNet-18, with plausible figures."""
   rng = np.random.default_rng(0)
-  plan_rows = [plan_row(*item) for item in resnet18_shapes().items()]
-  layers = [
-    {
-      "path": row["path"],
-      "shape": row["shape"],
-      "distortion": float(rng.uniform(0.08, 0.42)),
-      "bytes": row["bytes"],
-    }
-    for row in plan_rows
-    if row["num_codes"]
-  ]
+  layers = [layer_size(*item) for item in resnet18_shapes().items()]
+  quantized = [layer for layer in layers if layer.num_codes]
   groups = [
     {
       "group": f"group{number}",
-      "consumers": [row["path"] for row in layers[number : number + 2]],
-      "size": row["shape"][-1],
+      "consumers": [layer.path for layer in quantized[number : number + 2]],
+      "size": layer.shape[-1],
       "log_det_before": -60.5 - 3.25 * number,
       "log_det_after": -61 - 3.5 * number,
       "error_before": 0.2 + 0.01 * number if number < 10 else 0.0,
@@ -78,7 +62,7 @@ def run():
       "accepted": number != 7,
       "note": "" if number != 7 else "accuracy fell",
     }
-    for number, row in enumerate(layers[:12])
+    for number, layer in enumerate(quantized[:12])
   ]
   history = [
     {
@@ -95,8 +79,8 @@ def run():
     for stage, start, drop in (("train", 2.3, 0.9), ("finetune", 0.6, 0.2))
     for step in range(0, 3511, 10)
   ]
-  payload = sum(row["bytes"] for row in plan_rows)
-  dense = sum(map(schema.dense_bytes, plan_rows))
+  payload = sum(layer.payload_bytes for layer in layers)
+  dense = sum(map(schema.dense_bytes, layers))
   results = {
     "name": "resnet18 digits",
     "command": (
@@ -129,13 +113,16 @@ def run():
       "finetune": 259.0,
       "pack": 1.75,
     },
-    "file": "/runs/resnet18_digits/model.safetensors",
+    "file": "model.safetensors",
   }
   return {
     "results": results,
     "config": {"seed": 17, "finetune": {"epochs": 9, "learning_rate": 1e-3}},
-    "plan_rows": plan_rows,
     "layers": layers,
+    "distortion": {
+      layer.path: float(rng.uniform(0.08, 0.42)) for layer in quantized
+    },
     "groups": groups,
     "history": history,
+    "pictures": [],
   }

@@ -7,13 +7,15 @@ import pytest
 
 from pqf_jax.report import charts
 
+LOSS_ONLY = {"metrics": {}}
+
 
 def test_bars_are_in_proportion(run):
-  rows = [row for row in run["plan_rows"] if len(row["shape"]) > 1]
-  bars = charts.size_chart(run["plan_rows"])
+  kernels = [layer for layer in run["layers"] if len(layer.shape) > 1]
+  bars = charts.size_chart(run["layers"])
   widths = np.array([row.widths for row in [*bars.rows, *bars.more]])
   expected = np.array(
-    [(4 * math.prod(row["shape"]), row["bytes"]) for row in rows]
+    [(4 * math.prod(layer.shape), layer.payload_bytes) for layer in kernels]
   )
   np.testing.assert_allclose(widths, 100 * expected / expected.max())
   drops, errors = charts.permutation_charts(run["groups"])
@@ -31,17 +33,17 @@ def test_bars_are_in_proportion(run):
 
 
 def test_rows_beyond_the_most_are_folded_away_not_lost():
-  layers = [{"path": f"params/{n}", "distortion": n / 100} for n in range(60)]
-  chart = charts.distortion_chart(layers)
+  distortion = {f"params/{n}": n / 100 for n in range(60)}
+  chart = charts.distortion_chart(distortion)
   assert len(chart.rows) == charts.MAX_ROWS
   names = [row.full for row in (*chart.rows, *chart.more)]
-  assert names == [row["path"] for row in layers]
+  assert names == list(distortion)
 
 
 def test_bars_of_nothing_and_of_zero(run):
-  assert charts.distortion_chart([]).rows == []
-  exact = [{"path": "params/a/kernel", "distortion": 0.0}]
-  assert charts.distortion_chart(exact).rows[0].widths == (0,)
+  assert charts.distortion_chart({}).rows == []
+  exact = charts.distortion_chart({"params/a/kernel": 0.0})
+  assert exact.rows[0].widths == (0,)
   unchanged = run["groups"][0] | {"log_det_after": -60.5}
   assert charts.permutation_charts([unchanged])[0].rows[0].widths == (0,)
   without_errors = run["groups"][10:]
@@ -58,7 +60,7 @@ def test_curve_maps_its_points_onto_its_marks(losses):
     {"stage": "train", "step": n, "epoch": n / 2, "loss": loss}
     for n, loss in enumerate(losses)
   ]
-  (curve,) = charts.curves(history, {})
+  (curve,) = charts.curves(history, LOSS_ONLY)
   points = [tuple(map(float, p.split(","))) for p in curve.points.split()]
   marks = [float(tick.label) for tick in curve.y_ticks]
   places = [tick.position for tick in curve.y_ticks]
@@ -80,7 +82,7 @@ def test_a_long_curve_is_thinned_by_means():
     {"stage": "train", "step": n, "epoch": n, "loss": loss}
     for n, loss in enumerate(losses.tolist())
   ]
-  (curve,) = charts.curves(history, {})
+  (curve,) = charts.curves(history, LOSS_ONLY)
   ys = [float(point.split(",")[1]) for point in curve.points.split()]
   means = losses.reshape(-1, 7).mean(axis=1)
   np.testing.assert_allclose(ys, 100 - 100 * means, atol=0.01)
@@ -96,7 +98,7 @@ def test_curve_leaves_out_missing_values_and_marks_the_dense_level():
   )
   assert len(curve.points.split()) == 2
   assert curve.reference == pytest.approx(100)
-  assert charts.curves(history[:1], {}) == []
+  assert charts.curves(history[:1], LOSS_ONLY) == []
 
 
 def test_charts_show_the_metrics_of_the_task_and_no_other():

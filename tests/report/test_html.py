@@ -1,5 +1,6 @@
 """The page: all figures, nothing fetched, every name escaped."""
 
+import base64
 import html.parser
 import math
 import re
@@ -9,7 +10,7 @@ import pytest
 from pqf_jax import report
 from pqf_jax.report import text
 
-VOID = {"meta", "br", "wbr"}
+VOID = {"meta", "br", "wbr", "img"}
 
 
 class Page(html.parser.HTMLParser):
@@ -59,11 +60,13 @@ def test_page_has_every_figure(tmp_path, run):
     [f"{100 * results[key]:.2f} %" for key in results if "top" in key],
   ]
   figures = [figure for part in figures for figure in part]
-  for row in run["layers"]:
-    figures += [text.short_path(row["path"]), text.shape(row["shape"])]
-    figures += [f"{100 * row['distortion']:.2f} %", f"{row['bytes']:,}"]
-    dense = 4 * math.prod(row["shape"])
-    figures.append(f"{text.size(dense)} → {text.size(row['bytes'])}")
+  for layer in run["layers"]:
+    if layer.num_codes:
+      figures += [text.short_path(layer.path), text.shape(layer.shape)]
+      figures.append(f"{layer.payload_bytes:,}")
+      dense = 4 * math.prod(layer.shape)
+      figures.append(f"{text.size(dense)} → {text.size(layer.payload_bytes)}")
+  figures += map(text.percent, run["distortion"].values())
   for row in run["groups"]:
     before, after = row["log_det_before"], row["log_det_after"]
     figures.append(f"{before:.1f} → {after:.1f}")
@@ -73,27 +76,24 @@ def test_page_has_every_figure(tmp_path, run):
   missing = [figure for figure in figures if figure not in page.text]
   assert not missing
   titles = " ".join(page.attributes["title"])
-  assert all(row["path"] in titles for row in run["layers"])
+  assert all(path in titles for path in run["distortion"])
   assert "accuracy fell" in titles
 
 
 def test_table_of_layers_has_their_distortions(tmp_path, run):
-  layers = run.pop("layers")
-  without = Page(written(tmp_path, run)).text
+  distortion = run["distortion"]
+  without = Page(written(tmp_path, run | {"distortion": {}})).text
   # The chart shows each of them too.
-  text_of_page = Page(written(tmp_path, run | {"layers": layers})).text
-  for row in layers:
-    figure = text.percent(row["distortion"])
+  text_of_page = Page(written(tmp_path, run)).text
+  for figure in map(text.percent, distortion.values()):
     assert text_of_page.count(figure) >= 2 + without.count(figure)
 
 
 def test_page_of_a_large_network_folds_rows_and_loses_none(tmp_path, run):
-  run["layers"] = [
-    {"path": f"params/{n}/kernel", "distortion": 0.1} for n in range(60)
-  ]
+  run["distortion"] = {f"params/{n}/kernel": 0.1 for n in range(60)}
   page = Page(written(tmp_path, run))
   assert "36 more" in page.text
-  assert {row["path"] for row in run["layers"]} <= page.attributes["title"]
+  assert run["distortion"].keys() <= page.attributes["title"]
 
 
 def test_page_fetches_nothing_and_runs_nothing(tmp_path, run):
@@ -110,8 +110,12 @@ def test_page_escapes_hostile_names(tmp_path, run):
   run["results"] |= {"device": hostile, "file": hostile + '");import os#'}
   run["results"]["seconds"] = {hostile: 1.0}
   run["config"] = {hostile: hostile}
-  for row in (*run["plan_rows"], *run["layers"]):
-    row["path"] += hostile
+  run["layers"] = [
+    layer._replace(path=layer.path + hostile) for layer in run["layers"]
+  ]
+  run["distortion"] = {
+    path + hostile: value for path, value in run["distortion"].items()
+  }
   for row in run["groups"]:
     row |= {"group": hostile, "consumers": [hostile], "note": hostile}
   page = Page(written(tmp_path, run))
@@ -121,37 +125,25 @@ def test_page_escapes_hostile_names(tmp_path, run):
 
 
 @pytest.mark.parametrize(
-  "missing",
-  ["config", "plan_rows", "layers", "groups", "history"],
+  ("name", "heading"),
+  [
+    ("distortion", "Distortion by layer"),
+    ("groups", "Permutation"),
+    ("history", "Training: loss"),
+  ],
 )
-def test_page_without_an_input_has_no_empty_section(tmp_path, run, missing):
-  heading = {
-    "config": "Configuration",
-    "plan_rows": "All layers",
-    "layers": "Distortion by layer",
-    "groups": "Permutation",
-    "history": "Training: loss",
-  }[missing]
+def test_what_is_empty_leaves_no_empty_section(tmp_path, run, name, heading):
   assert heading in Page(written(tmp_path, run)).text
-  run[missing] = type(run[missing])()
+  run[name] = type(run[name])()
   assert heading not in Page(written(tmp_path, run)).text
 
 
-@pytest.mark.parametrize(
-  "results",
-  [
-    {},
-    {
-      "name": "x",
-      "metrics": {"top1": "top-1"},
-      "top1_dense": 0.7615,
-      "images": 50000,
-    },
-  ],
-)
-def test_page_of_a_run_that_only_evaluates(tmp_path, results):
-  page = Page(written(tmp_path, {"results": results}))
-  assert ("76.15 %" in page.text) == bool(results)
-  assert not any(
-    word in page.text for word in ("Permutation", "Layers", "Load it", "None")
-  )
+def test_pictures_are_in_the_page(tmp_path, run):
+  assert "Pictures" not in Page(written(tmp_path, run)).text
+  run["pictures"] = [b"first", b"second"]
+  page = Page(written(tmp_path, run))
+  assert "Pictures" in page.text
+  assert page.attributes["src"] == {
+    f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    for picture in run["pictures"]
+  }
