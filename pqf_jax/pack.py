@@ -134,14 +134,7 @@ def save(
   norm_epsilon: float = 1e-5,
   architecture: Mapping[str, Any] | None = None,
 ) -> PackedModel:
-  """Packs a variable tree and writes the file, whole or not at all.
-
-  Args:
-    path: of the file.
-    variables: see `pack_model`.
-    norm_epsilon: see `pack_model`.
-    architecture: see `pack_model`.
-  """
+  """Packs a variable tree (see `pack_model`) and writes the file (`write`)."""
   packed = pack_model(
     variables, norm_epsilon=norm_epsilon, architecture=architecture or {}
   )

@@ -38,14 +38,6 @@ class LayerSummary(NamedTuple):
   distortion_by_step: np.ndarray
 
 
-class _Kind(NamedTuple):
-  """Properties that layers must share to run as one program."""
-
-  length: int
-  num_codes: int
-  num_steps: int
-
-
 def quantize_params(
   key: jax.Array,
   variables: PyTree,
@@ -108,11 +100,11 @@ def quantize_params(
 def _batches(
   flat: Mapping[str, jax.Array], plan: plans.CompressionPlan
 ) -> Iterator[tuple[str, ...]]:
-  """Yields paths of one kind, up to `_MOST_WEIGHTS`."""
-  kinds: dict[_Kind, list[str]] = {}
+  """Yields paths of equal (D, K, steps), up to `_MOST_WEIGHTS` together."""
+  kinds: dict[tuple[int, int, int], list[str]] = {}
   for path, layer in plan.items():
     _, _, length = layer.spec.layout(flat[path].shape)
-    kind = _Kind(length, layer.num_codes, layer.kmeans_steps)
+    kind = (length, layer.num_codes, layer.kmeans_steps)
     kinds.setdefault(kind, []).append(path)
   for paths in kinds.values():
     batch: list[str] = []
@@ -134,7 +126,7 @@ def _quantize(
   paths: tuple[str, ...],
   mesh: sharding.Mesh | None = None,
 ) -> list[tuple[vq_array.VQArray, LayerSummary]]:
-  """Quantizes a batch of layers, which are of one kind."""
+  """Quantizes a batch of layers of equal (D, K, steps)."""
   kernels = tuple(jnp.asarray(flat[path]) for path in paths)
   specs = tuple(plan[path].spec for path in paths)
   layers = _to_vectors(kernels, specs)

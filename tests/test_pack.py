@@ -132,9 +132,8 @@ def test_bad_files_are_named(compressed, tmp_path):
 
 def test_a_codebook_beyond_float16_is_named(compressed):
   variables, _ = compressed
-  node = variables["params"]["conv"]["kernel"]
-  large = {"params/conv/kernel": node.replace(codebook=node.codebook * 1e6)}
-  variables = trees.replace(variables, large, vq_array.is_vq)
+  large = variables["params"]["conv"]["kernel"].codebook * 1e6
+  variables = trees.replace(variables, {"params/conv/kernel/codebook": large})
   with pytest.raises(errors.InputError, match="params/conv/kernel.*float16"):
     pack.pack_model(variables, norm_epsilon=0.1, architecture={})
 

@@ -84,13 +84,8 @@ def apply_permutations(
 ) -> PyTree:
   """Reorders the channels of every group; exact, without arithmetic.
 
-  Args:
-    variables: dense variable tree.
-    axes: which axes are tied.
-    permutations: groups that are absent keep their order.
-
-  Returns:
-    The tree of the same function with its channels reordered.
+  Groups without a permutation keep their order. If `axes` are the tied axes of
+  a network (`discover_channels`), the new variables give the same function.
 
   Raises:
     InputError: see `group_sizes`; or an array is not a permutation of its

@@ -119,24 +119,23 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
       not a regular expression, or a layer does not fit the rule's block.
   """
   for rule in rules:
-    _check_rule(rule)
+    check_rule(rule)
   kernels = {
     path: tuple(leaf.shape)
     for path, leaf in trees.flatten(variables, vq_array.is_vq).items()
     if _KERNEL.fullmatch(path) and len(leaf.shape) >= 2
   }
-  chosen = {
-    path: first
+  matches = {
+    path: [rule for rule in rules if re.fullmatch(rule.pattern, path)]
     for path in kernels
-    if (first := _first_match(rules, path)) is not None
   }
-  uncovered = [path for path in kernels if path not in chosen]
+  uncovered = [path for path in kernels if not matches[path]]
   if uncovered:
     raise errors.InputError(
       f"no rule covers {', '.join(uncovered)}; add one, with num_codes=None "
       "to keep the kernel dense"
     )
-  unused = set(rules) - set(chosen.values())
+  unused = set(rules) - {first for first, *_ in matches.values()}
   if unused:
     patterns = sorted(rule.pattern for rule in unused)
     near = difflib.get_close_matches(patterns[0], kernels, n=3, cutoff=0)
@@ -146,13 +145,19 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
       f"names: {near})"
     )
   return {
-    path: _resolve(path, kernels[path], rule, rule.num_codes)
-    for path, rule in chosen.items()
-    if rule.num_codes is not None
+    path: _resolve(path, kernels[path], first, first.num_codes)
+    for path, (first, *_) in matches.items()
+    if first.num_codes is not None
   }
 
 
-def _check_rule(rule: Rule) -> None:
+def check_rule(rule: Rule) -> None:
+  """Refuses a rule that fits no kernel.
+
+  Raises:
+    InputError: a pattern that is no regular expression, or a number out of
+      range.
+  """
   try:
     re.compile(rule.pattern)
   except re.error as error:
@@ -167,11 +172,6 @@ def _check_rule(rule: Rule) -> None:
       f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; "
       "num_codes must be 2 to 65536 or None, the others at least 1"
     )
-
-
-def _first_match(rules: Sequence[Rule], path: str) -> Rule | None:
-  matches = (rule for rule in rules if re.fullmatch(rule.pattern, path))
-  return next(matches, None)
 
 
 def _resolve(
@@ -198,12 +198,9 @@ def _resolve(
 def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
   """Counts the packed bytes: codes, float16 codebooks, the rest in float32.
 
-  Statistics of norms are not counted: packing folds mean and variance into
-  scale and bias, two vectors a norm, as the published sizes count them.
-
-  Args:
-    plan: the kernels to compress, and how.
-    variables: arrays, `jax.ShapeDtypeStruct`s or `VQArray`s.
+  The variables may be arrays, `jax.ShapeDtypeStruct`s or `VQArray`s. Statistics
+  of norms are not counted: packing folds mean and variance into scale and bias,
+  two vectors a norm, as the published sizes count them.
   """
   flat = trees.flatten(variables, vq_array.is_vq)
   folded = {path for norm in foldable_norms(flat).values() for path in norm[2:]}
@@ -222,23 +219,19 @@ def foldable_norms(
 ) -> dict[str, tuple[str, str, str, str]]:
   """Finds the norms whose mean and variance can be folded.
 
-  Args:
-    flat: variables by path.
-
   Returns:
     {path of the norm: paths of its (scale, bias, mean, var)}.
   """
-  means = re.compile(r"batch_stats/(.*)/mean")
   norms = {}
-  for match in filter(None, map(means.fullmatch, flat)):
-    norm = match[1]
+  for path in flat:
+    norm = path.removeprefix("batch_stats/").removesuffix("/mean")
     members = (
       f"params/{norm}/scale",
       f"params/{norm}/bias",
       f"batch_stats/{norm}/mean",
       f"batch_stats/{norm}/var",
     )
-    if all(path in flat for path in members):
+    if path == members[2] and all(member in flat for member in members):
       norms[norm] = members
   return norms
 

@@ -57,31 +57,24 @@ def nest(flat: Mapping[str, Any]) -> PyTree:
   return tree
 
 
-def replace(
-  tree: PyTree,
-  leaves: Mapping[str, Any],
-  is_leaf: Callable[[Any], bool] | None = None,
-) -> PyTree:
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
   """Copies `tree` with other leaves at the given paths.
 
   Args:
     tree: any pytree.
     leaves: {path: new leaf}; a new leaf may itself be a node.
-    is_leaf: as in `flatten`.
 
   Raises:
     InputError: a path is not in the tree.
   """
-  unknown = leaves.keys() - flatten(tree, is_leaf).keys()
+  unknown = leaves.keys() - flatten(tree).keys()
   if unknown:
     raise errors.InputError(
       f"the tree has no leaves {sorted(unknown)}; use paths as "
       "pqf_jax.core.trees.flatten lists them"
     )
   return tree_util.tree_map_with_path(
-    lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
-    tree,
-    is_leaf=is_leaf,
+    lambda key_path, leaf: leaves.get(path_name(key_path), leaf), tree
   )
 
 

@@ -71,15 +71,11 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
       decode_one = jax.vmap(decode_one)
     return decode_one(self.codebook, self.codes)
 
-  def __jax_array__(self) -> jax.Array:
-    return self.decode()
+  __jax_array__ = decode
+  unbox = decode  # Linen reads the variable
 
   def __getitem__(self, index: Any) -> jax.Array:
     return self.decode()[index]
-
-  def unbox(self) -> jax.Array:
-    """Returns the dense kernel, when Linen reads the variable."""
-    return self.decode()
 
   def replace_boxed(self, val: Any) -> Any:
     """Returns the dense value that Linen writes, which replaces the node."""
@@ -90,10 +86,7 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
     del index, params
     return self
 
-  def remove_axis(self, index: int, params: dict[Any, Any]) -> "VQArray":
-    """Returns the node; see `add_axis`."""
-    del index, params
-    return self
+  remove_axis = add_axis
 
 
 nnx.register_data_type(VQArray)
@@ -106,12 +99,10 @@ def _decode(
   shape: tuple[int, ...],
   spec: blocks.BlockSpec,
 ) -> jax.Array:
-  """Returns the kernel of a codebook [K, D] and codes [C_out, M].
-
-  Its gradient is summed exactly, the same bits at every run; XLA's own is a
-  floating-point scatter-add. TPUs have programs of their own, because they pad
-  rows of D numbers to 128.
-  """
+  """Returns the kernel of a codebook [K, D] and codes [C_out, M]."""
+  # The gradient is summed exactly, the same bits at every run; XLA's own is a
+  # floating-point scatter-add. TPUs pad rows of D numbers to 128, so that they
+  # have programs of their own.
 
   def by_rows(codebook: jax.Array, codes: jax.Array) -> jax.Array:
     # 'clip' costs nothing and spares XLA the out-of-bounds branch of 'fill'.
@@ -188,8 +179,7 @@ def in_params(path: str, leaf: jax.Array) -> bool:
 
 
 def split_trainable(
-  variables: PyTree,
-  is_trainable: Callable[[str, jax.Array], bool] = in_params,
+  variables: PyTree, is_trainable: Callable[[str, jax.Array], bool] = in_params
 ) -> tuple[PyTree, PyTree]:
   """Separates trainable leaves from the rest (integer codes, statistics).
 
@@ -203,18 +193,14 @@ def split_trainable(
     (trainable, frozen): two trees of the same structure, each with None where
     the other has the leaf; `merge_trainable` undoes it.
   """
-
-  def keep(wanted: bool) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-      lambda key_path, leaf: (
-        leaf
-        if is_trainable(trees.path_name(key_path), leaf) == wanted
-        else None
-      ),
-      variables,
-    )
-
-  return keep(True), keep(False)
+  chosen = jax.tree_util.tree_map_with_path(
+    lambda key_path, leaf: is_trainable(trees.path_name(key_path), leaf),
+    variables,
+  )
+  return (
+    jax.tree.map(lambda leaf, yes: leaf if yes else None, variables, chosen),
+    jax.tree.map(lambda leaf, yes: None if yes else leaf, variables, chosen),
+  )
 
 
 def merge_trainable(trainable: PyTree, frozen: PyTree) -> PyTree:

@@ -71,14 +71,9 @@ def infer_channels(
   within a group of a GroupNorm, both of which may be permuted), the larger is
   kept.
 
-  Args:
-    apply_fn: as in `discover_channels`.
-    variables: arrays or `jax.ShapeDtypeStruct`s.
-    *inputs: arrays or `jax.ShapeDtypeStruct`s.
-
-  Returns:
-    The axes. A warning names those that keep their order only because the
-    program has primitives without a rule.
+  The arguments are those of `discover_channels`, but may have
+  `jax.ShapeDtypeStruct`s instead of arrays. A warning names the axes that keep
+  their order only because the program has primitives without a rule.
 
   Raises:
     InputError: the apply function cannot be traced.
@@ -102,14 +97,15 @@ def _infer(
   for output in walk.run(program, [*parameters.values(), *examples]):
     axis_factors.block_axes(output, "output")
 
-  first_read = {
-    path: min(
-      (walk.read_order.get(id(axis), math.inf) for axis in row), default=0
+  def first_read(path: str) -> float:
+    reads = (
+      walk.read_order.get(id(axis), math.inf) for axis in parameters[path]
     )
-    for path, row in parameters.items()
+    return min(reads, default=0)
+
+  ordered = {
+    path: parameters[path] for path in sorted(parameters, key=first_read)
   }
-  in_order = sorted(parameters, key=lambda path: first_read[path])
-  ordered = {path: parameters[path] for path in in_order}
   _warn_of_unknown(ordered, walk.unknown)
   return _table(ordered, _groups(ordered))
 

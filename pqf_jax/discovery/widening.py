@@ -29,15 +29,12 @@ def run_widened(
 ) -> list[jax.Array]:
   """Evaluates a program with all its floating types made float64.
 
-  Call it with `jax.enable_x64(True)`, traced by `jax.jit`.
+  Call it with `jax.enable_x64(True)`, traced by `jax.jit`; the program may have
+  been traced without 64-bit types.
 
   Args:
-    program: from `tracing.trace_program`; it may have been traced without
-      64-bit types.
+    program: from `tracing.trace_program`.
     arguments: arrays, of the types that `widen_dtype` gives for its own.
-
-  Returns:
-    The results.
 
   Raises:
     TypeError: a primitive works in one type only, such as a reinterpretation

@@ -36,11 +36,6 @@ def find_consumers(
 ) -> dict[str, tuple[list[Consumer], list[str]]]:
   """Finds the kernels that a new order of each group can help.
 
-  Args:
-    variables: dense variable tree.
-    axes: which axes are tied.
-    plan: which kernels are compressed, and how.
-
   Returns:
     {group: (its consumers, notes on why no order helps its other kernels)} for
     the groups that any compressed kernel reads.
@@ -53,28 +48,24 @@ def find_consumers(
     for path, row in axes.items()
     if path in plan and (axis := row[plan[path].spec.in_axis]) is not None
   }
-  weights = _channel_weights(variables, list(axis_of), plan)
+  flat = trees.flatten(variables)
+  for path in axis_of:
+    trees.check_finite(path, flat[path])
+  specs = tuple(plan[path].spec for path in axis_of)
+  kernels = _to_channels([flat[path] for path in axis_of], specs)
   consumers: dict[str, tuple[list[Consumer], list[str]]] = {}
-  for path, axis in axis_of.items():
+  for path, weights in zip(axis_of, jax.device_get(kernels), strict=True):
+    axis, layer = axis_of[path], plan[path]
     usable, notes = consumers.setdefault(axis.group, ([], []))
-    note = _why_no_order_helps(path, weights[path], axis, plan[path])
+    note = _why_no_order_helps(path, weights, axis, layer.spec.channels)
     if note:
       notes.append(note)
-    else:
-      usable.append(_consumer(path, weights[path], axis, plan[path]))
+      continue
+    c_out, _, taps = weights.shape
+    by_channel = weights.reshape(c_out * axis.outer, -1, axis.inner * taps)
+    slots = layer.spec.channels // axis.inner
+    usable.append(Consumer(path, by_channel, slots, layer.num_codes))
   return consumers
-
-
-def _channel_weights(
-  variables: PyTree, paths: Sequence[str], plan: plans.CompressionPlan
-) -> dict[str, np.ndarray]:
-  """Returns {path: [C_out, C_in, taps]} of these kernels."""
-  flat = trees.flatten(variables)
-  for path in paths:
-    trees.check_finite(path, flat[path])
-  specs = tuple(plan[path].spec for path in paths)
-  weights = _to_channels([flat[path] for path in paths], specs)
-  return dict(zip(paths, jax.device_get(weights), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="specs")
@@ -89,33 +80,18 @@ def _to_channels(
 
 
 def _why_no_order_helps(
-  path: str,
-  weights: np.ndarray,
-  axis: channels.ChannelAxis,
-  layer: plans.LayerPlan,
+  path: str, weights: np.ndarray, axis: channels.ChannelAxis, entries: int
 ) -> str:
   """Returns the reason, or '' where an order of the group may help."""
   size = weights.shape[1] // (axis.outer * axis.inner)
-  slots, rest = divmod(layer.spec.channels, axis.inner)
-  if axis.inner % layer.spec.channels == 0:
+  slots, rest = divmod(entries, axis.inner)
+  if axis.inner % entries == 0:
     return f"{path} has one channel in a sub-vector: no order helps it"
   if rest or size % slots:
     return (
-      f"{path} has sub-vectors of {layer.spec.channels} entries, which cut "
-      f"its {size} channels of {axis.inner} entries: not considered"
+      f"{path} has sub-vectors of {entries} entries, which cut its {size} "
+      f"channels of {axis.inner} entries: not considered"
     )
   if not weights.any():
     return f"{path} is all zeros: no order helps it"
   return ""
-
-
-def _consumer(
-  path: str,
-  weights: np.ndarray,
-  axis: channels.ChannelAxis,
-  layer: plans.LayerPlan,
-) -> Consumer:
-  c_out, _, taps = weights.shape
-  by_channel = weights.reshape(c_out * axis.outer, -1, axis.inner * taps)
-  slots = layer.spec.channels // axis.inner
-  return Consumer(path, by_channel, slots, layer.num_codes)

@@ -104,14 +104,8 @@ def channel_gram(
 
 
 def order_moments(gram: ChannelGram, permutation: np.ndarray) -> Moments:
-  """Sums over all sub-vectors with the channels in this order.
-
-  Args:
-    gram: of the kernel.
-    permutation: [C]; new channel i is old channel `permutation[i]`.
-  """
-  blocks = permutation.reshape(-1, gram.slots)
-  parts = _block_moments(gram, blocks)
+  """Sums over all sub-vectors with the channels in the order [C]."""
+  parts = _block_moments(gram, permutation.reshape(-1, gram.slots))
   return Moments(parts.second.sum(axis=0), parts.first.sum(axis=0))
 
 

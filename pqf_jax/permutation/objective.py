@@ -53,12 +53,8 @@ def mean_log_det(
   grams: Grams, moments: Sequence[covariance.Moments]
 ) -> np.ndarray:
   """Returns F [...] of moments whose leading axes are different orders."""
-  return sum(
-    share * covariance.log_det(gram, of_kernel)
-    for share, gram, of_kernel in zip(
-      shares(grams), grams, moments, strict=True
-    )
-  )
+  kernels = zip(shares(grams), grams, moments, strict=True)
+  return sum(share * covariance.log_det(gram, m) for share, gram, m in kernels)
 
 
 def shares(grams: Grams) -> np.ndarray:

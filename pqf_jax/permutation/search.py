@@ -60,11 +60,13 @@ def search_permutation(
   Returns:
     The best order of the search, which may be worse than the present one.
   """
-  first = sorted_permutation(grams)
+  permutation = sorted_permutation(grams)
+  blocks = permutation.reshape(-1, objective.superblock(grams))
+  repeats = min(16, max(1, 256 // len(permutation)))
   starts = []
-  repeats = _repeats(len(first))
   for number in range(num_starts * repeats):
-    permutation = first if number < 2 else _shuffle_slots(rng, grams, first)
+    if number >= 2:
+      permutation = rng.permuted(blocks, axis=0).reshape(-1)
     order = objective.evaluate(grams, permutation)
     if number % 2 == 0:
       order = align_slots(grams, order)
@@ -198,11 +200,6 @@ def _assign(
   return objective.evaluate(grams, permutation)
 
 
-def _repeats(size: int) -> int:
-  """Returns how many times as much a group of this size tries."""
-  return min(16, max(1, 256 // size))
-
-
 def _kick(
   rng: np.random.Generator, grams: objective.Grams, order: objective.ScoredOrder
 ) -> objective.ScoredOrder:
@@ -225,14 +222,6 @@ def _aligned(matrix: np.ndarray, slots: int) -> np.ndarray:
   aligned = _ALIGNED_CORRELATION * np.einsum("ats,cus->atcu", roots, roots)
   aligned[each, :, each] = within
   return aligned.reshape(matrix.shape)
-
-
-def _shuffle_slots(
-  rng: np.random.Generator, grams: objective.Grams, permutation: np.ndarray
-) -> np.ndarray:
-  """Shuffles the channels within every slot."""
-  blocks = permutation.reshape(-1, objective.superblock(grams))
-  return rng.permuted(blocks, axis=0).reshape(-1)
 
 
 def _channel_log_dets(gram: covariance.ChannelGram) -> np.ndarray:
