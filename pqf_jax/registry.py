@@ -33,11 +33,9 @@ class Registry:
     self._values: dict[str, Any] = dict(built_in)
 
   def register(self, name: str, value: Any) -> None:
-    """Adds a name; adding the same value twice changes nothing.
+    """Adds a name of an object, or of the string to import it from.
 
-    Args:
-      name: as configs will give it.
-      value: the object, or the string to import it from.
+    Adding the same value twice changes nothing.
 
     Raises:
       InputError: the name stands for another value.

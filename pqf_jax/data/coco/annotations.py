@@ -34,7 +34,7 @@ class AnnotatedImage(NamedTuple):
   file_name: str
   height: int
   width: int
-  annotations: tuple[JsonObject, ...]
+  annotations: list[JsonObject]
 
 
 class AnnotationFile(NamedTuple):
@@ -54,9 +54,6 @@ class AnnotationFile(NamedTuple):
 def read(path: epath.PathLike) -> AnnotationFile:
   """Reads and checks a file such as instances_train2017.json.
 
-  Args:
-    path: of the file.
-
   Raises:
     InputError: the file is missing or damaged, has no images, or an entry
       lacks a field or contradicts another; the message names file and entry.
@@ -64,32 +61,27 @@ def read(path: epath.PathLike) -> AnnotationFile:
   path = epath.Path(path)
   content = _content(path)
   categories = _by_id(path, content, "categories", {"name": _is_name})
-  images = _by_id(
-    path,
-    content,
-    "images",
-    {"file_name": _is_name, "height": _is_side, "width": _is_side},
-  )
+  fields: dict[str, Check] = {
+    "file_name": _is_name,
+    "height": _is_side,
+    "width": _is_side,
+  }
+  images = {
+    image_id: AnnotatedImage(
+      image_id, entry["file_name"], entry["height"], entry["width"], []
+    )
+    for image_id, entry in _by_id(path, content, "images", fields).items()
+  }
   if not images:
     raise errors.InputError(
       f"{path} lists no images, but must list one or more; copy it again"
     )
-  of_image: dict[int, list[JsonObject]] = {number: [] for number in images}
   for index, entry in enumerate(content["annotations"]):
     annotation = _checked_annotation(path, index, entry, images, categories)
-    of_image[annotation["image_id"]].append(annotation)
+    images[annotation["image_id"]].annotations.append(annotation)
   return AnnotationFile(
     path,
-    tuple(
-      AnnotatedImage(
-        image_id,
-        image["file_name"],
-        image["height"],
-        image["width"],
-        tuple(of_image[image_id]),
-      )
-      for image_id, image in images.items()
-    ),
+    tuple(images.values()),
     {category_id: entry["name"] for category_id, entry in categories.items()},
   )
 
@@ -139,7 +131,7 @@ def _checked_annotation(
   path: epath.Path,
   index: int,
   entry: Any,
-  images: Mapping[int, JsonObject],
+  images: Mapping[int, AnnotatedImage],
   categories: Mapping[int, JsonObject],
 ) -> JsonObject:
   """Returns the fields of an annotation that are used."""
@@ -162,16 +154,16 @@ def _checked_annotation(
       f"{', '.join(map(str, categories)) or 'none'}; correct category_id"
     )
   image = images[entry["image_id"]]
-  height, width = image["height"], image["width"]
   segmentation = masks.clean(entry.get("segmentation"))
-  fault = masks.fault(segmentation, height, width)
+  fault = masks.fault(segmentation, image.height, image.width)
   if fault:
     raise errors.InputError(
-      f"{where} of {image['file_name']} {fault}; correct the segmentation"
+      f"{where} of {image.file_name} {fault}; correct the segmentation"
     )
   area = entry.get("area")
   if not _is_number(area):
-    area = int(masks.decode(segmentation, height, width).sum())
+    mask = masks.decode(segmentation, image.height, image.width)
+    area = int(mask.sum())
   # Other fields would take memory: COCO has 860,001 annotations.
   return {name: entry[name] for name in fields} | {
     "area": area,

@@ -19,8 +19,7 @@ LEAST_NUMBERS = 6
 def clean(segmentation: Any) -> Any:
   """Removes polygons of fewer than three corners, which have no area.
 
-  Args:
-    segmentation: as read from JSON, perhaps invalid.
+  The segmentation is as read from JSON, perhaps invalid.
   """
   if not isinstance(segmentation, list):
     return segmentation
@@ -32,15 +31,10 @@ def clean(segmentation: Any) -> Any:
 
 
 def fault(segmentation: Any, height: int, width: int) -> str:
-  """Describes what is wrong with a segmentation; '' if it is valid.
+  """Describes what is wrong with a segmentation from `clean`; '' if valid.
 
-  pycocotools itself crashes on some faults and draws beyond the image, or
-  nothing at all, for others.
-
-  Args:
-    segmentation: as read from JSON, and `clean`.
-    height: of its image.
-    width: of its image.
+  pycocotools itself crashes on some faults and draws beyond the image, which
+  is `height` x `width` pixels, or nothing at all, for others.
   """
   if not segmentation:
     return "has no mask (its segmentation is missing or empty)"
@@ -85,12 +79,9 @@ def _fault_of_runs(code: dict[str, Any], size: list[int]) -> str:
 
 
 def decode(segmentation: Segmentation, height: int, width: int) -> np.ndarray:
-  """Returns the mask of an object, bool [height, width], by pycocotools.
+  """Returns the mask of a segmentation without `fault`, bool [height, width].
 
-  Args:
-    segmentation: polygons or run-length code without a `fault`.
-    height: of its image.
-    width: of its image.
+  pycocotools draws it.
   """
   compressed: Any = segmentation
   if isinstance(segmentation, list):

@@ -34,12 +34,7 @@ class Targets(NamedTuple):
 def read_targets(
   image: annotations.AnnotatedImage, label_of: Mapping[int, int]
 ) -> Targets:
-  """Returns the objects of an image.
-
-  Args:
-    image: with its annotations.
-    label_of: {category id: label}.
-  """
+  """Returns the objects of an image; `label_of` is {category id: label}."""
   chosen = [
     (annotation, box)
     for annotation in image.annotations
@@ -53,9 +48,7 @@ def read_targets(
   return Targets(
     np.array([box for _, box in chosen], np.float32).reshape(-1, 4),
     np.array(labels, np.int32),
-    np.stack(masks)
-    if masks
-    else np.zeros((0, image.height, image.width), bool),
+    np.array(masks, bool).reshape(-1, image.height, image.width),
   )
 
 
@@ -86,7 +79,7 @@ def trainable_images(
   num_empty, num_crowds = 0, 0
   for image in file.images:
     boxes = [target_box(annotation, image) for annotation in image.annotations]
-    crowds = sum(bool(a["iscrowd"]) for a in image.annotations)
+    crowds = sum(a["iscrowd"] for a in image.annotations)
     num_crowds += crowds
     num_empty += boxes.count(None) - crowds
     # By the sides before clipping, as in torchvision's reference.

@@ -24,9 +24,10 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   size = image_size or IMAGE_SIZE
   ink, labels = datasets.load_digits(return_X_y=True)
   pixels = np.rint(ink * (255 / MAX_INK)).astype(np.uint8).reshape(-1, 8, 8)
+  images = (Image.fromarray(image).convert("RGB") for image in pixels)
   records = [
-    {"image": _enlarge(image, size), "label": int(label)}
-    for image, label in zip(pixels, labels, strict=True)
+    {"image": np.asarray(transforms.resize(image, size)), "label": int(label)}
+    for image, label in zip(images, labels, strict=True)
   ]
   train, test = model_selection.train_test_split(
     records, test_size=TEST_SHARE, random_state=0, stratify=labels
@@ -46,9 +47,3 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
       flip_probability=0.0,
     ),
   )
-
-
-def _enlarge(pixels: np.ndarray, size: int) -> np.ndarray:
-  """Resizes uint8 [8, 8] to [size, size, 3]."""
-  image = Image.fromarray(pixels).convert("RGB")
-  return np.asarray(transforms.resize(image, size))

@@ -14,7 +14,6 @@ from pqf_jax import errors
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
-@functools.cache
 def class_names() -> tuple[str, ...]:
   """Returns the 1,000 WordNet ids in the order of the labels."""
   return _read("labels.txt")
@@ -33,7 +32,7 @@ def validation_label(file_name: str) -> int:
   """
   match = _VALIDATION_NAME.fullmatch(file_name)
   number = int(match[1]) if match else 0
-  names = _validation_names()
+  names = _read("validation_labels.txt")
   if not 1 <= number <= len(names):
     raise errors.InputError(
       f"{file_name} is not the name of an ImageNet validation image, "
@@ -44,10 +43,6 @@ def validation_label(file_name: str) -> int:
 
 
 @functools.cache
-def _validation_names() -> tuple[str, ...]:
-  return _read("validation_labels.txt")
-
-
 def _read(file_name: str) -> tuple[str, ...]:
   spec = importlib.util.find_spec("tensorflow_datasets")
   if spec is None or not spec.submodule_search_locations:

@@ -10,7 +10,7 @@ import difflib
 import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pqf_jax import errors
 from pqf_jax.data import decoding
@@ -147,24 +147,22 @@ def _check_classes(
   )
 
 
-def _folders(folder: pathlib.Path) -> tuple[str, ...]:
-  with os.scandir(folder) as entries:
-    return tuple(
-      sorted(
-        entry.name
-        for entry in entries
-        if entry.is_dir() and not entry.name.startswith(".")
-      )
-    )
+def _folders(folder: pathlib.Path) -> list[str]:
+  return _names(folder, os.DirEntry.is_dir)
 
 
 def _images(folder: pathlib.Path) -> list[str]:
-  # File managers leave names that begin with a dot, "._1.JPEG" for one.
+  names = _names(folder, lambda entry: entry.name.lower().endswith(SUFFIXES))
+  return [str(folder / name) for name in names]
+
+
+def _names(
+  folder: pathlib.Path, is_wanted: Callable[[os.DirEntry[str]], bool]
+) -> list[str]:
+  """Returns sorted names, without hidden files such as "._1.JPEG"."""
   with os.scandir(folder) as entries:
-    names = [
+    return sorted(
       entry.name
       for entry in entries
-      if entry.name.lower().endswith(SUFFIXES)
-      and not entry.name.startswith(".")
-    ]
-  return [str(folder / name) for name in sorted(names)]
+      if not entry.name.startswith(".") and is_wanted(entry)
+    )

@@ -73,7 +73,7 @@ class TFRecords(decoding.Stored[bytes]):
 
 
 def read_offsets(path: str, num_records: int) -> np.ndarray:
-  """Reads where the records of a file begin, and where the last one ends.
+  """Reads where the N records of a file begin, and where the last one ends.
 
   Args:
     path: of the file.

@@ -112,17 +112,7 @@ def _files_in(
   start: int = 0,
   num_bytes: int | None = None,
 ) -> Iterator[tuple[str, int, int]]:
-  """Yields name, offset and size of the files of an archive.
-
-  Args:
-    path: of `file`.
-    file: holds the archive.
-    start: the archive's first byte.
-    num_bytes: the archive's size; None: up to the end of the file.
-
-  Raises:
-    InputError: the archive is cut short or cannot be read.
-  """
+  """Yields name, offset and size of the files in an archive within `file`."""
   size = path.stat().st_size
   end = size if num_bytes is None else start + num_bytes
   file.seek(start)
