@@ -190,9 +190,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     raise errors.InputError(
       f"{path} is truncated or not a safetensors file: {error}"
     ) from error
-  return (
-    json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-  )
+  return json.loads(metadata.get(METADATA_KEY, "null"))
 
 
 def load(path: str | os.PathLike[str]) -> PyTree:

@@ -145,12 +145,11 @@ def _quantize(
   shapes = tuple(kernel.shape for kernel in kernels)
   codes = _to_codes([result.codes for result in results], specs, shapes)
   # One transfer for all layers; it also waits for them.
-  traces, variances = jax.device_get(
-    ([result.distortion for result in results], [r.variance for r in results])
-  )
+  lost = jax.device_get([(r.distortion, r.variance) for r in results])
   quantized = []
   for i, path in enumerate(paths):
-    if not np.isfinite(traces[i][-1]):
+    distortion_by_step, variance = lost[i]
+    if not np.isfinite(distortion_by_step[-1]):
       raise errors.InputError(
         f"{path} has weights up to {float(jnp.abs(kernels[i]).max()):g}, whose "
         "squares overflow float32; divide them by a constant"
@@ -162,9 +161,9 @@ def _quantize(
       specs[i],
     )
     # A constant kernel has no variance, and no error either.
-    variance = max(float(variances[i]), np.finfo(np.float32).tiny)
-    distortion = float(traces[i][-1]) / length / variance
-    quantized.append((node, LayerSummary(path, distortion, traces[i])))
+    variance = max(float(variance), np.finfo(np.float32).tiny)
+    distortion = float(distortion_by_step[-1]) / length / variance
+    quantized.append((node, LayerSummary(path, distortion, distortion_by_step)))
   return quantized
 
 

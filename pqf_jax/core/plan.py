@@ -104,11 +104,8 @@ class SizeReport(NamedTuple):
 def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
   """Resolves the rules against a variable tree.
 
-  A kernel is a leaf named `kernel` or `embedding` of rank 2 or more.
-
-  Args:
-    rules: the first that matches a kernel's whole path decides.
-    variables: arrays or `jax.ShapeDtypeStruct`s.
+  A kernel is a leaf named `kernel` or `embedding` of rank 2 or more. The
+  variables may be `jax.ShapeDtypeStruct`s.
 
   Returns:
     The plan; K = min(num_codes, 2^floor(log2(N / 4))), so that codes of small
@@ -217,11 +214,7 @@ def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
 def foldable_norms(
   flat: Mapping[str, Any],
 ) -> dict[str, tuple[str, str, str, str]]:
-  """Finds the norms whose mean and variance can be folded.
-
-  Returns:
-    {path of the norm: paths of its (scale, bias, mean, var)}.
-  """
+  """Returns {foldable norm: paths of its (scale, bias, mean, var)}."""
   norms = {}
   for path in flat:
     norm = path.removeprefix("batch_stats/").removesuffix("/mean")

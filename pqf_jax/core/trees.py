@@ -23,14 +23,11 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 def flatten(
   tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> FlatTree:
-  """Lists the leaves of `tree` by path, in the tree's own order.
+  """Lists the leaves of a tree as {path: leaf}, in the tree's own order.
 
   Args:
     tree: any pytree (Linen variables, an NNX pure dict, Haiku parameters, ...).
     is_leaf: whether a node, such as a `VQArray`, counts as one leaf.
-
-  Returns:
-    {path: leaf}.
 
   Raises:
     InputError: two leaves have the same path, so that names are ambiguous.
@@ -58,11 +55,7 @@ def nest(flat: Mapping[str, Any]) -> PyTree:
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-  """Copies `tree` with other leaves at the given paths.
-
-  Args:
-    tree: any pytree.
-    leaves: {path: new leaf}; a new leaf may itself be a node.
+  """Copies a tree with other leaves, {path: leaf or node}.
 
   Raises:
     InputError: a path is not in the tree.

@@ -87,10 +87,15 @@ def tie_axes(first: Axis, second: Axis) -> None:
     if small.size == 0 or large.size % small.size:
       block_axes([first, second], "incompatible factors")
       return
-    _split(large, small.size)
+    sizes = (small.size, large.size // small.size)
+    large.parts = tuple(Factor(size, set(large.blocked_by)) for size in sizes)
   pairs = zip(find_factors(first), find_factors(second), strict=True)
-  for one, other in list(pairs):
-    _unite(one, other)
+  for pair in list(pairs):
+    # An earlier pair of the list may have replaced either of them.
+    one, other = map(_representative, pair)
+    if one is not other:
+      other.tied_to = one
+      one.blocked_by |= other.blocked_by
 
 
 def tie_all(first: Axes, second: Axes) -> None:
@@ -109,16 +114,3 @@ def _representative(factor: Factor) -> Factor:
   while factor.tied_to is not None:
     factor = factor.tied_to
   return factor
-
-
-def _split(factor: Factor, major: int) -> None:
-  sizes = (major, factor.size // major)
-  factor.parts = tuple(Factor(size, set(factor.blocked_by)) for size in sizes)
-
-
-def _unite(one: Factor, other: Factor) -> None:
-  # Uniting an earlier pair of the same list may have replaced either of them.
-  one, other = _representative(one), _representative(other)
-  if one is not other:
-    other.tied_to = one
-    one.blocked_by |= other.blocked_by

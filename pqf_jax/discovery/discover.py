@@ -124,10 +124,7 @@ def _places(
 
 
 def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
-  """Lists the places of every free factor that ties two axes or more.
-
-  Only the largest factor is kept where several share an axis.
-  """
+  """Lists the places of every free factor that ties two axes or more."""
   places = collections.defaultdict(list)
   for factor, place in _places(parameters):
     if not factor.blocked_by:
@@ -135,6 +132,7 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
   tied = [factor for factor in places if len(places[factor]) > 1]
   kept: list[axis_factors.Factor] = []
   taken: set[tuple[str, int]] = set()
+  # Only the largest factor is kept where several share an axis.
   for factor in sorted(tied, key=lambda factor: -factor.size):
     occupied = {(place.path, place.dim) for place in places[factor]}
     # An axis of the products of all pairs of channels has the factor twice.

@@ -70,12 +70,10 @@ class Propagation:
     return rules.new_results(eqn, name)
 
   def _scan(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
-    """Ties the carry to itself, and blocks the axis that the loop walks along.
-
-    Operands are constants, carry, and stacked inputs; results are carry and
-    stacked outputs. The stacked ones are those with one axis more than inside,
-    which, unlike the parameters of the equation, all versions of JAX share.
-    """
+    """Ties the carry to itself, and blocks the axis that the loop walks."""
+    # Operands are constants, carry, and stacked inputs; results are carry and
+    # stacked outputs. A stacked one has one axis more than inside the loop:
+    # unlike the parameters of the equation, this holds in all versions of JAX.
     body = tracing.program_body(eqn.params["jaxpr"])
     inner = [
       self._step(operand, len(tracing.shape_of(variable)))

@@ -57,10 +57,7 @@ def _pass_through(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 def _blocking(touched: Callable[[Equation], Collection[int]]) -> Rule:
-  """Makes a rule for primitives that mix or cut some axes and keep the others.
-
-  An axis counts as touched as well where its length changes.
-  """
+  """Makes a rule for primitives that mix or cut some axes and keep others."""
 
   def rule(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
     results = new_results(eqn)
@@ -68,6 +65,7 @@ def _blocking(touched: Callable[[Equation], Collection[int]]) -> Rule:
     arrays = [axes for axes in operands if len(axes) == len(results[0])]
     for dim, row in enumerate(zip(*arrays, *results, strict=True)):
       lengths = {axis_factors.axis_length(axis) for axis in row}
+      # An axis whose length changes counts as touched as well.
       if len(lengths) > 1 or dim in touched(eqn):
         axis_factors.block_axes(row, eqn.primitive.name)
       else:
@@ -89,7 +87,7 @@ def _padded_dims(eqn: Equation) -> list[int]:
   return [dim for dim, row in rows if tuple(row) != (0, 0, 0)]
 
 
-def _top_k_dims(eqn: Equation) -> list[int]:
+def _axis_dims(eqn: Equation) -> list[int]:
   return [eqn.params.get("axis", len(tracing.shape_of(eqn.outvars[0])) - 1)]
 
 
@@ -152,12 +150,11 @@ def _dot(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 def _convolution(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
-  """Ties input and output features of a convolution, and blocks space.
-
-  With G feature groups the input features are [G, in] and the output features
-  [G, out]; the kernel holds `in` and [G, out]. So a depthwise kernel (in = 1)
-  ties its output axis to its input. Dilation of either side touches only space.
-  """
+  """Ties input and output features of a convolution, and blocks space."""
+  # With G feature groups the input features are [G, in] and the output features
+  # [G, out]; the kernel holds `in` and [G, out]. So a depthwise kernel (in = 1)
+  # ties its output axis to its input. Dilation of either side touches only
+  # space.
   lhs, rhs = operands
   params = eqn.params
   num_groups = params["feature_group_count"]
@@ -180,22 +177,18 @@ def _convolution(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 
 
 def _join(whole: Axes, parts: Sequence[Axes], joined: int, name: str) -> None:
-  """States that `whole` is the `parts` side by side along one axis.
-
-  Parts of equal length are one axis [part, n] whose n stays free, tied over the
-  parts (gated units, fused projections). Unequal parts would need axes that are
-  sums of factors: they are blocked.
-  """
+  """States that `whole` is the `parts` side by side along one axis."""
   for part in parts:
     for dim, axis in enumerate(part):
       if dim != joined:
         axis_factors.tie_axes(whole[dim], axis)
   ends = [part[joined] for part in parts]
   if len({axis_factors.axis_length(end) for end in ends}) == 1:
+    # One axis [part, n] whose n stays free (gated units, fused projections).
     which = axis_factors.new_axis(len(ends), name)
     for end in ends:
       axis_factors.tie_axes(whole[joined], which + end)
-  else:
+  else:  # that would need axes that are sums of factors
     axis_factors.block_axes([whole[joined], *ends], name)
 
 
@@ -286,12 +279,9 @@ RULES: dict[str, Rule] = {
   **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
   **dict.fromkeys(PASS_THROUGH.split(), _pass_through),
   **dict.fromkeys(REDUCTIONS.split(), _reduce),
-  **dict.fromkeys(
-    CUMULATIVE.split(), _blocking(lambda eqn: {eqn.params["axis"]})
-  ),
+  **dict.fromkeys(CUMULATIVE.split(), _blocking(_axis_dims)),
   **dict.fromkeys(WINDOWED.split(), _blocking(_windowed_dims)),
-  "argmax": _arg_reduce,
-  "argmin": _arg_reduce,
+  **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
   "broadcast_in_dim": _broadcast,
   "concatenate": _concatenate,
   "conv_general_dilated": _convolution,
@@ -309,7 +299,7 @@ RULES: dict[str, Rule] = {
   "squeeze": _squeeze,
   "stack": _stack,
   "tile": _tile,
-  "top_k": _blocking(_top_k_dims),
+  "top_k": _blocking(_axis_dims),
   "transpose": _transpose,
   "unstack": _unstack,
 }

@@ -62,15 +62,8 @@ def check_program(
   random factor from 0.9 to 1.1, and exact zeros become small positive numbers.
   Otherwise a forgotten norm would not show in a fresh network, whose scales are
   all one and whose biases are all zero. Signs are kept, so that variances stay
-  positive.
-
-  Args:
-    key: consumed; draws the permutations and the factors.
-    program: from `tracing.trace_program`.
-    variables: arrays; they are not changed.
-    axes: from discovery, or written by hand.
-    inputs: a small example; the network is run three times on it, and once
-      more for every group if the check fails.
+  positive. The network is run three times on the inputs, and once more for
+  every group if the check fails. The key draws permutations and factors.
 
   Returns:
     `axes` without the groups that fail. One warning names these; two others

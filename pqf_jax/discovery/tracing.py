@@ -30,14 +30,8 @@ def trace_program(
 ) -> Jaxpr:
   """Traces `apply_fn(variables, *inputs)` without running it.
 
-  Args:
-    apply_fn: any function of arrays made of JAX operations.
-    variables: arrays or `jax.ShapeDtypeStruct`s.
-    inputs: likewise.
-
-  Returns:
-    The program, whose arguments are the leaves of `variables` and then those
-    of `inputs`.
+  The program's arguments are the leaves of the variables, then of the inputs;
+  both may be `jax.ShapeDtypeStruct`s.
 
   Raises:
     InputError: the function cannot be traced.

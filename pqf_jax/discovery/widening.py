@@ -30,11 +30,8 @@ def run_widened(
   """Evaluates a program with all its floating types made float64.
 
   Call it with `jax.enable_x64(True)`, traced by `jax.jit`; the program may have
-  been traced without 64-bit types.
-
-  Args:
-    program: from `tracing.trace_program`.
-    arguments: arrays, of the types that `widen_dtype` gives for its own.
+  been traced without 64-bit types. The arguments have the types that
+  `widen_dtype` gives for those of the program.
 
   Raises:
     TypeError: a primitive works in one type only, such as a reinterpretation

@@ -114,13 +114,8 @@ def swap_moments(
 ) -> Moments:
   """Computes what swapping two positions of an order adds to its moments.
 
-  Args:
-    gram: of the kernel.
-    permutation: [C], the order before the swaps.
-    pairs: [P, 2] positions; each row is one swap, on its own.
-
-  Returns:
-    P changes, to be added to `order_moments(gram, permutation)`.
+  Each row of `pairs` [P, 2] is one swap, on its own; each of the P changes is
+  to be added to `order_moments(gram, permutation)`.
   """
   blocks = permutation.reshape(-1, gram.slots)
   block, slot = np.divmod(pairs, gram.slots)

@@ -89,14 +89,9 @@ def placement_scores(
   anything. The mean's part of S is linearized too, which is a bound as well,
   because -mean mean^T is concave.
 
-  Args:
-    grams: of the kernels.
-    order: the order that M is taken from.
-    positions: [P].
-    model: changes the covariance before it is inverted.
-
   Returns:
-    [C, P].
+    [C, P], for `positions` [P]; M is the inverse of what `model` makes of the
+    covariance in this order.
   """
   total = np.zeros((len(order.permutation), len(positions)))
   kernels = zip(shares(grams), grams, order.moments, strict=True)

@@ -86,10 +86,7 @@ def search_like_authors(
 ) -> objective.ScoredOrder:
   """Sorts and swaps at random, both judged by the first kernel alone.
 
-  Args:
-    rng: random number generator, consumed.
-    grams: of the kernels that read the group; the first one decides.
-    num_swaps: how many random swaps to try; the authors try 10,000.
+  The authors try 10,000 swaps.
   """
   start = sorted_permutation(grams[:1])
   pairs = rng.integers(len(start), size=(num_swaps, 2))
@@ -110,9 +107,6 @@ def sorted_permutation(grams: objective.Grams) -> np.ndarray:
   A channel's log-determinant is that of its taps' covariance over the rows of a
   kernel. Kernels of 2 and of 8 slots are both served: the positions of a
   superblock are filled by their slot among 2 first, and by that among 8 next.
-
-  Returns:
-    [C], a permutation.
   """
   log_dets = sum(
     share * _channel_log_dets(gram)

@@ -23,13 +23,6 @@ def swap_round(
   One table gives the bound of `objective.placement_scores` for all pairs of
   positions; the pairs with the least bounds are evaluated exactly. Groups of up
   to 11 channels have no other pairs.
-
-  Args:
-    grams: of the kernels that read the group.
-    order: where to start.
-
-  Returns:
-    An order that is no worse.
   """
   size = len(order.permutation)
   table = objective.placement_scores(grams, order, np.arange(size))
@@ -46,12 +39,9 @@ def swap_round(
 def stochastic_swaps(
   grams: objective.Grams, permutation: np.ndarray, pairs: np.ndarray
 ) -> objective.ScoredOrder:
-  """Tries swaps in turn; keeps those that lower the first log-determinant.
+  """Tries to swap `pairs` [P, 2] of positions of a permutation [C], in turn.
 
-  Args:
-    grams: of the kernels that read the group; the first one decides.
-    permutation: [C], where to start.
-    pairs: [P, 2] positions to swap.
+  A swap is kept if it lowers the log-determinant of the first kernel.
   """
   gram, permutation = grams[0], permutation.copy()
   moments = covariance.order_moments(gram, permutation)
