@@ -35,7 +35,15 @@ def _run(*arguments, folder=ROOT):
     ),
     (
       ("--config=configs/resnet18.py", "--config.finetune.epoch=3"),
-      'Did you mean "epochs"',
+      "config.finetune.epoch; did you mean config.finetune.epochs",
+    ),
+    (
+      ("--config=configs/resnet18.py", "--config.epochs=3"),
+      "did you mean config.finetune.epochs or config.train.epochs?",
+    ),
+    (
+      ("extra", "--config=configs/resnet18.py"),
+      "unknown argument 'extra'",
     ),
     (
       ("--config=configs/resnet18.py", "--config.finetune.epochs=few"),

@@ -8,26 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from pqf_jax import errors, models, pack, permute, report, tasks
+from pqf_jax import errors, models, pack, report, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.models import contract
-from pqf_jax.permutation import search
-from pqf_jax.pipeline import training, weights, workspace
+from pqf_jax.pipeline import settings, training, weights, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
 Record = checkpoint.Record
-# The values of `config.dtype`; float16 would need its losses scaled.
-DTYPES = ("float32", "bfloat16")
 # The stages that train; a config has settings of each.
 TRAININGS = ("train", "finetune")
-# The values of `config.permute.search`.
-SEARCHES: dict[str, permute.Search] = {
-  "assignment": search.search_permutation,
-  "paper": search.search_like_authors,
-  "none": search.keep_order,
-}
 
 
 class Job(NamedTuple):
@@ -93,8 +84,6 @@ def prepare(
     InputError: see the functions that it calls.
   """
   task = tasks.get(config.task)
-  check_choice("pack", config.pack, ("last", "best"))
-  check_choice("permute.search", config.permute.search, SEARCHES)
   stages = [stage for stage in TRAININGS if config[stage].epochs]
   check_batches(config, stages)
   network, template = build_network(config)
@@ -131,18 +120,6 @@ def prepare(
   )
 
 
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-  """Refuses a setting that is none of the known ones.
-
-  Raises:
-    InputError: names the setting, its value and the choices.
-  """
-  if value not in (choices := tuple(known)):
-    raise errors.InputError(
-      f"config.{name} is {value!r}; it must be one of {choices}"
-    )
-
-
 def check_training(
   config: ml_collections.ConfigDict, stages: Iterable[str], num_train: int
 ) -> None:
@@ -157,18 +134,15 @@ def check_training(
     InputError: names the setting, its value and those that fit.
   """
   for stage in stages:
-    settings = config[stage]
-    if not 0 < settings.batch_size <= num_train:
+    batch_size = config[stage].batch_size
+    if batch_size > num_train:
       raise errors.InputError(
-        f"config.{stage}.batch_size is {settings.batch_size}, but there are "
-        f"{num_train} training images; choose 1 to {num_train}"
+        f"config.{stage}.batch_size is {batch_size}, but there are {num_train} "
+        f"training images; choose 1 to {num_train}"
       )
-    if settings.evaluation_epochs < 1:
-      raise errors.InputError(
-        f"config.{stage}.evaluation_epochs is {settings.evaluation_epochs}; "
-        "give 1 to evaluate after every epoch, N after every N-th"
-      )
-    schedule = training.Schedule(settings, num_train, config.checkpoint_steps)
+    schedule = training.Schedule(
+      config[stage], num_train, config.checkpoint_steps
+    )
     try:
       schedule.make_optimizer()
     except errors.InputError as error:
@@ -191,23 +165,15 @@ def check_batches(
   Raises:
     InputError: names the setting, and of batches the nearest that fit.
   """
-  check_choice("norm_statistics", config.norm_statistics, ("batch", "device"))
-  check_choice("dtype", config.dtype, DTYPES)
   count = jax.device_count() if num_devices is None else num_devices
   distributed.check_batch_size(
     "config.eval_batch_size", config.eval_batch_size, count
   )
   for stage in stages:
-    settings = config[stage]
-    if settings.microbatches < 1 or settings.base_batch_size < 0:
-      raise errors.InputError(
-        f"config.{stage} has microbatches={settings.microbatches} and "
-        f"base_batch_size={settings.base_batch_size}; the first must be at "
-        "least 1, the second at least 0"
-      )
+    stage_settings = config[stage]
     name = f"config.{stage}.batch_size"
     distributed.check_batch_size(
-      name, settings.batch_size, count, settings.microbatches
+      name, stage_settings.batch_size, count, stage_settings.microbatches
     )
 
 
@@ -270,8 +236,7 @@ def make_plan(
   config: ml_collections.ConfigDict, template: PyTree
 ) -> plans.CompressionPlan:
   """Makes the plan of the config's rules."""
-  rules = [plans.Rule(*rule) for rule in config.rules]
-  return plans.make_plan(rules, template)
+  return plans.make_plan(settings.make_rules(config), template)
 
 
 def print_plan(

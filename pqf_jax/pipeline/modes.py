@@ -9,7 +9,7 @@ import ml_collections
 from pqf_jax import errors, tasks
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import stages, workspace
+from pqf_jax.pipeline import settings, stages, workspace
 from pqf_jax.runtime import distributed, files, progress
 
 PyTree = Any
@@ -25,6 +25,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   Raises:
     InputError: bad input, found before any long work wherever that can be.
   """
+  settings.check(config)
   if config.mode == "preflight":
     # Before any device is used: it brings its own, and no other processes.
     importlib.import_module("pqf_jax.preflight").run(config)
@@ -48,7 +49,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     "predict": predict,
     "train": train,
   }
-  jobs.check_choice("mode", config.mode, [*modes, "preflight"])
   modes[config.mode](config, workdir)
 
 

@@ -19,7 +19,7 @@ from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import training, workspace
+from pqf_jax.pipeline import settings, training, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -70,7 +70,6 @@ def dense_stage(job: jobs.Job) -> Staged:
 
 def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
   """Reorders the channels; the function stays the same."""
-  settings = job.config.permute
 
   def compute() -> Staged:
     axes = discover.discover_channels(
@@ -83,8 +82,8 @@ def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
         dense,
         axes,
         job.plan,
-        search=jobs.SEARCHES[settings.search],
-        kmeans_steps=settings.kmeans_steps,
+        search=settings.SEARCHES[job.config.permute.search],
+        kmeans_steps=job.config.permute.kmeans_steps,
         share=lambda costs: distributed.divide_work(costs)[jax.process_index()],
         gather=distributed.gather_records,
         on_group=lambda group: bar.advance(),
@@ -147,22 +146,22 @@ def fit(
   job: jobs.Job,
   stage: str,
   variables: PyTree,
-  settings: ml_collections.ConfigDict,
+  stage_settings: ml_collections.ConfigDict,
   teacher: PyTree | None = None,
 ) -> tuple[training.Fitted, checkpoint.Record]:
   """Runs `training.fit` with the settings of a config; 0 epochs do nothing."""
   task = job.loaded
-  if not settings.epochs:
+  if not stage_settings.epochs:
     _, record = job.evaluated(variables)
     return training.Fitted(variables, variables), record
   schedule = training.Schedule(
-    settings, task.num_train, job.config.checkpoint_steps
+    stage_settings, task.num_train, job.config.checkpoint_steps
   )
 
   def batches(first_step: int) -> Iterator[Any]:
     job.files.resume_log(stage, first_step + 1)
     global_batches = task.train_batches(
-      batch_size=settings.batch_size,
+      batch_size=stage_settings.batch_size,
       seed=job.config.seed,
       start_step=first_step,
       num_steps=schedule.num_steps - first_step,

@@ -10,6 +10,7 @@ import ml_collections
 from etils import epath
 
 from pqf_jax import errors, report
+from pqf_jax.pipeline import settings
 from pqf_jax.runtime import checkpoint, distributed, files
 
 Results = dict[str, Any]
@@ -32,6 +33,8 @@ class Workspace:
       InputError: the workdir belongs to another config; says what differs.
     """
     path = files.absolute(workdir)
+    if path.exists() and not path.is_dir():
+      raise errors.InputError(f"the workdir {path} is a file; give a folder")
     self.checkpoints = checkpoint.Checkpoints(path)
     self.packed_file = path / "model.safetensors"
     self.report_file = path / "report.html"
@@ -105,7 +108,7 @@ def code_digest() -> str:
 
 
 def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
-  before, now = _leaves(stored), _leaves(wanted)
+  before, now = settings.flatten(stored), settings.flatten(wanted)
   differences = [
     f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
     for name in sorted((before.keys() | now.keys()) - set(NOT_COMPARED))
@@ -116,12 +119,3 @@ def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
       f"the workdir {path} belongs to another config; use another --workdir "
       "or delete it. Different are:\n  " + "\n  ".join(differences)
     )
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(tree, dict):
-    return {prefix.removesuffix("."): tree}
-  found: dict[str, Any] = {}
-  for name, child in tree.items():
-    found |= _leaves(child, f"{prefix}{name}.")
-  return found

@@ -39,17 +39,6 @@ class Classification:
     num_devices: int,
   ) -> None:
     """See `contract.Task`."""
-    if not 0 <= config.distillation <= 1:
-      raise errors.InputError(
-        f"config.distillation is {config.distillation:g}; it is a share, 0 to 1"
-      )
-    for field in ("mean", "std"):
-      values = tuple(config.data[field])
-      if len(values) not in (0, 3):
-        raise errors.InputError(
-          f"config.data.{field} is {values}; give one value in 0..1 for each "
-          "of red, green and blue, or none for those of the data set"
-        )
     name = config.model.name
     models.check_trainable(
       name,

@@ -1,0 +1,133 @@
+"""Checks every setting of a config by itself, before anything else is done.
+
+What depends on data, devices or the network is checked by `job.prepare`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from pqf_jax import errors, permute, tasks
+from pqf_jax.core import plan as plans
+from pqf_jax.permutation import search
+
+SEARCHES: dict[str, permute.Search] = {
+  "assignment": search.search_permutation,
+  "paper": search.search_like_authors,
+  "none": search.keep_order,
+}
+CHOICES: Mapping[str, tuple[str, ...]] = {
+  "mode": (
+    "compress",
+    "evaluate",
+    "pack",
+    "plan",
+    "predict",
+    "preflight",
+    "train",
+  ),
+  "distributed": ("auto", "off", "on"),
+  "permute.search": tuple(SEARCHES),
+  "norm_statistics": ("batch", "device"),
+  "dtype": ("float32", "bfloat16"),  # float16 would need its losses scaled
+  "pack": ("last", "best"),
+}
+MOST = 2**31 - 1
+# Least and most of the numbers in `config.train` and `config.finetune`.
+TRAINING = {
+  "epochs": (0, MOST),
+  "evaluation_epochs": (1, MOST),
+  "batch_size": (1, MOST),
+  "microbatches": (1, MOST),
+  "base_batch_size": (0, MOST),
+  "learning_rate": (0, 1e30),
+  "final_learning_rate": (0, 1e30),
+  "warmup_epochs": (0, MOST),
+  "weight_decay": (0, 1),
+  "momentum": (0, 1),
+}
+LIMITS: Mapping[str, tuple[float, float]] = {
+  "seed": (0, 2**32 - 1),
+  "distributed_timeout": (1, MOST),
+  "data.image_size": (0, 2**14),
+  "data.num_objects": (0, 2**14),
+  "permute.kmeans_steps": (0, MOST),
+  "distillation": (0, 1),
+  "eval_batch_size": (1, MOST),
+  "checkpoint_steps": (1, MOST),
+} | {
+  f"{stage}.{name}": limits
+  for stage in ("train", "finetune")
+  for name, limits in TRAINING.items()
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses settings that can never be right.
+
+  Raises:
+    InputError: names the setting, its value and those that it may have.
+  """
+  values = flatten(config.to_dict())
+  for name, choices in CHOICES.items():
+    if values[name] not in choices:
+      raise errors.InputError(
+        f"config.{name} is {values[name]!r}; it must be one of {choices}"
+      )
+  for name, (least, most) in LIMITS.items():
+    if not least <= values[name] <= most:  # NaN is refused too
+      raise errors.InputError(
+        f"config.{name} is {values[name]!r}; give {least:g} to {most:g}"
+      )
+  tasks.get(config.task)
+  _check_channel_values("mean", config.data.mean, 0)
+  _check_channel_values("std", config.data.std, 1e-6)
+  make_rules(config)
+  for pattern in config.frozen:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise errors.InputError(
+        f"config.frozen has {pattern!r}, which is not a regular expression: "
+        f"{error}"
+      ) from error
+
+
+def make_rules(config: ml_collections.ConfigDict) -> list[plans.Rule]:
+  """Returns `config.rules` as rules.
+
+  Raises:
+    InputError: names the rule and what is wrong with it.
+  """
+  rules = []
+  for number, values in enumerate(config.rules):
+    try:
+      rules.append(plans.Rule(*values))
+      plans.check_rule(rules[-1])
+    except TypeError as error:
+      raise errors.InputError(
+        f"config.rules[{number}] is {values!r}; a rule is (pattern, num_codes "
+        "or None, channels a sub-vector, k-means steps)"
+      ) from error
+  return rules
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Returns {'finetune.epochs': value, ...} of nested dicts."""
+  if not isinstance(tree, dict):
+    return {prefix.removesuffix("."): tree}
+  flat: dict[str, Any] = {}
+  for name, child in tree.items():
+    flat |= flatten(child, f"{prefix}{name}.")
+  return flat
+
+
+def _check_channel_values(name: str, values: Any, least: float) -> None:
+  good = [isinstance(v, (int, float)) and least <= v <= 1 for v in values]
+  if len(good) not in (0, 3) or not all(good):
+    raise errors.InputError(
+      f"config.data.{name} is {tuple(values)}; give one value, {least:g} to 1, "
+      "for each of red, green and blue, or none for those of the data set"
+    )
