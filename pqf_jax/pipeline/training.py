@@ -141,7 +141,7 @@ def fit(
   meter = _Meter(stage, schedule, record, on_metrics)
   first = int(state.step)
   with (
-    preemption.StopSignal() as stop,
+    preemption.catch_stop() as stop_is_requested,
     progress.track(
       stage,
       schedule.num_steps,
@@ -162,7 +162,7 @@ def fit(
           best = jax.tree.map(jnp.copy, current)
           record |= {"best": evaluation[metric], "best_step": step}
         record["evaluation"] = evaluation
-      stopped = stop.is_requested(step)
+      stopped = stop_is_requested(step)
       if schedule.save_is_due(step) or stopped:
         meter.flush()
         checkpoints.save_progress(stage, step, (state, best), meter.record())

@@ -8,7 +8,7 @@ import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import markupsafe
@@ -16,14 +16,6 @@ import markupsafe
 from pqf_jax.core import plan
 from pqf_jax.report import charts, schema, tables, text
 from pqf_jax.runtime import files
-
-
-class Tile(NamedTuple):
-  """A headline figure with its label and a short note."""
-
-  label: str
-  figure: str
-  note: str
 
 
 def write_html(
@@ -89,11 +81,12 @@ def write_html(
   files.write(path, page.encode())
 
 
-def _tiles(results: schema.Results) -> list[Tile]:
+def _tiles(results: schema.Results) -> list[tuple[str, str, str]]:
+  """Returns the headline figures, each with its label and a short note."""
   before = text.size(results["dense_bytes"])
   tiles = [
-    Tile("Smaller", f"{results['ratio']:.1f}×", "than in float32"),
-    Tile("File", text.size(results["file_bytes"]), f"was {before}"),
+    ("Smaller", f"{results['ratio']:.1f}×", "than in float32"),
+    ("File", text.size(results["file_bytes"]), f"was {before}"),
   ]
   for label, by_stage in schema.scores(results).items():
     stage, (value, gap) = list(by_stage.items())[-1]
@@ -101,7 +94,7 @@ def _tiles(results: schema.Results) -> list[Tile]:
     note = ""
     if gap is not None:
       note = f"{text.points(gap)} points from {text.percent(value - gap)}"
-    tiles.append(Tile(name, text.percent(value), note))
+    tiles.append((name, text.percent(value), note))
   return tiles
 
 

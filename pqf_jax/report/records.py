@@ -5,7 +5,6 @@ survives a crash in the middle of a line. Call these on process 0 only.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,26 +29,21 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
 def append_metric(path: epath.PathLike, record: schema.Record) -> None:
   """Appends one line to a log of metrics, or starts the log.
 
-  A half line, which a crash may leave, is cut off first.
+  Call `resume_metrics` first in every stage: it removes the half line that a
+  crash may have left.
 
   Args:
     path: of `metrics.jsonl`.
     record: see `schema.Record`; its values may be device scalars.
   """
-  line = json.dumps(_plain(record)) + "\n"
-  if files.is_remote(path):
+  line = (json.dumps(_plain(record)) + "\n").encode()
+  log = epath.Path(path)
+  if files.is_remote(log):
     # An object in a bucket cannot grow, so it is written anew; it is small.
-    log = epath.Path(path)
-    before = log.read_bytes() if log.exists() else b""
-    files.write(log, before + line.encode())
-    return
-  with open(path, "ab+") as file:
-    if file.tell():
-      file.seek(-1, os.SEEK_END)
-      if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-    file.write(line.encode())
+    files.write(log, (log.read_bytes() if log.exists() else b"") + line)
+  else:
+    with log.open("ab") as file:
+      file.write(line)
 
 
 def read_metrics(path: epath.PathLike) -> list[schema.Record]:
@@ -81,7 +75,7 @@ def read_metrics(path: epath.PathLike) -> list[schema.Record]:
 
 
 def resume_metrics(path: epath.PathLike, stage: str, step: int) -> None:
-  """Removes the records that a resumed stage will write again.
+  """Removes the records that a resumed stage will write again, and a half line.
 
   Args:
     path: of `metrics.jsonl`; may be missing.

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import pathlib
 from typing import Any
 
 from pqf_jax import errors
@@ -34,28 +33,21 @@ class TensorBoardWriter:
       ) from error
     if files.is_remote(directory):
       raise errors.InputError(
-        f"config.tensorboard=True writes to local disks only, not to "
-        f"{directory}; leave it False and read metrics.jsonl"
+        f"config.tensorboard=True writes to local disks only, but its "
+        f"folder would be {directory}; leave it False and read metrics.jsonl"
       )
-    self._directory = pathlib.Path(directory)
+    self._directory = directory
     self._runs: dict[str, Any] = {}
 
   def resume(self, stage: str, step: int) -> None:
-    """Starts a stage at `step`: TensorBoard hides the points of a crashed run.
-
-    Args:
-      stage: its curves go on.
-      step: first step that will be written; older points stay.
-    """
-    self._runs[stage] = self._library.SummaryWriter(
-      str(self._directory / stage), purge_step=step
-    )
+    """Starts or continues a stage; hides its points from `step` on."""
+    folder = os.path.join(self._directory, stage)
+    self._runs[stage] = self._library.SummaryWriter(folder, purge_step=step)
 
   def write(self, record: schema.Record) -> None:
-    """Adds a point to the curve of every number in the record, shown or not.
+    """Adds a point to the curve of every number in the record.
 
-    Args:
-      record: of a stage that was started by `resume`.
+    Its stage must have been started by `resume`.
     """
     run = self._runs[record["stage"]]
     for name, value in record.items():

@@ -28,11 +28,7 @@ class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints`."""
 
   def __init__(self, workdir: epath.PathLike):
-    """Creates nothing on disk.
-
-    Args:
-      workdir: of the run, local or in a bucket.
-    """
+    """Creates nothing on disk; the workdir may be in a bucket."""
     # Orbax needs absolute paths.
     self._root = files.absolute(workdir) / "checkpoints"
 

@@ -130,11 +130,9 @@ def position() -> dict[str, int]:
 @functools.cache
 def mesh(devices: tuple[jax.Device, ...] | None = None) -> sharding.Mesh:
   """Returns a mesh of one axis over all devices of all processes, or these."""
+  count = jax.device_count() if devices is None else len(devices)
   return jax.make_mesh(
-    (jax.device_count() if devices is None else len(devices),),
-    (AXIS,),
-    axis_types=(sharding.AxisType.Auto,),
-    devices=devices,
+    (count,), (AXIS,), axis_types=(sharding.AxisType.Auto,), devices=devices
   )
 
 
@@ -176,11 +174,7 @@ def shard(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def divide_work(costs: Mapping[str, float]) -> list[list[str]]:
-  """Divides work {name: cost} among the processes, at about equal total costs.
-
-  Returns:
-    The names by process.
-  """
+  """Divides work {name: cost} evenly; returns the names by process."""
   names: list[list[str]] = [[] for _ in range(jax.process_count())]
   loads = [0.0] * len(names)
   for name in sorted(costs, key=lambda name: -costs[name]):
@@ -204,7 +198,8 @@ def gather_trees(
   """
   gathered: dict[str, PyTree] = {}
   for process, names_there in enumerate(names):
-    if process == jax.process_index():
+    is_source = process == jax.process_index()
+    if is_source:
       trees = {name: local_trees[name] for name in names_there}
     else:
       trees = jax.tree.map(
@@ -212,9 +207,7 @@ def gather_trees(
         {name: shapes[name] for name in names_there},
       )
     if jax.process_count() > 1 and names_there:
-      trees = multihost_utils.broadcast_one_to_all(
-        trees, is_source=process == jax.process_index()
-      )
+      trees = multihost_utils.broadcast_one_to_all(trees, is_source=is_source)
     gathered |= trees
   return gathered
 
@@ -286,8 +279,8 @@ def check_batch_size(
   """Refuses a batch that the devices cannot share evenly.
 
   Args:
-    name: of the setting.
-    batch_size: its value.
+    name: of the setting, for the error.
+    batch_size: images of all devices.
     num_devices: of all processes.
     microbatches: parts that each device divides its images into.
 

@@ -40,13 +40,9 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
-  """Writes a file as `<path>.partial`, then renames it.
+  """Writes a file as `<path>.partial`, then renames it; creates its folder.
 
   In a bucket it writes directly: an object appears when it is complete.
-
-  Args:
-    path: of the file; missing folders are created.
-    data: its whole content.
 
   Raises:
     InputError: the disk is full.

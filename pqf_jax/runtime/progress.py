@@ -29,18 +29,14 @@ class Bar:
     self,
     show: Callable[[int, str], None] | None,
     seconds: float,
-    *,
     total: int,
     done: int,
     unit: str,
     units_per_step: int,
   ) -> None:
-    self._show = show
-    self._seconds = seconds
-    self._total = total
-    self._done = done
-    self._unit = unit
-    self._units_per_step = units_per_step
+    self._show, self._seconds = show, seconds
+    self._total, self._done = total, done
+    self._unit, self._units_per_step = unit, units_per_step
     self._start = time.monotonic()
     self._next = self._start + seconds
     self._first: tuple[float, int] | None = None
@@ -104,9 +100,7 @@ def track(
 ) -> Iterator[Bar]:
   """Shows the progress of a loop: a bar on a terminal, else a line every 5 s.
 
-      with progress.track(
-          "finetune", 3510, unit="img", units_per_step=64
-      ) as bar:
+      with track("finetune", 3510, unit="img", units_per_step=64) as bar:
         for step in range(3510):
           bar.advance(loss=loss)
 
@@ -130,14 +124,7 @@ def track(
       seconds = BAR_SECONDS
     elif jax.process_index() == 0:
       show = _log_lines(stage, total)
-    bar = Bar(
-      show,
-      seconds,
-      total=total,
-      done=done,
-      unit=unit,
-      units_per_step=units_per_step,
-    )
+    bar = Bar(show, seconds, total, done, unit, units_per_step)
     yield bar
     bar.finish()
 

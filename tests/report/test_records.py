@@ -51,6 +51,7 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines(tmp_path):
     path.write_bytes(whole[:length])
     kept = records[: whole[:length].count(b"\n")]
     assert report.read_metrics(path) == kept
+    report.resume_metrics(path, "train", 9)
     assert logged(path, [record("train", 9)]) == [*kept, record("train", 9)]
 
 
