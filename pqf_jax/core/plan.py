@@ -149,11 +149,11 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
 
 
 def check_rule(rule: Rule) -> None:
-  """Refuses a rule that fits no kernel.
+  """Refuses a rule that no kernel could follow.
 
   Raises:
-    InputError: a pattern that is no regular expression, or a number out of
-      range.
+    InputError: its pattern is not a regular expression, or a number of it is
+      out of range.
   """
   try:
     re.compile(rule.pattern)
