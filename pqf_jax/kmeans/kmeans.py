@@ -118,18 +118,7 @@ def lloyd_kmeans(
   Its error never increases, but ends 0.3 % (131072 sub-vectors) to 20 % (4096)
   above the annealed one.
 
-  Args:
-    key: PRNG key, consumed.
-    vectors: [N, D] sub-vectors, any real type; computed in float32.
-    num_codes: K, between 1 and N.
-    num_steps: T, at least 1.
-    mesh: as `annealed_kmeans`.
-
-  Returns:
-    The codebook, codes that match it, and the error of every step.
-
-  Raises:
-    InputError: as `annealed_kmeans`.
+  Arguments, results and errors are those of `annealed_kmeans`.
   """
   vectors = _checked(vectors, num_codes, num_steps)
   return kmeans_of_layers(
@@ -236,6 +225,7 @@ def random_rows(
     counts: N of each layer.
     num_codes: K.
   """
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
   parts = np.arange(num_codes + 1, dtype=np.int64)
   bounds = np.array(counts, np.int64)[:, None] * parts // num_codes
   draw = functools.partial(
@@ -245,14 +235,6 @@ def random_rows(
   return jax.vmap(lambda key, low, high: draw(key, minval=low, maxval=high))(
     keys, bounds[:, :-1].astype(np.int32), bounds[:, 1:].astype(np.int32)
   )
-
-
-def first_rows(
-  keys: jax.Array, counts: Sequence[int], num_codes: int
-) -> jax.Array:
-  """Returns the rows of each layer that are its first centroids, [L, K]."""
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-  return random_rows(keys, counts, num_codes)
 
 
 @functools.partial(
@@ -276,12 +258,16 @@ def draw_normals(
   return jax.vmap(draw, out_axes=1)(keys)
 
 
+def _devices(vectors: jax.Array) -> set[jax.Device]:
+  """Returns the devices that hold `vectors`; none while jax traces."""
+  if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
+    return set()
+  return vectors.sharding.device_set
+
+
 def _on_one_device(vectors: jax.Array) -> jax.Array:
   """Returns one copy, if every device of several has all of `vectors`."""
-  if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
-    return vectors
-  num_devices = len(vectors.sharding.device_set)
-  if num_devices > 1 and vectors.is_fully_replicated:
+  if len(_devices(vectors)) > 1 and vectors.is_fully_replicated:
     return vectors.addressable_data(0)
   return vectors
 
@@ -291,13 +277,7 @@ def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
 
   The compiler cannot divide a kernel among devices.
   """
-  devices = {
-    device
-    for vectors in layers
-    if isinstance(vectors, jax.Array)
-    and not isinstance(vectors, jax.core.Tracer)
-    for device in vectors.sharding.device_set
-  }
+  devices = set().union(*map(_devices, layers))
   if len(devices) < 2:
     return None
   return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
@@ -313,7 +293,7 @@ def _batch_and_starts(
   """Returns the layers in tiles, and their first centroids, [L, K, D]."""
   counts = [vectors.shape[0] for vectors in layers]
   rows = batching.rows_in_batch(
-    first_rows(keys, counts, num_codes), counts, num_shards=num_shards
+    random_rows(keys, counts, num_codes), counts, num_shards=num_shards
   )
   batch = batching.make_batch(layers, num_shards=num_shards)
   return batch, batch.tiles.reshape(-1, batch.tiles.shape[2])[rows]

@@ -174,39 +174,13 @@ def run_steps(
   )
 
 
-class _Movable(NamedTuple):
-  """Points whose codes Hartigan's rule may change.
-
-  Attributes:
-    points: see there.
-    vectors: as `base.Backend.split` made them.
-  """
-
-  points: base.Points
-  vectors: jax.Array | None
-
-  def assigned(
-    self, state: _State, codes: jax.Array, weight: float
-  ) -> jax.Array:
-    """Returns the codes [B, 1024] after Hartigan's rule."""
-    return hartigan.assign(
-      self.points.columns,
-      state.codebooks,
-      state.counts,
-      self.points.layout.layers,
-      codes,
-      weight=weight,
-      vectors=self.vectors,
-    )
-
-
 class _Loop(NamedTuple):
   """The constants of all steps.
 
   Attributes:
     backend: of the platform.
     operands: the points, as the backend prepared them.
-    movable: the points of the tiles that are assigned by Hartigan's rule.
+    first: assigns the first tiles by Hartigan's rule.
     prepared: see there.
     deviation: of each dimension, [L, D].
     num_codes: K.
@@ -215,7 +189,7 @@ class _Loop(NamedTuple):
 
   backend: base.Backend
   operands: Any
-  movable: _Movable
+  first: _Assign
   prepared: Prepared
   deviation: jax.Array
   num_codes: int
@@ -248,6 +222,10 @@ class _State(NamedTuple):
   counts: jax.Array
 
 
+_Assign = Callable[[_State, jax.Array, float], jax.Array]
+"""(state, codes, weight) -> the codes of some tiles by Hartigan's rule."""
+
+
 def _run_steps(
   backend: base.Backend,
   prepared: Prepared,
@@ -262,10 +240,9 @@ def _run_steps(
   sizes = points.layout.sizes[:, None]
   deviation = jnp.sqrt(prepared.squares / jnp.maximum(sizes - 1, 1))
   num_codes = starts.shape[1]
-  first = points.first(options.num_hartigan_tiles)
-  movable = _Movable(first, backend.split(first))
+  first = _by_hartigan(backend, points.first(options.num_hartigan_tiles))
   loop = _Loop(
-    backend, operands, movable, prepared, deviation, num_codes, options
+    backend, operands, first, prepared, deviation, num_codes, options
   )
   start = starts - prepared.offset[:, None]
   codes = jnp.zeros(points.norms.shape, jnp.int32)
@@ -279,11 +256,25 @@ def _run_steps(
     unroll=backend.unroll,
   )
   turns = jnp.arange(options.num_hartigan_steps, dtype=jnp.int32)
-  everyone = _Movable(points, backend.split(points))
+  everyone = _by_hartigan(backend, points)
   step = functools.partial(_hartigan_step, loop, everyone)
   state, more = lax.scan(step, state, turns)
   codes = backend.codes(operands, state.codebooks)
   return _fitted(loop, state.codebooks, codes, jnp.concatenate([trace, more]))
+
+
+def _by_hartigan(backend: base.Backend, points: base.Points) -> _Assign:
+  vectors = backend.split(points)
+  columns, layers = points.columns, points.layout.layers
+  return lambda state, codes, weight: hartigan.assign(
+    columns,
+    state.codebooks,
+    state.counts,
+    layers,
+    codes,
+    weight=weight,
+    vectors=vectors,
+  )
 
 
 def _step(
@@ -311,9 +302,8 @@ def _assigned(loop: _Loop, state: _State) -> jax.Array:
   num_tiles = loop.options.num_hartigan_tiles
   if num_tiles == 0:
     return loop.backend.codes(loop.operands, state.codebooks)
-  moved = loop.movable.assigned(
-    state, state.codes[:num_tiles], annealing.HARTIGAN_WEIGHT
-  )
+  codes = state.codes[:num_tiles]
+  moved = loop.first(state, codes, annealing.HARTIGAN_WEIGHT)
   if num_tiles == len(state.codes):
     return moved
   # The nearest centroids of these tiles are not needed, but cost little. They
@@ -363,10 +353,13 @@ def _with_momentum(
 
 
 def _hartigan_step(
-  loop: _Loop, everyone: _Movable, state: _State, turn: jax.Array
+  loop: _Loop,
+  everyone: _Assign,
+  state: _State,
+  turn: jax.Array,
 ) -> tuple[_State, jax.Array]:
   """Takes one of Hartigan's steps; also returns the gains after it."""
-  moved = everyone.assigned(state, state.codes, 1.0)
+  moved = everyone(state, state.codes, 1.0)
   # Half of them at a time: each is judged as if it moved alone.
   place = jnp.arange(moved.shape[1], dtype=jnp.int32)
   codes = jnp.where((place % 2 == turn % 2)[None], moved, state.codes)

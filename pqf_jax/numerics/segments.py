@@ -188,7 +188,9 @@ def integer_sums(
     segments,
     cpu=functools.partial(_sums, _add, num_segments, num_needed),
     cuda=functools.partial(_sums, _add_pairs, num_segments, num_copies),
-    tpu=functools.partial(_products, num_segments),
+    tpu=lambda words, segments: _column_products(
+      num_segments, words.T, segments
+    ),
     default=functools.partial(_sums, _add, num_segments, num_copies),
   )
 
@@ -234,13 +236,6 @@ def _sums(
   sums = add(words, slots, num_segments * num_copies)
   sums = sums.reshape(num_segments, num_copies, words.shape[1])
   return (sums & 0x7FFF).sum(axis=1), (sums >> 15).sum(axis=1)
-
-
-def _products(
-  num_segments: int, words: jax.Array, segments: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Sums words [N, 2 C] as matrix products; results as of `_sums`."""
-  return _column_products(num_segments, words.T, segments)
 
 
 def _column_products(

@@ -26,6 +26,7 @@ def test_method_is_that_of_the_size_of_cells_and_of_clusters():
   assert annealing.method(1024 * 64, 18, 64).amplitude == 32**0.45
   rules = [annealing.method(n * 256, 9, 256)[1:3] for n in (47, 48, 99, 100)]
   assert rules == [(0.5, True), (0.5, False), (0.5, False), (0.75, False)]
+  assert annealing.HARTIGAN_WEIGHT == 0.5
 
 
 @pytest.mark.parametrize("num_steps, last", [(9, 0), (10, 1), (1000, 20)])

@@ -44,7 +44,7 @@ def test_hartigans_steps_go_on_where_lloyd_has_converged():
 
 
 def _reference(key, vectors, method):
-  rows = kmeans.first_rows(key[None], [len(vectors)], cases.K)[0]
+  rows = kmeans.random_rows(key[None], [len(vectors)], cases.K)[0]
   num_annealed = cases.T - method.num_hartigan_steps(cases.T)
   normals = kmeans.draw_normals(key[None], num_annealed, cases.K, cases.D)
   start = np.float64(vectors[np.asarray(rows)])

@@ -58,7 +58,7 @@ def _scatter(add, num_copies):
       for add in (segments._add, segments._add_pairs)
       for copies in (1, 2, 8, 64)
     ),
-    functools.partial(segments._products, 4),
+    lambda words, codes: segments._column_products(4, words.T, codes),
   ],
 )
 def test_words_are_added_exactly(add_words, monkeypatch):

@@ -56,11 +56,6 @@ class Totals(NamedTuple):
   counts: jax.Array
 
 
-def without_kernel(points: Points) -> None:
-  """Returns the `split` of a backend without a kernel for Hartigan's rule."""
-  del points
-
-
 class Backend(NamedTuple):
   """The functions by which one platform takes a step.
 
@@ -83,7 +78,7 @@ class Backend(NamedTuple):
   codes: Callable[[Tree, jax.Array], jax.Array]
   sums: Callable[[Tree, jax.Array, int, int], Tree]
   totals: Callable[[Tree, Tree], Totals]
-  split: Callable[[Points], jax.Array | None] = without_kernel
+  split: Callable[[Points], jax.Array | None] = lambda points: None
   unroll: int = 1
   dot: Callable[[jax.Array, jax.Array], jax.Array] = exact.dot
 

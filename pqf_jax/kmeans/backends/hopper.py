@@ -90,6 +90,6 @@ BACKEND = base.Backend(
   _prepare, _codes, _sums, _totals, _split, unroll=4, dot=_dot
 )
 
-BACKEND_WITHOUT_HARTIGAN = BACKEND._replace(split=base.without_kernel)
+BACKEND_WITHOUT_HARTIGAN = BACKEND._replace(split=lambda points: None)
 """For codebooks that fit into shared memory, but not with one more number to
 each centroid."""

@@ -97,44 +97,37 @@ def _nearest(interpret: Any) -> Callable[..., jax.Array]:
   def run(*arrays: jax.Array) -> jax.Array:
     vectors, tables, layers, *excluded = arrays
     tables = bf16_split.split_tables(tables, unit=_COLUMNS)
-    kernel = _kernel(vectors.shape, tables.shape[2], interpret)
+    num_tiles, depth, tile = vectors.shape
+    num_codes = tables.shape[2]
+    num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
+    parts = 1
+    while (
+      2 * parts * num_tiles <= _NUM_PROCESSORS
+      and 2 * parts * num_warpgroups * _ROWS <= tile
+    ):
+      parts *= 2
+    single = num_tiles <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
+    columns = _MOST_COLUMNS if single else _COLUMNS
+    shape = num_warpgroups, _SLOTS, depth, _ROWS
+    layout = {"transforms": _transforms(depth)}
+    kernel = gpu.kernel(
+      functools.partial(_body, columns=columns, parts=parts),
+      out_type=jax.ShapeDtypeStruct((num_tiles, tile), jnp.int32),
+      scratch_types=[
+        gpu.SMEM((depth, num_codes), jnp.bfloat16, **layout),
+        gpu.SMEM(shape, jnp.bfloat16, **layout),
+        gpu.Barrier(num_arrivals=1),
+        gpu.Barrier(num_arrivals=1, num_barriers=num_warpgroups * _SLOTS),
+      ],
+      grid=(num_tiles * parts,),
+      grid_names=("part",),
+      num_threads=num_warpgroups,
+      thread_name="warpgroup",
+      interpret=interpret,
+    )
     return kernel(vectors, tables, layers, *excluded)
 
   return run
-
-
-def _kernel(shape: tuple[int, ...], num_codes: int, interpret: Any) -> Any:
-  """Returns the kernel for split vectors of a shape, and K of the tables."""
-  num_tiles, depth, tile = shape
-  num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
-  parts = 1
-  while (
-    2 * parts * num_tiles <= _NUM_PROCESSORS
-    and 2 * parts * num_warpgroups * _ROWS <= tile
-  ):
-    parts *= 2
-  single = num_tiles <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
-  columns = _MOST_COLUMNS if single else _COLUMNS
-  transforms = _transforms(depth)
-  return gpu.kernel(
-    functools.partial(_body, columns=columns, parts=parts),
-    out_type=jax.ShapeDtypeStruct((num_tiles, tile), jnp.int32),
-    scratch_types=[
-      gpu.SMEM((depth, num_codes), jnp.bfloat16, transforms=transforms),
-      gpu.SMEM(
-        (num_warpgroups, _SLOTS, depth, _ROWS),
-        jnp.bfloat16,
-        transforms=transforms,
-      ),
-      gpu.Barrier(num_arrivals=1),
-      gpu.Barrier(num_arrivals=1, num_barriers=num_warpgroups * _SLOTS),
-    ],
-    grid=(num_tiles * parts,),
-    grid_names=("part",),
-    num_threads=num_warpgroups,
-    thread_name="warpgroup",
-    interpret=interpret,
-  )
 
 
 def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
