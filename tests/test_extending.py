@@ -37,6 +37,8 @@ def config():
   models.register("tiny", "tests.pipeline.tiny")
   config = tiny.get_config()
   config.train.epochs = config.finetune.epochs = 1
+  # One kernel of one shape, whose k-means is compiled once for all.
+  config.rules = (("params/fc/kernel", 16, 4, 5), ("params/.*", None))
   return config
 
 
@@ -59,7 +61,6 @@ def test_a_network(config, tmp_path):
   module.make = lambda *, num_classes: Toy(num_classes)
   models.register("toy", module)
   config.model.name = "toy"
-  config.rules = (("params/fc/kernel", 16, 4, 5), ("params/.*", None))
   assert _run(config, tmp_path)["ratio"] > 1
 
 
