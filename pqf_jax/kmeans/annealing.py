@@ -1,4 +1,4 @@
-"""How a layer is annealed: its noise and momentum in every step."""
+"""Noise, momentum and rule of assignment of every step, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ rule. Many move at once in such a step, and 1 would be too many."""
 
 
 class Method(NamedTuple):
-  """How one layer is annealed; see `pqf_jax.kmeans.kmeans`.
+  """The settings that anneal one layer; see `pqf_jax.kmeans.kmeans`.
 
   Attributes:
     amplitude: of the noise, a.
@@ -69,7 +69,7 @@ def method(count: int, length: int, num_codes: int) -> Method:
 
 
 class Schedule(NamedTuple):
-  """What the steps of k-means do besides moving centroids to their means.
+  """Noise and momentum of the steps of k-means.
 
   Attributes:
     noise: [T, L] float32, a_t of each layer.

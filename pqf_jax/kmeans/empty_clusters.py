@@ -45,7 +45,7 @@ class Proposal(NamedTuple):
 
 
 Rule = Callable[[Clusters], Proposal]
-"""Moves centroids to the means of their clusters, and those of empty ones."""
+"""Proposes the next centroids, those of empty clusters included."""
 
 
 def split_worst(clusters: Clusters) -> Proposal:

@@ -18,7 +18,7 @@ with 0.3 % less squared error than the authors' rule (a = 1, an empty cluster's
 centroid becomes 0) after 1000, on the mean of 14 layers, and 1000 with 0.8 %
 less (docs/kmeans_quality.md):
 
-- The amplitude a, 1 in the paper, is larger where clusters are.
+- The amplitude a, 1 in the paper, grows with the size of clusters.
 - Centroids go further than the mean, by a part of the way to it and of their
   last move: over-relaxation (Lee, Baek and Sung, 1997) and momentum.
 - Where clusters are small, steps assign by Hartigan's rule
@@ -89,8 +89,8 @@ def annealed_kmeans(
       unrolled in the compiled code: meant for D <= 32, slow beyond 100.
     num_codes: K, between 1 and N; need not be a power of two.
     num_steps: T, at least 1.
-    mesh: devices over which the sub-vectors are spread; None: those that hold
-      them. The result is the same on any number of devices of one kind.
+    mesh: devices over which the sub-vectors are spread; None: the devices that
+      hold them. The result is the same on any number of devices of one kind.
 
   Returns:
     The codebook, codes that match it, and the error of every step.
@@ -153,8 +153,8 @@ def kmeans_of_layers(
     num_codes: K.
     num_steps: T, at least 0.
     annealed: False: plain k-means.
-    mesh: devices over which each set is spread; None: those over which the sets
-      are spread already, or one that holds a copy.
+    mesh: devices over which each set is spread; None: the devices over which
+      the sets are spread already, or one that holds a copy.
 
   Returns:
     One result for each set.
@@ -245,7 +245,7 @@ def draw_normals(
 ) -> jax.Array:
   """Draws normal numbers, [T, L, K, D]; a layer's depend on its key only.
 
-  A program of its own because it takes a third of the compile time, and
+  It is a separate program because it takes a third of the compile time, and
   depends on (T, K, D) only, so calls with different N share it. 8 bits of a
   random offset are enough, and make products with them exact in `loop`.
   """

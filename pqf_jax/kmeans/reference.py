@@ -86,19 +86,19 @@ def hartigan(
   weight: float,
 ) -> np.ndarray:
   """Returns the cluster where every sub-vector costs least, [N]."""
-  squares, own = distances(vectors, codebook), codes[:, None]
+  squares = distances(vectors, codebook)
   joining = np.where(counts > 0, counts / (counts + weight), np.inf)
   # The last member pays nothing.
   leaving = counts / np.where(counts > weight, counts - weight, np.inf)
-  is_own = own == np.arange(len(counts))
-  return (squares * np.where(is_own, leaving, joining)).argmin(axis=1)
+  stays = codes[:, None] == np.arange(len(counts))
+  return (squares * np.where(stays, leaving, joining)).argmin(axis=1)
 
 
 def statistics(
   vectors: np.ndarray, codebook: np.ndarray, codes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns each cluster's squared error [K], size [K] and mean [K, D]."""
-  is_own = (codes[:, None] == np.arange(len(codebook))).astype(float)
-  counts = is_own.sum(axis=0)
-  means = is_own.T @ vectors / np.maximum(counts, 1)[:, None]
-  return (is_own * distances(vectors, codebook)).sum(axis=0), counts, means
+  member = (codes[:, None] == np.arange(len(codebook))).astype(float)
+  counts = member.sum(axis=0)
+  means = member.T @ vectors / np.maximum(counts, 1)[:, None]
+  return (member * distances(vectors, codebook)).sum(axis=0), counts, means

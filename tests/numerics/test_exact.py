@@ -14,10 +14,10 @@ def _normal(*shape):
 @pytest.mark.parametrize("length", [1, 2, 4, 9, 18])
 def test_it_is_that_of_float64(length):
   left, right = _normal(2, 500, length)
-  found = exact.dot(left, right)
+  products = exact.dot(left, right)
   wanted = (left.astype(np.float64) * right).sum(axis=-1)
   bound = 4 * length * 2.0**-24 * np.abs(left * right).sum(axis=-1)
-  assert (np.abs(found - wanted) <= bound).all()
+  assert (np.abs(products - wanted) <= bound).all()
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 9])

@@ -19,13 +19,13 @@ def test_products_are_the_rows_to_the_bit(num_rows, length, dtype):
   table[: num_rows // 8] *= 1 - 2.0**-24
   table = jnp.asarray(table, dtype)
   rows = jnp.asarray(draws.integers(0, num_rows, (7, 11)), jnp.uint16)
-  found = jnp.moveaxis(gathers.columns(table, rows), 0, -1)
-  assert found.dtype == dtype
-  np.testing.assert_array_equal(found, np.asarray(table)[np.asarray(rows)])
+  gathered = jnp.moveaxis(gathers.columns(table, rows), 0, -1)
+  assert gathered.dtype == dtype
+  np.testing.assert_array_equal(gathered, np.asarray(table)[np.asarray(rows)])
 
 
 def test_magnitudes_of_float32():
   table = np.float32([[1e-30, -1e30], [2e-30, 3e38], [0, -0.1]])
   rows = np.array([2, 1, 0, 1])
-  found = gathers.columns(jnp.asarray(table), rows)
-  np.testing.assert_array_equal(found, table[rows].T)
+  gathered = gathers.columns(jnp.asarray(table), rows)
+  np.testing.assert_array_equal(gathered, table[rows].T)

@@ -17,7 +17,7 @@ needs_new_jax = pytest.mark.skipif(
 
 @pytest.fixture(params=[1, 132])
 def num_processors(request, monkeypatch):
-  """Of a GPU: few tiles are divided among many."""
+  """The processors of a GPU, many of which share few tiles."""
   monkeypatch.setattr(hopper_nearest, "_NUM_PROCESSORS", request.param)
 
 
@@ -31,7 +31,7 @@ def _nearest(columns, tables, layers, excluded=None):
   )
 
 
-# Of the second, one warpgroup's sub-vectors fit beside the codebook, not four.
+# Beside the second codebook one warpgroup's sub-vectors fit, not those of four.
 @needs_new_jax
 @pytest.mark.usefixtures("num_processors")
 @pytest.mark.parametrize(
