@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ NUM_BLOCKS = 16
 
 
 def other_modules():
-  """The modules of efficientnet_pytorch, in the order in which they run."""
+  """Yields the modules of efficientnet_pytorch in the order they run."""
   yield from ("_conv_stem", "_bn0")
   for i in range(NUM_BLOCKS):
     for name in OTHER_BLOCK if i else OTHER_FIRST_BLOCK:
@@ -23,7 +25,7 @@ def other_modules():
 
 
 def other_generation():
-  """The weights under the names of efficientnet_pytorch."""
+  """Returns the weights under the names of efficientnet_pytorch."""
   modules = dict.fromkeys(name.rpartition(".")[0] for name in WEIGHTS)
   renamed = dict(zip(modules, other_modules(), strict=True))
   entries = {}
@@ -33,6 +35,7 @@ def other_generation():
   return entries
 
 
+@functools.cache
 def template():
   model = efficientnet_lite0.make(num_classes=mobile_weights.NUM_CLASSES)
   images = jnp.zeros((1, 32, 32, 3))
@@ -42,9 +45,9 @@ def template():
 def test_both_generations_of_names_give_the_same_variables():
   entries = other_generation()
   assert "_blocks.15._project_conv.weight" in entries
-  found = efficientnet_lite0.load_torch(entries, template())
-  expected = efficientnet_lite0.load_torch(WEIGHTS, template())
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  one = efficientnet_lite0.load_torch(entries, template())
+  other = efficientnet_lite0.load_torch(WEIGHTS, template())
+  jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_counters_of_the_other_generation_are_dropped():
@@ -52,7 +55,7 @@ def test_counters_of_the_other_generation_are_dropped():
   efficientnet_lite0.load_torch(entries, template())
 
 
-def test_what_is_missing_is_told_by_timms_names():
+def test_missing_weights_are_listed_by_timms_names():
   entries = other_generation()
   del entries["_blocks.3._expand_conv.weight"]
   entries["_blocks.16._bn0.bias"] = np.zeros(3)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +8,11 @@ import pytest
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.models import mobilenet_v2
+from tests.models import quick
 from tests.oracles import mobile_weights, resnet_weights
 
 
+@functools.cache
 def shapes(num_classes):
   init = mobilenet_v2.make(num_classes=num_classes).init
   return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -67,7 +71,7 @@ def test_compressed_depthwise_kernels_need_no_code_of_their_own():
       )
   assert len(nodes) == 17
   compressed = trees.replace(variables, nodes)
-  apply = jax.jit(model.apply)
+  apply = quick.jit(model.apply)
   logits = apply(compressed, images)
   expected = apply(vq_array.decode_params(compressed), images)
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)

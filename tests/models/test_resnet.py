@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from pqf_jax import errors, models
+from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.models import layers, resnet, torch_names
+from tests.models import quick
 from tests.oracles import resnet_weights
 
 GOLDEN = np.load(
@@ -18,8 +19,9 @@ GOLDEN = np.load(
 CASES = resnet_weights.CASES
 
 
+@functools.cache
 def shapes(dtype=jnp.float32, **settings):
-  """The variables as shapes, all of one type (Flax starts with float32)."""
+  """Returns the variables as shapes, all of one type (Flax makes float32)."""
   model = resnet.make(**settings)
   variables = jax.eval_shape(
     model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
@@ -29,7 +31,7 @@ def shapes(dtype=jnp.float32, **settings):
   )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def weights(case):
   depth, stem, _ = CASES[case]
   return resnet_weights.draw(resnet_weights.shapes(depth, 10, stem))
@@ -37,7 +39,7 @@ def weights(case):
 
 @functools.cache
 def forward(case, dtype, train=False):
-  """(logits, updates) of our network on the weights and images of a case."""
+  """Returns (logits, updates) of our network for the oracle's case."""
   depth, stem, size = CASES[case]
   settings = {"depth": depth, "num_classes": 10, "stem": stem}
   template = shapes(np.promote_types(dtype, np.float32), **settings)
@@ -48,13 +50,13 @@ def forward(case, dtype, train=False):
     apply = functools.partial(model.apply, train=train, mutable=["batch_stats"])
     variables = resnet.load_torch(weights(case), template)
     images = jnp.asarray(resnet_weights.images(2, *size, 3), dtype)
-    return jax.tree.map(np.asarray, jax.jit(apply)(variables, images))
+    return jax.tree.map(np.asarray, quick.jit(apply)(variables, images))
 
 
-def assert_close(found, expected, tolerance):
-  """Equal up to `tolerance` of the largest entry."""
+def assert_close(actual, expected, tolerance):
+  """Asserts equality up to `tolerance` of the largest entry."""
   np.testing.assert_allclose(
-    found, expected, rtol=0, atol=tolerance * np.abs(expected).max()
+    actual, expected, rtol=0, atol=tolerance * np.abs(expected).max()
   )
 
 
@@ -181,13 +183,15 @@ def test_a_type_may_be_given_by_name():
 
 
 def test_a_backbone_may_use_the_maps_alone():
-  class Backbone(resnet.ResNet):
+  class Backbone(nn.Module):
     @nn.compact
     def __call__(self, images):
-      return self.maps(images, train=False)
+      return resnet.feature_maps(
+        images, depth=50, dtype=jnp.float32, norm_epsilon=1e-5
+      )
 
   maps, variables = jax.eval_shape(
-    Backbone(depth=50, num_classes=0).init_with_output,
+    Backbone().init_with_output,
     jax.random.key(0),
     jnp.zeros((2, 64, 57, 3)),
   )
@@ -228,7 +232,7 @@ def test_compressed_kernels_need_no_code_of_their_own():
         jnp.asarray(codebook), jnp.asarray(codes), leaf.shape, spec
       )
   compressed = trees.replace(variables, nodes)
-  apply = jax.jit(model.apply)
+  apply = quick.jit(model.apply)
   logits = apply(compressed, images)
   assert_close(logits, apply(vq_array.decode_params(compressed), images), 1e-5)
   assert float(jnp.abs(logits - apply(variables, images)).max()) > 1e-3
@@ -248,7 +252,9 @@ def test_compressed_kernels_need_no_code_of_their_own():
 )
 def test_other_settings_are_refused(name, value):
   settings = {"depth": 18, "num_classes": 10, name: value}
-  with pytest.raises(errors.InputError, match=f"no {name}={value!r}"):
+  with pytest.raises(
+    errors.InputError, match=f"not support {name}={value!r}; choose"
+  ):
     resnet.make(**settings)
 
 
@@ -284,18 +290,3 @@ def test_trained_weights_fit(shared_data):
   assert back.keys() == state_dict.keys()
   for name, array in back.items():
     np.testing.assert_array_equal(array, state_dict[name])
-
-
-def test_models_are_found_by_the_names_of_their_files():
-  assert "resnet" in models.list_models()
-  assert "torch_weights" not in models.list_models()
-  assert models.get_model("resnet") is resnet
-
-
-def test_an_unknown_model_is_refused_with_the_nearest():
-  with pytest.raises(errors.InputError, match="mean 'resnet'.*there are .*res"):
-    models.get_model("resnet18")
-  with pytest.raises(errors.InputError, match="no model is named 'zzz': there"):
-    models.get_model("zzz")
-  with pytest.raises(errors.InputError, match="torch_weights"):
-    models.get_model("torch_weights")

@@ -260,7 +260,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
   for content in (b"", whole[:-3], whole[:20], b"PK\x03\x04" * 99):
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    with pytest.raises(errors.InputError, match="incomplete or no safetensors"):
+    with pytest.raises(errors.InputError, match="incomplete or not a safet"):
       torch_names.read_safetensors(path)
 
 

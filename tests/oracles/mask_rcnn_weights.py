@@ -194,12 +194,13 @@ def summarize(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """{name: (norm, inner product with a random direction)} of gradients."""
   return {
     name: np.asarray(
-      [np.linalg.norm(array), np.vdot(array, _signs(name, array))]
+      [np.linalg.norm(array), np.vdot(array, signs(name, array.shape))]
     )
     for name, array in gradients.items()
   }
 
 
-def _signs(name: str, array: np.ndarray) -> np.ndarray:
+def signs(name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """Draws the random direction of `summarize`, each entry -1 or 1."""
   rng = np.random.default_rng(zlib.crc32(name.encode()))
-  return rng.choice([-1.0, 1.0], array.shape)
+  return rng.choice([-1.0, 1.0], shape)

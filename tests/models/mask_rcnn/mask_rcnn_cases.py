@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pqf_jax.models import mask_rcnn
 from tests.oracles import mask_rcnn_weights
@@ -20,7 +19,7 @@ def double() -> Iterator[None]:
 
 
 def make(case: mask_rcnn_weights.Case, dtype=jnp.float64, **settings):
-  """The network of a case."""
+  """Makes the network of a case."""
   return mask_rcnn.make(
     num_classes=case.num_classes,
     min_size=case.min_size,
@@ -34,32 +33,28 @@ def make(case: mask_rcnn_weights.Case, dtype=jnp.float64, **settings):
   )
 
 
-def shapes(model, dtype):
-  """The variables as shapes, all of one type (Flax starts with float32)."""
+@functools.cache
+def template(depth: int, num_classes: int, fc6_layout: str = "chw"):
+  """Returns the float32 variables as shapes; no other setting changes them."""
+  model = mask_rcnn.make(
+    depth=depth,
+    num_classes=num_classes,
+    fc6_layout=fc6_layout,
+    min_size=32,
+    max_size=32,
+    num_proposals=1,
+    num_detections=1,
+  )
   images, sizes = jnp.zeros((1, 32, 32, 3), jnp.uint8), jnp.ones((1, 2), int)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images, sizes)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables
+  with jax.numpy_dtype_promotion("standard"):
+    return jax.eval_shape(model.init, jax.random.key(0), images, sizes)
+
+
+def variables(case: mask_rcnn_weights.Case, dtype=jnp.float64):
+  """Loads the oracle's weights, 250 MB in float64 where the depth is 18."""
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
+    template(case.depth, case.num_classes),
   )
-
-
-@functools.cache
-def weights(depth: int, num_classes: int) -> dict[str, np.ndarray]:
-  """Of the oracle."""
-  return mask_rcnn_weights.draw(depth, num_classes)
-
-
-def variables(model, dtype=jnp.float64):
-  """The oracle's weights as variables of the model."""
-  return mask_rcnn.load_torch(
-    weights(model.depth, model.num_classes), shapes(model, dtype)
-  )
-
-
-@functools.cache
-def detect(case: mask_rcnn_weights.Case) -> mask_rcnn.Detections:
-  """What is found in all images of a case, in one call."""
-  with double():
-    model = make(case)
-    images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
-    return jax.device_get(jax.jit(model.apply)(variables(model), images, sizes))
+  weights = mask_rcnn_weights.draw(case.depth, case.num_classes)
+  return mask_rcnn.load_torch(weights, shapes)

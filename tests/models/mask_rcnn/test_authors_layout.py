@@ -1,6 +1,7 @@
-"""The authors' layout of a compressed Mask R-CNN, made up: theirs is lost."""
+"""The authors' layout of a compressed Mask R-CNN, on made-up weights.
 
-import functools
+The file that the authors released was not available.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,33 +11,17 @@ import safetensors.numpy
 
 from configs import mask_rcnn as recipe
 from pqf_jax import errors
+from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees, vq_array
 from pqf_jax.models import authors_files, mask_rcnn
 from pqf_jax.pipeline import weights
+from tests.models.mask_rcnn import mask_rcnn_cases as cases
 
 DECONVOLUTION = "roi_heads.mask_predictor.conv5_mask"
 
 
-@functools.cache
-def shapes(channels=1, layout="chw"):
-  """Compressed variables of the network for COCO, as shapes."""
-  model = mask_rcnn.make(num_classes=91, fc6_layout=layout)
-  template = jax.eval_shape(
-    model.init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8),
-    jax.ShapeDtypeStruct((1, 2), jnp.int32),
-  )
-  rules = [plans.Rule(*rule) for rule in recipe.RULES]
-  assert rules[-1].pattern.endswith("conv5_mask/kernel")
-  rules[-1] = rules[-1]._replace(channels=channels)
-  plan = plans.make_plan(rules, template)
-  return template, plans.compressed_shapes(plan, template)
-
-
 def drawn(target):
-  """Values for shapes, such as packing leaves them."""
+  """Draws values for shapes, such as packing leaves them."""
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
@@ -56,8 +41,9 @@ def drawn(target):
 
 @pytest.fixture(scope="module")
 def written():
-  template, target = shapes()
-  variables = drawn(target)
+  template = cases.template(50, 91)
+  plan = plans.make_plan([plans.Rule(*rule) for rule in recipe.RULES], template)
+  variables = drawn(plans.compressed_shapes(plan, template))
   return template, variables, mask_rcnn.to_authors_layout(variables)
 
 
@@ -82,9 +68,9 @@ def test_what_is_written_is_read_back(written, tmp_path):
   file = tmp_path / "mask_rcnn.safetensors"
   safetensors.numpy.save_file(state_dict, file)
   read = weights.read(str(file), "mask_rcnn", template, norm_epsilon=0.0)
-  found, expected = trees.flatten(read), trees.flatten(variables)
-  assert found.keys() == expected.keys()
-  for path, array in found.items():
+  flat, expected = trees.flatten(read), trees.flatten(variables)
+  assert flat.keys() == expected.keys()
+  for path, array in flat.items():
     scale = path.endswith("/scale")
     np.testing.assert_allclose(array, expected[path], rtol=1e-6 * scale)
 
@@ -102,11 +88,16 @@ def test_the_transposed_convolution_is_cut_as_torch_has_it(written):
   )
 
 
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [((2, "chw"), "one channel"), ((1, "hwc"), "use 'chw'")],
-)
-def test_what_it_cannot_hold_is_refused(arguments, message):
-  _, target = shapes(*arguments)
-  with pytest.raises(errors.InputError, match=message):
-    mask_rcnn.to_authors_layout(drawn(target))
+def test_what_it_cannot_hold_is_refused():
+  deconvolution = vq_array.VQArray(
+    jnp.zeros((4, 8)),
+    jnp.zeros((3, 1), jnp.uint8),
+    (2, 2, 2, 3),
+    blocks.BlockSpec(2),
+  )
+  path = f"params/{DECONVOLUTION.replace('.', '/')}/kernel"
+  with pytest.raises(errors.InputError, match="sub-vectors of 8.*one channel"):
+    mask_rcnn.to_authors_layout(trees.nest({path: deconvolution}))
+  bias = {"params/roi_heads/box_head/fc6_hwc/bias": jnp.zeros(3)}
+  with pytest.raises(errors.InputError, match="'hwc'; use 'chw'"):
+    mask_rcnn.to_authors_layout(trees.nest(bias))

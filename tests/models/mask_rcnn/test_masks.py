@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -45,6 +46,11 @@ def scale_nearest(mask, scaled):
   return mask[np.ix_(*index)]
 
 
+@functools.partial(jax.jit, static_argnames=("num_bins", "longest"))
+def crop_masks(*arguments, num_bins, longest):
+  return mask_ops.crop_masks(*arguments, num_bins=num_bins, longest=longest)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (13, 37), (44, 44)])
 def test_crops_are_what_the_definition_says_of_the_scaled_mask(size):
   rng = np.random.default_rng(0)
@@ -58,32 +64,33 @@ def test_crops_are_what_the_definition_says_of_the_scaled_mask(size):
   boxes[-1] = [0, 0, scaled[1], scaled[0]]
   objects = rng.integers(0, 3, 20)
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-    found = mask_ops.crop_masks(
-      jnp.asarray(np.packbits(masks, axis=-1)),
-      jnp.asarray(objects),
-      jnp.asarray(boxes),
-      jnp.asarray(size),
-      jnp.asarray(scaled),
+    crops = crop_masks(
+      np.packbits(masks, axis=-1),
+      objects,
+      boxes,
+      np.asarray(size),
+      np.asarray(scaled),
       num_bins=num_bins,
       longest=longest,
     )
+    crops = np.asarray(crops)
   expected = [
     pool(scale_nearest(masks[g, : size[0], : size[1]], scaled), box, num_bins)
     for g, box in zip(objects, boxes, strict=True)
   ]
-  np.testing.assert_allclose(found, expected, atol=1e-12)
-  assert 0 < found.min(where=found > 0, initial=1) < 0.5 < found.max() <= 1
+  np.testing.assert_allclose(crops, expected, atol=1e-12)
+  assert 0 < crops.min(where=crops > 0, initial=1) < 0.5 < crops.max() <= 1
 
 
 def test_a_mask_fills_the_pixels_of_its_box_counting_both_ends():
   masks = np.ones((3, 28, 28), np.float32)
   boxes = [[10, 5, 38, 61], [-20, -20, 8, 8], [3, 4, 9, 10]]
-  found = mask_ops.paste_masks(masks, np.asarray(boxes, np.float32), 80, 50)
-  assert found.dtype == bool and found.shape == (3, 80, 50)
+  pasted = mask_ops.paste_masks(masks, np.asarray(boxes, np.float32), 80, 50)
+  assert pasted.dtype == bool and pasted.shape == (3, 80, 50)
   # Boxes grow by 1/14 around their center, are cut to integers, and hold both;
   # the rim of the large ones is zero.
   for image, (left, top, right, bottom) in zip(
-    found, [(10, 5, 38, 61), (0, 0, 8, 8), (2, 3, 9, 10)], strict=True
+    pasted, [(10, 5, 38, 61), (0, 0, 8, 8), (2, 3, 9, 10)], strict=True
   ):
     expected = np.zeros((80, 50), bool)
     expected[top : bottom + 1, left : right + 1] = True
@@ -92,9 +99,9 @@ def test_a_mask_fills_the_pixels_of_its_box_counting_both_ends():
 
 def test_boxes_outside_the_image_paste_nothing():
   boxes = np.asarray([[60, 5, 90, 20], [-90, 5, -60, 20], [0, 0, 0, 0]])
-  found = mask_ops.paste_masks(np.ones((3, 28, 28)), boxes * 1.0, 30, 40)
-  assert not found[:2].any()
-  assert found[2].sum() <= 4
+  pasted = mask_ops.paste_masks(np.ones((3, 28, 28)), boxes * 1.0, 30, 40)
+  assert not pasted[:2].any()
+  assert pasted[2].sum() <= 4
 
 
 @pytest.mark.parametrize("canvas", [(40, 56), (64, 64)])
@@ -129,6 +136,6 @@ def test_pasting_equals_torchvisions():
   expected = roi_heads.paste_masks_in_image(
     torch.tensor(masks)[:, None], torch.tensor(boxes), (80, 100)
   )[:, 0]
-  found = mask_ops.paste_masks(masks, boxes, 80, 100)
-  np.testing.assert_array_equal(found, expected.numpy() > 0.5)
-  assert 0.01 < found.mean() < 0.5
+  pasted = mask_ops.paste_masks(masks, boxes, 80, 100)
+  np.testing.assert_array_equal(pasted, expected.numpy() > 0.5)
+  assert 0.01 < pasted.mean() < 0.5

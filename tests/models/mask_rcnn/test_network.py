@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pqf_jax import errors, models
+from pqf_jax import errors
 from pqf_jax.core import trees
 from pqf_jax.models import mask_rcnn
 from pqf_jax.models.mask_rcnn import masks as mask_ops
+from tests.models import quick
 from tests.models.mask_rcnn import mask_rcnn_cases as cases
-from tests.oracles import mask_rcnn_weights
+from tests.oracles import mask_rcnn_weights, resnet_weights
 
 GOLDEN = np.load(
   pathlib.Path(__file__).parents[2] / "goldens" / "mask_rcnn.npz"
@@ -18,13 +19,8 @@ GOLDEN = np.load(
 NUM_PARAMETERS = 44_401_393  # of torchvision's file
 
 
-def full():
-  with jax.numpy_dtype_promotion("standard"):
-    return cases.shapes(mask_rcnn.make(num_classes=91), jnp.float32)
-
-
 def test_names_shapes_and_size_are_torchvisions():
-  template = full()
+  template = cases.template(50, 91)
   expected = mask_rcnn_weights.shapes(50, 91)
   weights = {name: np.zeros(shape) for name, shape in expected.items()}
   variables = mask_rcnn.load_torch(weights, template)
@@ -36,7 +32,7 @@ def test_names_shapes_and_size_are_torchvisions():
 
 
 def test_paths_are_torchvisions_first_names_with_slashes():
-  paths = trees.flatten(full())
+  paths = trees.flatten(cases.template(50, 91))
   assert {
     "params/backbone/body/layer1/0/conv1/kernel",
     "batch_stats/backbone/body/layer4/2/bn3/var",
@@ -50,12 +46,21 @@ def test_paths_are_torchvisions_first_names_with_slashes():
 
 
 def test_both_generations_of_names_give_the_same_variables():
-  weights = cases.weights(18, 5)
+  # No side longer than 3: all weights at full size would take seconds.
+  shapes = mask_rcnn_weights.shapes(18, 5)
+  small = {
+    name: tuple(min(side, 3) for side in shape)
+    for name, shape in shapes.items()
+  }
+  weights = resnet_weights.draw(small)
   renamed = mask_rcnn_weights.rename(weights)
   assert "roi_heads.mask_head.0.0.weight" in renamed
   assert len(renamed.keys() - weights.keys()) == 2 * (8 + 1 + 4)
-  template = cases.shapes(
-    cases.make(mask_rcnn_weights.SMALL, jnp.float32), jnp.float32
+  template = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      tuple(min(side, 3) for side in leaf.shape), leaf.dtype
+    ),
+    cases.template(18, 5),
   )
   first, second = (
     mask_rcnn.load_torch(w, template) for w in (weights, renamed)
@@ -68,21 +73,31 @@ def test_detections_are_those_that_torchvision_gave_image_by_image(name):
   case = {"small": mask_rcnn_weights.SMALL, "deep": mask_rcnn_weights.DEEP}[
     name
   ]
-  found = cases.detect(case)
+  images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
+  with cases.double():
+    variables = cases.variables(case)
+    detect = quick.jit(cases.make(case).apply)
+    # Two at a time: four take 2 GB.
+    parts = [
+      jax.device_get(detect(variables, images[i : i + 2], sizes[i : i + 2]))
+      for i in range(0, len(images), 2)
+    ]
+  detections = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
   for i, (height, width) in enumerate(case.sizes):
+    found = jax.tree.map(lambda rows, i=i: rows[i], detections)
     expected = {
       entry: GOLDEN[f"{name}/{i}/{entry}"]
       for entry in ("boxes", "scores", "labels", "masks")
     }
-    valid = found.valid[i]
+    valid = found.valid
     assert valid.sum() == len(expected["labels"]) >= 20
-    np.testing.assert_array_equal(found.labels[i][valid], expected["labels"])
-    boxes = found.boxes[i][valid]
+    np.testing.assert_array_equal(found.labels[valid], expected["labels"])
+    boxes = found.boxes[valid]
     np.testing.assert_allclose(boxes, expected["boxes"], rtol=0, atol=1e-8)
     np.testing.assert_allclose(
-      found.scores[i][valid], expected["scores"], rtol=0, atol=1e-10
+      found.scores[valid], expected["scores"], rtol=0, atol=1e-10
     )
-    pasted = mask_ops.paste_masks(found.masks[i][valid], boxes, height, width)
+    pasted = mask_ops.paste_masks(found.masks[valid], boxes, height, width)
     expected = np.unpackbits(expected["masks"], axis=-1, count=width)
     np.testing.assert_array_equal(pasted, expected)
     assert 0.005 < expected.mean() < 0.5
@@ -109,8 +124,8 @@ def test_float32_finds_the_same_and_zeros_where_there_is_no_more():
   with jax.numpy_dtype_promotion("standard"):
     model = cases.make(case, jnp.float32, score_threshold=0.85)
     images, sizes = mask_rcnn_weights.batch(case.sizes[:1], case.buffer)
-    variables = cases.variables(model, jnp.float32)
-    found = jax.device_get(jax.jit(model.apply)(variables, images, sizes))
+    variables = cases.variables(case, jnp.float32)
+    found = jax.device_get(quick.jit(model.apply)(variables, images, sizes))
   scores = GOLDEN["small/0/scores"]
   valid = found.valid[0]
   count = (scores > 0.85).sum()
@@ -139,14 +154,10 @@ def test_other_settings_are_refused(settings, message):
 
 
 def test_weights_of_another_network_are_refused_with_names_and_shapes():
-  weights = cases.weights(18, 5)
+  shapes = mask_rcnn_weights.shapes(18, 5)
+  weights = {name: np.zeros(shape, np.int8) for name, shape in shapes.items()}
   with pytest.raises(errors.InputError) as caught:
-    mask_rcnn.load_torch(weights, full())
+    mask_rcnn.load_torch(weights, cases.template(50, 91))
   message = str(caught.value)
   assert "165 missing (backbone.body.layer1.0.bn3.bias" in message
   assert "backbone.body.layer1.0.conv1.weight is (64, 64, 3, 3)" in message
-
-
-def test_it_is_found_by_the_name_of_its_file():
-  assert models.get_model("mask_rcnn") is mask_rcnn
-  assert not {"rpn", "fpn", "roi_heads", "detector"} & set(models.list_models())
