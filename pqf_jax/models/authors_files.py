@@ -36,10 +36,7 @@ def is_authors_layout(state_dict: Mapping[str, Any]) -> bool:
 
 
 def from_authors_layout(
-  state_dict: Mapping[str, Any],
-  template: PyTree,
-  *,
-  norm_epsilon: float = 1e-5,
+  state_dict: Mapping[str, Any], template: PyTree, *, norm_epsilon: float = 1e-5
 ) -> PyTree:
   """Maps a state dict in the authors' layout to variables with `VQArray`s.
 
@@ -72,7 +69,8 @@ def from_authors_layout(
       shapes |= _compressed_shapes(compressed[path], arrays, leaf.shape)
     elif path not in statistics:
       shapes[torch_names.torch_name(path)] = torch_names.torch_shape(path, leaf)
-  torch_names.check_fit(arrays, shapes)
+  codes = {module + CODES for module in compressed.values()}
+  torch_names.check_fit(arrays, shapes, codes)
 
   nodes = {
     path: _vq_array(module, arrays, flat[path])
@@ -131,11 +129,8 @@ def _module(path: str) -> str:
 def _compressed_shapes(
   module: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes that codes and codebook of a kernel must have.
-
-  The codebook's own shape says how it cuts the kernel; `_vq_array` checks that
-  it can.
-  """
+  """Returns the shapes that codes and codebook of a kernel must have."""
+  # The codebook's own shape says how it cuts the kernel; `_vq_array` checks it.
   *taps, c_in, c_out = shape
   row = c_in * math.prod(taps)
   # A missing codebook counts as one with one input channel a sub-vector.

@@ -15,7 +15,8 @@ layers maps them itself.
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ TORCH_NAMES = {
   "mean": "running_mean",
   "var": "running_var",
 }
+# Last parts of the names of a norm's variance, in torch and in Flax.
+VARIANCES = ("running_var", "var")
 NUM_LISTED = 5
 
 
@@ -56,8 +59,7 @@ def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
     Variables with the template's structure, shapes and types, as copies.
 
   Raises:
-    InputError: names are missing or extra, shapes differ, or weights are NaN
-      or infinite; one message lists them all by torch's names.
+    InputError: see `check_fit`; the message has torch's names.
   """
   arrays = {
     name: np.asarray(value)
@@ -69,7 +71,12 @@ def torch_to_flax(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
   shapes = {
     names[path]: torch_shape(path, leaf) for path, leaf in leaves.items()
   }
-  check_fit(arrays, shapes)
+  integers = {
+    names[path]
+    for path, leaf in leaves.items()
+    if not jnp.issubdtype(leaf.dtype, jnp.floating)
+  }
+  check_fit(arrays, shapes, integers)
   # jnp.array copies, where jnp.asarray may keep the caller's memory.
   variables = {
     path: jnp.array(
@@ -133,19 +140,28 @@ def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
 
 
 def check_fit(
-  weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+  weights: Mapping[str, Any],
+  shapes: Mapping[str, tuple[int, ...]],
+  integers: Collection[str] = (),
 ) -> None:
-  """Refuses weights of another architecture, and weights with NaN.
+  """Refuses weights of another architecture, and values that cannot be right.
 
   Args:
     weights: {name: array or `VQArray`}.
     shapes: {name: shape} that the model expects.
+    integers: names that need not be floats.
 
   Raises:
-    InputError: names are missing or extra, shapes differ, or weights are NaN
-      or infinite; one message lists them all.
+    InputError: names are missing or extra, shapes differ, or weights are not
+      floats (integers would need scales), not finite in float32, or negative
+      where they are a variance; one message lists them all.
   """
   both = sorted(shapes.keys() & weights.keys())
+  floats = {
+    name: [np.asarray(leaf) for leaf in jax.tree.leaves(weights[name])]
+    for name in both
+    if jnp.issubdtype(weights[name].dtype, jnp.floating)
+  }
   problems = {
     "missing": sorted(shapes.keys() - weights.keys()),
     "extra": sorted(weights.keys() - shapes.keys()),
@@ -154,10 +170,26 @@ def check_fit(
       for name in both
       if tuple(weights[name].shape) != shapes[name]
     ],
+    "of another type than float": [
+      f"{name} is {weights[name].dtype}"
+      for name in both
+      if name not in floats and name not in integers
+    ],
     "NaN or infinite": [
       name
-      for name in both
-      if not all(np.isfinite(x).all() for x in jax.tree.leaves(weights[name]))
+      for name, arrays in floats.items()
+      if not all(np.isfinite(array).all() for array in arrays)
+    ],
+    "beyond the range of float32": [
+      name
+      for name, arrays in floats.items()
+      if any(_overflows(array) for array in arrays)
+    ],
+    "with negative variances": [
+      name
+      for name, arrays in floats.items()
+      if re.split("[./]", name)[-1] in VARIANCES
+      and any((array < 0).any() for array in arrays)
     ],
   }
   listed = [
@@ -170,6 +202,13 @@ def check_fit(
       f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
       "weights, or the model settings that they were trained with"
     )
+
+
+def _overflows(array: np.ndarray) -> bool:
+  """Returns whether a finite entry is infinite in float32."""
+  with np.errstate(over="ignore"):
+    infinite = np.isinf(array.astype(np.float32, copy=False))
+  return bool((infinite & np.isfinite(array)).any())
 
 
 def shorten(names: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ STATE_DICT = {
   "bn.weight": normal(6),
   "bn.bias": normal(6),
   "bn.running_mean": normal(6),
-  "bn.running_var": normal(6),
+  "bn.running_var": np.abs(normal(6)),
   "head.0.weight": normal(7, 6),
   "head.0.bias": normal(7),
 }

@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
+import zipfile
 
 import huggingface_hub
 import jax
@@ -185,17 +187,84 @@ def test_damaged_files_of_torch_are_refused(torch, tmp_path, zipped, kept):
   ("content", "message"),
   [
     ([1, 2], "holds a value of type list"),
-    ({"epoch": 3, "net": {}}, "epoch of type int, net of type dict"),
-    ({"model": {"fc.bias": 1.0}}, "fc.bias of type float"),
+    ({"epoch": 3, "net": {}}, "'epoch' of type int, 'net' of type dict"),
+    ({"model": {"fc.bias": 1.0}}, "'fc.bias' of type float"),
+    ({0: np.ones(2)}, "0 of type Tensor, where a state dict has tensors by"),
   ],
 )
 def test_what_is_no_state_dict_is_refused(torch, tmp_path, content, message):
+  if isinstance(content, dict) and 0 in content:
+    content = tensors(torch, content)
   torch.save(content, tmp_path / "w.pth")
   with pytest.raises(errors.InputError, match=message):
     read(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda t, x: x.to("meta"), "'conv0.weight' is without data, on the"),
+    (lambda t, x: t.quantize_per_tensor(x, 0.1, 3, t.quint8), "is quantized"),
+    (lambda t, x: t.empty(1).expand(400_000_000), "is larger than its data"),
+    (lambda t, x: x.to_sparse(), "is sparse"),
+    (lambda t, x: t.complex(x, x), "is complex"),
+  ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_plain_are_refused(torch, tmp_path, make, message):
+  content = tensors(torch, STATE_DICT)
+  content["conv0.weight"] = make(torch, content["conv0.weight"])
+  torch.save(content, tmp_path / "w.pth")
+  with pytest.raises(errors.InputError, match=message):
+    read(tmp_path / "w.pth")
+
+
+def test_a_file_that_inflates_is_refused_before_it_does(torch, tmp_path):
+  state_dict = STATE_DICT | {"fc.bias": np.zeros(1 << 20, np.float32)}
+  torch.save(tensors(torch, state_dict), tmp_path / "plain.pth")
+  with (
+    zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+    zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+  ):
+    for name in plain.namelist():
+      packed.writestr(name, plain.read(name))
+  with pytest.raises(errors.InputError, match="w.pth is compressed: its .*,"):
+    read(tmp_path / "w.pth")
+
+
+# In every kind of file, values that no float32 network was trained with.
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "official"])
+@pytest.mark.parametrize(
+  ("name", "change", "message"),
+  [
+    ("bn0.running_var", lambda x: -x, "1 with negative variances (bn0.runni"),
+    ("bn0.bias", lambda x: (x * 99).astype(np.int8), "bn0.bias is int8"),
+    ("fc.bias", lambda x: (x * 99).astype(np.uint8), "fc.bias is uint8"),
+    ("fc.bias", lambda x: x > 0, "1 of another type than float (fc.bias is b"),
+    ("fc.bias", lambda x: x * np.float64(1e300), "1 beyond the range of float"),
+  ],
+)
+def test_values_that_cannot_be_right_are_refused(
+  tmp_path, kind, name, change, message
+):
+  state_dict = official_state_dict() if kind == "official" else STATE_DICT
+  if name not in state_dict:
+    pytest.skip("the authors' layout has no statistics")
+  state_dict = state_dict | {name: change(np.asarray(state_dict[name]))}
+  if kind == "pth":
+    torch = pytest.importorskip("torch")
+    torch.save(tensors(torch, state_dict), tmp_path / f"w.{kind}")
+  else:
+    kind = "safetensors"
+    safetensors.numpy.save_file(state_dict, tmp_path / f"w.{kind}")
+  with pytest.raises(errors.InputError, match=re.escape(message)):
+    read(tmp_path / f"w.{kind}")
+
+
 def test_other_paths_are_refused(tmp_path):
+  for address in ("http://x/w.safetensors", "file:///w.pth"):
+    with pytest.raises(errors.InputError, match="of a kind that is not known"):
+      read(address)
   (tmp_path / "w.onnx").touch()
   with pytest.raises(errors.InputError, match="w.onnx is of no known kind"):
     read(tmp_path / "w.onnx")
@@ -309,7 +378,7 @@ def test_offline_only_the_cache_is_used(tmp_path):
   references.mkdir()
   (references / "main").write_text("0" * 40)
   code = (
-    "from pqf_jax.pipeline import hub\n"
+    "from pqf_jax.pipeline.weights import hub\n"
     "print(open(hub.fetch('hf://timm/tiny')).read())\n"
     "hub.fetch('hf://timm/other')\n"
   )

@@ -1,6 +1,8 @@
 """Reads what `torch.save` wrote; nothing else here needs torch."""
 
+import os
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +25,8 @@ def read(path: str) -> torch_names.StateDict:
   code. The state dict may be the value of 'state_dict' or 'model'.
 
   Raises:
-    InputError: torch is not installed; the file is damaged or of another
-      format, or holds anything else than a state dict.
+    InputError: torch is not installed; the file is damaged, compressed or of
+      another format, or holds anything else than a state dict of plain tensors.
   """
   try:
     import torch
@@ -40,12 +42,30 @@ def read(path: str) -> torch_names.StateDict:
       f"{path} is not a file that torch.save wrote; give one that is, or a "
       ".safetensors file"
     )
+  _check_zip(path)
   try:
     content = torch.load(path, weights_only=True, map_location="cpu")
   except Exception as error:  # A damaged pickle may raise anything.
     raise _unreadable(path, error) from error
   entries = _entries(path, content, torch.Tensor)
-  return {name: _to_numpy(tensor) for name, tensor in entries.items()}
+  return {name: _to_numpy(path, name, x) for name, x in entries.items()}
+
+
+def _check_zip(path: str) -> None:
+  """Refuses a zip file whose entries are larger than the file itself."""
+  if not zipfile.is_zipfile(path):
+    return  # written before torch 1.6, or damaged, which torch.load finds
+  try:
+    with zipfile.ZipFile(path) as archive:
+      needed = sum(entry.file_size for entry in archive.infolist())
+  except zipfile.BadZipFile as error:
+    raise _unreadable(path, error) from error
+  if needed > os.path.getsize(path):
+    raise errors.InputError(
+      f"{path} is compressed: its {os.path.getsize(path):,} bytes claim to "
+      f"hold {needed:,}, but torch.save stores tensors as they are; save the "
+      "state dict again by torch.save"
+    )
 
 
 def _unreadable(path: str, error: Exception) -> errors.InputError:
@@ -72,9 +92,9 @@ def _entries(path: str, content: Any, tensor_type: type) -> Mapping[str, Any]:
       content = inner if isinstance(inner, Mapping) else content
   if isinstance(content, Mapping):
     others = [
-      f"{name} of type {type(value).__name__}"
+      f"{name!r} of type {type(value).__name__}"
       for name, value in content.items()
-      if not isinstance(value, tensor_type)
+      if not (isinstance(name, str) and isinstance(value, tensor_type))
     ]
   else:
     others = [f"a value of type {type(content).__name__}"]
@@ -87,8 +107,24 @@ def _entries(path: str, content: Any, tensor_type: type) -> Mapping[str, Any]:
   return content
 
 
-def _to_numpy(tensor: Any) -> np.ndarray:
-  tensor = tensor.detach().to_dense()
+def _to_numpy(path: str, name: str, tensor: Any) -> np.ndarray:
+  defects = {
+    "without data, on the device 'meta'": tensor.is_meta,
+    "quantized, in the form of torch": tensor.is_quantized,
+    "nested": tensor.is_nested,
+    f"sparse ({tensor.layout})": "strided" not in str(tensor.layout),
+    "complex": tensor.is_complex(),
+  }
+  found = [defect for defect, is_so in defects.items() if is_so]
+  # Storages that sparse and other tensors lack are not asked for their size.
+  if not found and tensor.nbytes > tensor.untyped_storage().nbytes():
+    found = ["larger than its data, as expand() makes them"]
+  if found:
+    raise errors.InputError(
+      f"{path}: tensor {name!r} is {found[0]}; save plain float tensors, such "
+      "as tensor.to_dense().dequantize().contiguous() gives"
+    )
+  tensor = tensor.detach().resolve_neg()
   try:
     return tensor.numpy()
   except TypeError:  # NumPy lacks bfloat16 and float8.
