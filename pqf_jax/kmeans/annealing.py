@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 HARTIGAN_WEIGHT = 0.5
@@ -39,6 +38,9 @@ class Method(NamedTuple):
     return min(20, num_steps // 10) if self.ends_by_hartigan else 0
 
 
+Schedule = tuple[np.ndarray, np.ndarray]
+"""The noise a_t and the momentum of each step and layer, [T, L] float32."""
+
 LLOYD = Method(0.0, 0.0, assigns_by_hartigan=False, ends_by_hartigan=False)
 """Plain k-means."""
 
@@ -68,23 +70,12 @@ def method(count: int, length: int, num_codes: int) -> Method:
   )
 
 
-class Schedule(NamedTuple):
-  """Noise and momentum of the steps of k-means.
-
-  Attributes:
-    noise: [T, L] float32, a_t of each layer.
-    momentum: [T, L] float32.
-  """
-
-  noise: jax.Array
-  momentum: jax.Array
-
-
 def make_schedule(num_steps: int, methods: Sequence[Method]) -> Schedule:
-  """Returns a_t = a * sqrt(1 - t / T) for t = 1..T, made on the host.
+  """Returns a_t = a * sqrt(1 - t / T) for t = 1..T, and the momentum.
 
-  Inside `jit` rounding makes `1 - t / T` negative at t = T for some T (10 and
-  1000 among them), and its root NaN. The last step has no momentum.
+  They are computed on the host: inside `jit` rounding makes `1 - t / T`
+  negative at t = T for some T (10 and 1000 among them), and its root NaN. The
+  last step has no momentum.
 
   Args:
     num_steps: T.
@@ -94,7 +85,5 @@ def make_schedule(num_steps: int, methods: Sequence[Method]) -> Schedule:
   falling = np.sqrt(1 - steps / max(1, num_steps))
   amplitudes = np.array([[each.amplitude for each in methods]])
   momenta = np.array([[each.momentum for each in methods]])
-  return Schedule(
-    (falling * amplitudes).astype(np.float32),
-    ((steps < num_steps) * momenta).astype(np.float32),
-  )
+  noise, momentum = falling * amplitudes, (steps < num_steps) * momenta
+  return noise.astype(np.float32), momentum.astype(np.float32)

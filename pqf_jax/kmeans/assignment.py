@@ -109,17 +109,12 @@ def nearest_centroid(
   }
   length, num_codes = codebooks.shape[2], codebooks.shape[1]
   if hopper_nearest.is_available() and hopper_nearest.fits(length, num_codes):
-    functions["cuda"] = _nearest_by_kernel
+    functions["cuda"] = lambda columns, tables, layers: hopper_nearest.nearest(
+      bf16_split.split_vectors(columns), tables, layers
+    )
   return lax.platform_dependent(
     columns, score_tables(codebooks), layers, **functions
   )
-
-
-def _nearest_by_kernel(
-  columns: Columns, tables: jax.Array, layers: jax.Array
-) -> jax.Array:
-  vectors = bf16_split.split_vectors(columns)
-  return hopper_nearest.nearest(vectors, tables, layers)
 
 
 def score_tables(codebooks: jax.Array) -> jax.Array:

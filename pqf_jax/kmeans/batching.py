@@ -84,9 +84,7 @@ def make_batch(layers: Sequence[jax.Array], *, num_shards: int = 1) -> Batch:
 def tile_bounds(counts: Sequence[int], num_shards: int = 1) -> list[int]:
   """Returns the first tile of each layer on a device, then their number: [L+1].
 
-  Args:
-    counts: N of each layer.
-    num_shards: devices.
+  Here and below, `counts` are the N of the layers.
   """
   unit = TILE * num_shards
   return np.cumsum([0, *(-(-count // unit) for count in counts)]).tolist()
@@ -131,11 +129,7 @@ def mask(layout: Layout) -> jax.Array:
 
 
 def layer_sums(
-  layout: Layout,
-  values: jax.Array,
-  *,
-  most_rows: int,
-  axis_name: str | None = None,
+  layout: Layout, values: jax.Array, most_rows: int, axis_name: str | None
 ) -> jax.Array:
   """Sums values [B, 1024, C] over each layer, exactly: [L, C].
 
@@ -146,20 +140,21 @@ def layer_sums(
     axis_name: name of the `shard_map` axis over which the tiles are spread, or
       None.
   """
-  scale = layer_scales(layout, values, axis_name=axis_name)
+  scale = layer_scales(layout, values, axis_name)
   words = segments.to_words(values / scale[layout.layers][:, None])
-  sums = segments.word_sums(
+  sums = segments.integer_sums(
     words.reshape(-1, words.shape[2]),
     jnp.repeat(layout.layers, TILE),
     scale.shape[0],
     most_added=most_rows,
-    axis_name=axis_name,
   )
-  return segments.from_words(sums) * scale
+  if axis_name is not None:
+    sums = lax.psum(sums, axis_name)
+  return segments.from_words(segments.merge(*sums)) * scale
 
 
 def layer_scales(
-  layout: Layout, values: jax.Array, *, axis_name: str | None = None
+  layout: Layout, values: jax.Array, axis_name: str | None
 ) -> jax.Array:
   """Returns the power of two above each layer's largest entries, [L, C]."""
   largest = jax.ops.segment_max(

@@ -67,20 +67,17 @@ def split(clusters: Clusters, priority: jax.Array) -> Proposal:
   num_codes, length = clusters.means.shape
   empty = clusters.counts == 0
   numbers = jnp.arange(num_codes, dtype=jnp.int32)
-  source = jnp.where(empty, _donors(priority, empty), numbers)
+  # The i-th empty cluster gets the donor of the i-th highest priority.
+  donors = lax.platform_dependent(
+    priority, empty, cpu=_sorted_donors, default=_counted_donors
+  )
+  source = jnp.where(empty, donors, numbers)
   counts = jnp.maximum(clusters.counts, 1)[source]
   spread = SPLIT_OFFSET * jnp.sqrt(clusters.errors[source] / counts / length)
   return Proposal(
     centroids=clusters.means[source],
     counts=counts,
     spread=jnp.where(empty, spread, 0)[:, None],
-  )
-
-
-def _donors(priority: jax.Array, empty: jax.Array) -> jax.Array:
-  """Returns [K]: the i-th empty cluster gets the i-th highest priority."""
-  return lax.platform_dependent(
-    priority, empty, cpu=_sorted_donors, default=_counted_donors
   )
 
 

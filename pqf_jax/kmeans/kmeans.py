@@ -162,10 +162,11 @@ def kmeans_of_layers(
   if mesh is None:
     layers = [_on_one_device(vectors) for vectors in layers]
     mesh = _mesh_of(layers)
-  methods = [
-    _method(vectors, num_codes) if annealed else annealing.LLOYD
-    for vectors in layers
-  ]
+  methods = [annealing.LLOYD] * len(layers)
+  if annealed:
+    length = layers[0].shape[1]
+    counts = [vectors.shape[0] for vectors in layers]
+    methods = [annealing.method(n, length, num_codes) for n in counts]
   # Layers that are assigned by Hartigan's rule come first, as `Options` asks.
   order = sorted(
     range(len(layers)), key=lambda i: not methods[i].assigns_by_hartigan
@@ -175,11 +176,6 @@ def kmeans_of_layers(
     keys[np.array(order)], layers, methods, num_codes, num_steps, mesh
   )
   return [results[order.index(i)] for i in range(len(layers))]
-
-
-def _method(vectors: jax.Array, num_codes: int) -> annealing.Method:
-  count, length = vectors.shape
-  return annealing.method(count, length, num_codes)
 
 
 def _run(

@@ -24,7 +24,14 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from pqf_jax.kmeans import annealing, batching, empty_clusters, hartigan
-from pqf_jax.kmeans.backends import base, selection
+from pqf_jax.kmeans.backends import (
+  base,
+  hopper,
+  hopper_nearest,
+  hopper_sums,
+  portable,
+  tpu,
+)
 from pqf_jax.numerics import exact
 
 
@@ -112,10 +119,7 @@ def fit(
 def layer_means(batch: batching.Batch, *, options: Options) -> jax.Array:
   """Returns the means of the layers, [L, D]."""
   sums = batching.layer_sums(
-    batch.layout,
-    batch.tiles,
-    most_rows=options.most_rows,
-    axis_name=options.axis_name,
+    batch.layout, batch.tiles, options.most_rows, options.axis_name
   )
   return sums / batch.layout.sizes[:, None]
 
@@ -125,26 +129,20 @@ def prepare(
   batch: batching.Batch, offset: jax.Array, *, options: Options
 ) -> Prepared:
   """Centres the sub-vectors, because scores near 0 cancel less."""
-  layout = batch.layout
+  layout, axis_name = batch.layout, options.axis_name
   vectors = batch.tiles - offset[layout.layers][:, None]
   vectors = jnp.where(batching.mask(layout)[:, :, None], vectors, 0)
   norms = exact.dot(vectors, vectors)[:, :, None]
-  scales = functools.partial(
-    batching.layer_scales, layout, axis_name=options.axis_name
-  )
   squares = batching.layer_sums(
-    layout,
-    jnp.square(vectors),
-    most_rows=options.most_rows,
-    axis_name=options.axis_name,
+    layout, jnp.square(vectors), options.most_rows, axis_name
   )
   return Prepared(
     points=base.Points(
       columns=batching.split_columns(vectors),
       norms=norms[:, :, 0],
       layout=layout,
-      scale=scales(vectors),
-      norm_scale=scales(norms),
+      scale=batching.layer_scales(layout, vectors, axis_name),
+      norm_scale=batching.layer_scales(layout, norms, axis_name),
     ),
     offset=offset,
     squares=squares,
@@ -162,16 +160,31 @@ def run_steps(
 ) -> Fitted:
   """Runs all steps by the backend of the platform; arguments as in `fit`."""
   _, num_codes, length = starts.shape
-  return selection.by_platform(
-    functools.partial(_run_steps, options=options),
-    prepared,
-    starts,
-    schedule,
-    normals,
-    length=length,
-    num_codes=num_codes,
-    most_rows=options.most_rows,
-  )
+  backends = backends_for(length, num_codes, options.most_rows)
+  runs = {
+    platform: functools.partial(_run_steps, backend, options=options)
+    for platform, backend in backends.items()
+  }
+  return lax.platform_dependent(prepared, starts, schedule, normals, **runs)
+
+
+def backends_for(
+  length: int, num_codes: int, most_rows: int
+) -> dict[str, base.Backend]:
+  """Returns the backend of each platform, from D, K and `Options.most_rows`."""
+  backends = {"cpu": portable.BACKEND, "default": portable.BACKEND}
+  if most_rows <= tpu.MOST_ROWS:
+    backends["tpu"] = tpu.BACKEND
+  if (
+    hopper_nearest.is_available()
+    and hopper_nearest.fits(length, num_codes)
+    and hopper_sums.fits(length + 2, num_codes)
+  ):
+    with_norms = hopper_nearest.fits(length + 1, num_codes)
+    backends["cuda"] = (
+      hopper.BACKEND if with_norms else hopper.BACKEND_WITHOUT_HARTIGAN
+    )
+  return backends
 
 
 class _Loop(NamedTuple):
@@ -278,9 +291,7 @@ def _by_hartigan(backend: base.Backend, points: base.Points) -> _Assign:
 
 
 def _step(
-  loop: _Loop,
-  state: _State,
-  inputs: tuple[jax.Array, jax.Array, jax.Array],
+  loop: _Loop, state: _State, inputs: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[_State, jax.Array]:
   """Takes one step of SR-C; also returns the gains before it."""
   amounts, momenta, normal = inputs
@@ -353,10 +364,7 @@ def _with_momentum(
 
 
 def _hartigan_step(
-  loop: _Loop,
-  everyone: _Assign,
-  state: _State,
-  turn: jax.Array,
+  loop: _Loop, everyone: _Assign, state: _State, turn: jax.Array
 ) -> tuple[_State, jax.Array]:
   """Takes one of Hartigan's steps; also returns the gains after it."""
   moved = everyone(state, state.codes, 1.0)
@@ -384,8 +392,8 @@ def _fitted(
   error = batching.layer_sums(
     points.layout,
     error.sum(axis=2, keepdims=True),
-    most_rows=loop.options.most_rows,
-    axis_name=loop.options.axis_name,
+    loop.options.most_rows,
+    loop.options.axis_name,
   )
   # Rounding may take the error of a perfect fit below 0.
   trace = squares.sum(axis=1)[None] + gains.sum(axis=2)
@@ -406,13 +414,12 @@ _LAYOUT = batching.Layout._make((_SPREAD, _SPREAD, _SAME))
 _BATCH = batching.Batch._make((_SPREAD, _LAYOUT))
 _POINTS = base.Points._make((_SPREAD, _SPREAD, _LAYOUT, _SAME, _SAME))
 _PREPARED = Prepared._make((_POINTS, _SAME, _SAME))
-_SCHEDULE = annealing.Schedule._make((_SAME, _SAME))
 _FITTED = Fitted._make((_SAME, _SPREAD, _SAME, _SAME))
 
 _PROGRAMS: tuple[tuple[Callable[..., Any], Any, Any], ...] = (
   (layer_means, (_BATCH,), _SAME),
   (prepare, (_BATCH, _SAME), _PREPARED),
-  (run_steps, (_PREPARED, _SAME, _SCHEDULE, _SAME), _FITTED),
+  (run_steps, (_PREPARED, _SAME, (_SAME, _SAME), _SAME), _FITTED),
 )
 """(program, specs of its arguments, specs of its results)."""
 

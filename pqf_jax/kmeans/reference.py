@@ -1,8 +1,7 @@
 """SR-C k-means as this library runs it, in plain NumPy: read this first.
 
-The same schedule and the same rules as `pqf_jax.kmeans.kmeans`, whose docstring
-has the formulas, for one layer: without tiles, exact sums, backends or devices.
-The tests compare the two.
+`pqf_jax.kmeans.kmeans` has the formulas. This is one layer without tiles, exact
+sums, backends or devices; the tests compare the two.
 """
 
 import numpy as np
@@ -31,18 +30,16 @@ def kmeans(
   """
   num_last = method.num_hartigan_steps(num_steps)
   schedule = annealing.make_schedule(num_steps - num_last, [method])
+  weight = annealing.HARTIGAN_WEIGHT * method.assigns_by_hartigan
   (count, length), num_codes = vectors.shape, len(start)
   offset = vectors.mean(axis=0)
   vectors, codebook = vectors - offset, start - offset
   deviation = np.sqrt(np.square(vectors).sum(axis=0) / max(count - 1, 1))
-  codes, velocity = nearest(vectors, codebook), np.zeros_like(codebook)
-  counts, errors = np.full(num_codes, count / num_codes), []
+  codes = distances(vectors, codebook).argmin(axis=1)
+  velocity, errors = np.zeros_like(codebook), []
+  counts = np.full(num_codes, count / num_codes)
   for noise, momentum, normal in zip(*schedule, normals, strict=True):
-    if method.assigns_by_hartigan:
-      weight = annealing.HARTIGAN_WEIGHT
-      codes = hartigan(vectors, codebook, counts, codes, weight)
-    else:
-      codes = nearest(vectors, codebook)
+    codes = assigned(vectors, codebook, counts, codes, weight)
     squares, counts, means = statistics(vectors, codebook, codes)
     errors.append(squares.sum() / count)
     # The i-th empty cluster goes beside the cluster of the i-th largest error.
@@ -57,13 +54,13 @@ def kmeans(
     velocity = np.where(empty[:, None], 0, ahead - codebook)
     codebook = ahead + np.maximum(scale, spread[:, None]) * normal
   for turn in range(num_last):
-    moved = hartigan(vectors, codebook, counts, codes, 1.0)
+    moved = assigned(vectors, codebook, counts, codes, 1.0)
     # Half of them at a time: each is judged as if it moved alone.
     codes = np.where(np.arange(count) % 2 == turn % 2, moved, codes)
     _, counts, means = statistics(vectors, codebook, codes)
     codebook = np.where(counts[:, None] > 0, means, codebook)
     errors.append(statistics(vectors, codebook, codes)[0].sum() / count)
-  codes = nearest(vectors, codebook)
+  codes = distances(vectors, codebook).argmin(axis=1)
   errors.append(statistics(vectors, codebook, codes)[0].sum() / count)
   return codebook + offset, codes, errors
 
@@ -73,25 +70,20 @@ def distances(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
   return np.square(vectors[:, None] - codebook[None]).sum(axis=2)
 
 
-def nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-  """Returns the nearest centroid of every sub-vector, [N]."""
-  return distances(vectors, codebook).argmin(axis=1)
-
-
-def hartigan(
+def assigned(
   vectors: np.ndarray,
   codebook: np.ndarray,
   counts: np.ndarray,
   codes: np.ndarray,
   weight: float,
 ) -> np.ndarray:
-  """Returns the cluster where every sub-vector costs least, [N]."""
-  squares = distances(vectors, codebook)
+  """Returns codes [N] by Hartigan's rule; nearest centroids at weight 0."""
   joining = np.where(counts > 0, counts / (counts + weight), np.inf)
   # The last member pays nothing.
   leaving = counts / np.where(counts > weight, counts - weight, np.inf)
   stays = codes[:, None] == np.arange(len(counts))
-  return (squares * np.where(stays, leaving, joining)).argmin(axis=1)
+  factors = np.where(stays, leaving, joining)
+  return (distances(vectors, codebook) * factors).argmin(axis=1)
 
 
 def statistics(

@@ -70,7 +70,7 @@ def segment_sum(
   values = rows.astype(jnp.float32)
   scale = power_of_two(jnp.abs(values).max(axis=0, initial=0))
   words = to_words(values / scale[None, :])
-  sums = word_sums(words, segments, num_segments)
+  sums = merge(*integer_sums(words, segments, num_segments))
   return (from_words(sums) * scale[None, :]).astype(rows.dtype)
 
 
@@ -141,35 +141,6 @@ def from_words(sums: jax.Array) -> jax.Array:
   return (high + low * LOW_UNIT) * 2.0 ** (1 - _WORD_BITS)
 
 
-def word_sums(
-  words: jax.Array,
-  segments: jax.Array,
-  num_segments: int,
-  *,
-  most_added: int | None = None,
-  axis_name: str | None = None,
-) -> jax.Array:
-  """Sums int32 words by segment, exactly, then rounds to float32.
-
-  Args:
-    words: [N, 2 C] int32 pairs: 0 to 2^15 - 1, then at most 2^14 in absolute
-      value.
-    segments: [N] integer, the segment of each row.
-    num_segments: K.
-    most_added: the number of consecutive rows (on one device) within which the
-      rows of any one segment lie; None: N.
-    axis_name: name of the `shard_map` axis over which the rows are spread, or
-      None.
-
-  Returns:
-    [K, 2 C] float32; the same on all devices.
-  """
-  sums = integer_sums(words, segments, num_segments, most_added=most_added)
-  if axis_name is not None:
-    sums = lax.psum(sums, axis_name)
-  return merge(*sums)
-
-
 def integer_sums(
   words: jax.Array,
   segments: jax.Array,
@@ -177,7 +148,19 @@ def integer_sums(
   *,
   most_added: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums words of one device as two int32 [K, 2 C]: low + high * 2^15."""
+  """Sums int32 words by segment, exactly: low + high * 2^15.
+
+  Args:
+    words: [N, 2 C] int32 pairs: 0 to 2^15 - 1, then at most 2^14 in absolute
+      value.
+    segments: [N] integer, the segment of each row.
+    num_segments: K.
+    most_added: the number of consecutive rows within which the rows of any one
+      segment lie; None: N.
+
+  Returns:
+    low and high, [K, 2 C] int32, which may be added up over devices.
+  """
   most_added = words.shape[0] if most_added is None else most_added
   num_needed = 1
   while num_needed * _MOST_ADDED < most_added:

@@ -199,10 +199,7 @@ def _body(
 
 
 def _best(
-  strip: jax.Ref,
-  table: jax.Ref,
-  columns: int,
-  excluded: Sequence[jax.Array],
+  strip: jax.Ref, table: jax.Ref, columns: int, excluded: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Finds the smallest score among every 8th centroid, and its index.
 

@@ -1,7 +1,4 @@
-"""The backend of CPUs, and of accelerators without one of their own.
-
-Passes with a running minimum or a fused reduction, and a scatter of words.
-"""
+"""The backend of CPUs, and of accelerators without one of their own."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _codes(prepared: _Prepared, codebooks: jax.Array) -> jax.Array:
 def _sums(
   prepared: _Prepared, codes: jax.Array, num_codes: int, most_rows: int
 ) -> jax.Array:
-  del most_rows  # `selection` takes this backend up to `MOST_ROWS` only.
+  del most_rows  # `loop` takes this backend up to `MOST_ROWS` only.
   layout = prepared.points.layout
   return sums(
     prepared.digits, codes, layout.layers, layout.sizes.size, num_codes
