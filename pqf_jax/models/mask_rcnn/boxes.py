@@ -49,8 +49,7 @@ def clip(boxes: jax.Array, height: jax.Array, width: jax.Array) -> jax.Array:
 
 def is_large(boxes: jax.Array, min_side: float) -> jax.Array:
   """Returns whether both sides of boxes [..., 4] are at least `min_side`."""
-  width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-  return (width >= min_side) & (height >= min_side)
+  return (boxes[..., 2:] - boxes[..., :2] >= min_side).all(-1)
 
 
 def decode(
@@ -107,12 +106,8 @@ def encode(
 def _centered(boxes: jax.Array) -> tuple[jax.Array, ...]:
   """Returns (width, height, x and y of the center)."""
   width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-  return (
-    width,
-    height,
-    boxes[..., 0] + 0.5 * width,
-    boxes[..., 1] + 0.5 * height,
-  )
+  x, y = boxes[..., 0] + 0.5 * width, boxes[..., 1] + 0.5 * height
+  return width, height, x, y
 
 
 def _positive(sides: jax.Array) -> jax.Array:

@@ -4,21 +4,18 @@ A network's mask is a small square that covers a box. Masks of images hold eight
 pixels a byte, the first pixel in the highest bit (`np.packbits`).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from pqf_jax.models.mask_rcnn import resize, roi_align
+from pqf_jax.models.mask_rcnn.resize import Array
 
 # Boxes whose masks are unpacked at a time: 16 of 640 x 640 are 26 MB.
 NUM_UNPACKED = 16
 # Probability that a pixel of an object exceeds.
 THRESHOLD = 0.5
-Array = Any
-"""A NumPy or JAX array."""
 
 
 def crop_masks(
@@ -60,9 +57,7 @@ def crop_masks(
     boxes[:, 0::2], size[1], scaled[1], lengths[1], **settings
   )
 
-  def crop(
-    arguments: tuple[jax.Array, jax.Array, jax.Array],
-  ) -> jax.Array:
+  def crop(arguments: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     index, row, column = arguments
     mask = jnp.unpackbits(packed[index], axis=-1).astype(boxes.dtype)
     return jnp.einsum(
@@ -101,10 +96,7 @@ def _bin_weights(
 
 
 def paste_masks(
-  masks: np.ndarray,
-  boxes: np.ndarray,
-  height: int,
-  width: int,
+  masks: np.ndarray, boxes: np.ndarray, height: int, width: int
 ) -> np.ndarray:
   """Pastes masks into their boxes on the host; equal to torchvision's.
 
@@ -122,18 +114,16 @@ def paste_masks(
   padded, corners = _with_rim(masks, boxes)
   for mask, corner, image in zip(padded, corners, pasted, strict=True):
     left, top, right, bottom = map(int, corner)
-    inside = _inside(top, bottom, height), _inside(left, right, width)
-    rows = _stretch(inside[0], top, bottom, mask)
-    columns = _stretch(inside[1], left, right, mask)
-    image[inside] = rows @ mask @ columns.T > THRESHOLD
+    rows = slice(max(top, 0), max(bottom + 1, 0))
+    columns = slice(max(left, 0), max(right + 1, 0))
+    by_row = _stretch(np.arange(height)[rows], top, bottom, mask)
+    by_column = _stretch(np.arange(width)[columns], left, right, mask)
+    image[rows, columns] = by_row @ mask @ by_column.T > THRESHOLD
   return pasted
 
 
 def paste_on_device(
-  masks: jax.Array,
-  boxes: jax.Array,
-  *,
-  canvas: tuple[int, int],
+  masks: jax.Array, boxes: jax.Array, *, canvas: tuple[int, int]
 ) -> jax.Array:
   """Pastes masks under jit, into canvases of one size; see `paste_masks`.
 
@@ -149,22 +139,20 @@ def paste_on_device(
     bool [N, *canvas].
   """
   padded, corners = _with_rim(masks, boxes)
-  bins = jnp.arange(padded.shape[1], dtype=jnp.int32).reshape(1, 1, -1)
 
   def stretch(first: jax.Array, last: jax.Array, length: int) -> jax.Array:
-    pixels = jnp.arange(length, dtype=jnp.int32)[None] - first[:, None]
-    size = (last - first + 1)[:, None]
-    low, high, above = _sources(pixels, size, padded)
-    weights = jnp.where(bins == low[..., None], 1 - above[..., None], 0)
-    weights += jnp.where(bins == high[..., None], above[..., None], 0)
-    return jnp.where(((pixels >= 0) & (pixels < size))[..., None], weights, 0)
+    pixels = jnp.arange(length, dtype=jnp.int32)[None]
+    inside = (pixels >= first) & (pixels <= last)
+    return jnp.where(
+      inside[..., None], _stretch(pixels, first, last, padded), 0
+    )
 
   return (
     jnp.einsum(
       "nhp,npq,nwq->nhw",
-      stretch(corners[:, 1], corners[:, 3], canvas[0]),
+      stretch(corners[:, 1:2], corners[:, 3:4], canvas[0]),
       padded,
-      stretch(corners[:, 0], corners[:, 2], canvas[1]),
+      stretch(corners[:, 0:1], corners[:, 2:3], canvas[1]),
       precision=lax.Precision.HIGHEST,
     )
     > THRESHOLD
@@ -188,39 +176,14 @@ def _with_rim(masks: Array, boxes: Array) -> tuple[Array, Array]:
   return numpy.pad(masks, ((0, 0), (1, 1), (1, 1))), corners
 
 
-def _sources(
-  pixels: Array, size: Array | int, mask: Array
-) -> tuple[Array, Array, Array]:
-  """Computes the rows that bilinear interpolation to `size` pixels reads.
-
-  Returns:
-    (row before int, row behind int, weight of the latter) of every pixel.
-  """
+def _stretch(pixels: Array, first: Array, last: Array, mask: Array) -> Array:
+  """Returns the bilinear weights of a mask's rows, [*pixels, P + 2]."""
   numpy = mask.__array_namespace__()
   count = mask.shape[-1]
-  ratio = numpy.asarray(count, mask.dtype) / numpy.maximum(size, 1).astype(
-    mask.dtype
+  low, high, above = resize.bilinear_sources(
+    pixels - first, count, last - first + 1, mask.dtype
   )
-  source = numpy.maximum((pixels.astype(mask.dtype) + 0.5) * ratio - 0.5, 0)
-  low = numpy.minimum(source.astype(np.int32), count - 1)
-  above = source - low.astype(mask.dtype)
-  return low, numpy.minimum(low + 1, count - 1), above
-
-
-def _inside(first: int, last: int, length: int) -> slice:
-  """Returns the pixels from first to last that lie inside of an image."""
-  start = min(max(first, 0), length)
-  return slice(start, max(min(last + 1, length), start))
-
-
-def _stretch(
-  inside: slice, first: int, last: int, mask: np.ndarray
-) -> np.ndarray:
-  """Returns bilinear weights of the mask's rows, [pixels inside, P + 2]."""
-  pixels = np.arange(inside.start, inside.stop) - first
-  low, high, above = _sources(pixels, np.asarray(last - first + 1), mask)
-  matrix = np.zeros((len(pixels), len(mask)), mask.dtype)
-  row = np.arange(len(pixels))
-  matrix[row, low] += 1 - above
-  matrix[row, high] += above
-  return matrix
+  low, high, above = low[..., None], high[..., None], above[..., None]
+  rows = numpy.arange(count, dtype=np.int32).reshape((1,) * pixels.ndim + (-1,))
+  weights = numpy.where(rows == low, 1 - above, 0)
+  return weights + numpy.where(rows == high, above, 0)

@@ -46,10 +46,7 @@ def suppress(
   by = by & (rank[None, :] < rank[:, None]) & valid[:, None]
   if labels is not None:
     by = by & (labels[None, :] == labels[:, None])
-  return _fixed_point(by, valid)
 
-
-def _fixed_point(by: jax.Array, valid: jax.Array) -> jax.Array:
   def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     keep, _ = state
     new = valid & ~jnp.any(by & keep[None, :], axis=1)

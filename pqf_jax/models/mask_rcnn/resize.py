@@ -7,10 +7,14 @@ program serves all.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Array = Any
+"""A NumPy or JAX array."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,8 +71,9 @@ def resize_image(
     [*canvas, C], zero outside of the image.
   """
   for axis in (0, 1):
-    low, high, above = _sources(
-      canvas[axis], size[axis], scaled[axis], image.dtype
+    positions = jnp.arange(canvas[axis])
+    low, high, above = bilinear_sources(
+      positions, size[axis], scaled[axis], image.dtype
     )
     above = above.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
     lower, upper = (jnp.take(image, i, axis, mode="clip") for i in (low, high))
@@ -97,14 +102,22 @@ def nearest_source(
   return jnp.clip(source, 0, length - 1)
 
 
-def _sources(
-  count: int, length: jax.Array, scaled: jax.Array, dtype: np.dtype
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns (row before, row behind, its weight) of `count` positions."""
-  ratio = length.astype(dtype) / scaled.astype(dtype)
-  source = (jnp.arange(count).astype(dtype) + 0.5) * ratio - 0.5
-  source = jnp.maximum(source, 0)
-  low = jnp.minimum(jnp.floor(source).astype(jnp.int32), length - 1)
-  high = jnp.minimum(low + 1, length - 1)
-  above = jnp.clip(source - low.astype(dtype), 0, 1)
-  return low, high, above
+def bilinear_sources(
+  positions: Array, length: Array | int, scaled: Array, dtype: np.dtype
+) -> tuple[Array, Array, Array]:
+  """Returns the two positions that bilinear interpolation reads, with weights.
+
+  Args:
+    positions: int, after scaling; NumPy or JAX.
+    length: of the original.
+    scaled: int, after scaling.
+    dtype: of the weights.
+
+  Returns:
+    (the one before int32, the one behind int32, weight of the latter).
+  """
+  numpy = positions.__array_namespace__()
+  ratio = numpy.asarray(length, dtype) / numpy.maximum(scaled, 1).astype(dtype)
+  source = numpy.maximum((positions.astype(dtype) + 0.5) * ratio - 0.5, 0)
+  low = numpy.minimum(source.astype(np.int32), length - 1)
+  return low, numpy.minimum(low + 1, length - 1), source - low.astype(dtype)

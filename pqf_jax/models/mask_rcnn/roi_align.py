@@ -8,7 +8,7 @@ Boxes get no gradient.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +23,16 @@ LEVEL_EPSILON = 1e-6
 FIRST_STRIDE = 4
 
 
-class _Taps(NamedTuple):
-  """The rows (or columns) that each of P bins is a weighted sum of.
+_Taps = tuple[jax.Array, jax.Array]
+"""The rows (or columns) that each of P bins is a weighted sum of.
 
-  Attributes:
-    indices: int32 [R, P, 4].
-    weights: [R, P, 4], with sum 1, or less if samples are outside of the map.
-  """
-
-  indices: jax.Array
-  weights: jax.Array
+Indices int32 [R, P, 4] and weights [R, P, 4]; the weights of a bin have the sum
+1, or less if samples are outside of the map.
+"""
 
 
 def roi_align(
-  maps: Sequence[jax.Array],
-  boxes: jax.Array,
-  size: jax.Array,
-  *,
-  num_bins: int,
+  maps: Sequence[jax.Array], boxes: jax.Array, size: jax.Array, *, num_bins: int
 ) -> jax.Array:
   """Pools boxes of one image, each from the map that suits its size.
 
@@ -72,11 +64,7 @@ def roi_align(
 
 
 def pool_by_gather(
-  maps: Sequence[jax.Array],
-  boxes: jax.Array,
-  size: jax.Array,
-  *,
-  num_bins: int,
+  maps: Sequence[jax.Array], boxes: jax.Array, size: jax.Array, *, num_bins: int
 ) -> jax.Array:
   """Computes `roi_align` by reading the 16 positions of each bin."""
   level = assign_levels(boxes, len(maps))
@@ -89,24 +77,18 @@ def pool_by_gather(
   first = of_level([sum(lengths[:i]) for i in range(len(maps))])
   row_length = of_level([x.shape[1] for x in maps])
   stride = of_level([FIRST_STRIDE * 2**i for i in range(len(maps))])
-  rows = _taps(boxes[:, 1::2], size[0], stride, num_bins)
-  columns = _taps(boxes[:, 0::2], size[1], stride, num_bins)
-  base = first[:, None, None] + rows.indices * row_length[:, None, None]
-  indices = base[:, :, None, :, None] + columns.indices[:, None, :, None, :]
-  weights = (
-    rows.weights[:, :, None, :, None] * columns.weights[:, None, :, None, :]
-  )
+  row, by_row = _taps(boxes[:, 1::2], size[0], stride, num_bins)
+  column, by_column = _taps(boxes[:, 0::2], size[1], stride, num_bins)
+  base = first[:, None, None] + row * row_length[:, None, None]
+  indices = base[:, :, None, :, None] + column[:, None, :, None, :]
+  weights = by_row[:, :, None, :, None] * by_column[:, None, :, None, :]
   # The taps never leave the table; 'clip' saves the check.
   samples = jnp.take(table, indices, axis=0, mode="clip")
   return (samples * weights[..., None].astype(table.dtype)).sum((3, 4))
 
 
 def pool_by_product(
-  maps: Sequence[jax.Array],
-  boxes: jax.Array,
-  size: jax.Array,
-  *,
-  num_bins: int,
+  maps: Sequence[jax.Array], boxes: jax.Array, size: jax.Array, *, num_bins: int
 ) -> jax.Array:
   """Computes `roi_align` by matrix products of every box with every map.
 
@@ -144,28 +126,19 @@ def assign_levels(boxes: jax.Array, num_levels: int) -> jax.Array:
   return jnp.clip(level, 0, num_levels - 1).astype(jnp.int32)
 
 
-class Neighbours(NamedTuple):
-  """The two rows that bilinear interpolation reads at each position.
-
-  Attributes:
-    inside: bool; positions more than a row beyond either end read nothing.
-    low: int32, the row before.
-    high: int32, the row behind; at the end both are the last row.
-    above: weight of `high`; the weight of `low` is 1 - above.
-  """
-
-  inside: jax.Array
-  low: jax.Array
-  high: jax.Array
-  above: jax.Array
-
-
-def neighbours(position: jax.Array, length: jax.Array) -> Neighbours:
-  """Finds the rows that torchvision's RoIAlign reads; shapes broadcast.
+def neighbours(
+  position: jax.Array, length: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Finds the two rows that torchvision's RoIAlign reads; shapes broadcast.
 
   Args:
     position: in rows, float.
     length: int, number of rows.
+
+  Returns:
+    (bool: positions more than a row beyond either end read nothing; the row
+    before int32; the row behind int32, at the end both are the last row; the
+    weight of the latter, that of the former is the rest to 1).
   """
   inside = (position >= -1) & (position <= length.astype(position.dtype))
   position = jnp.maximum(position, 0)
@@ -174,7 +147,7 @@ def neighbours(position: jax.Array, length: jax.Array) -> Neighbours:
   low = jnp.where(at_end, length - 1, low)
   high = jnp.where(at_end, low, low + 1)
   above = jnp.where(at_end, 0, position - low.astype(position.dtype))
-  return Neighbours(inside, low, high, above)
+  return inside, low, high, above
 
 
 def _taps(
@@ -198,11 +171,11 @@ def _taps(
   bins = (ends.shape[0], num_bins, NUM_SAMPLES)
   indices = [part.reshape(bins) for part in (low, high)]
   weights = [part.reshape(bins) / NUM_SAMPLES for part in (below, above)]
-  return _Taps(jnp.concatenate(indices, -1), jnp.concatenate(weights, -1))
+  return jnp.concatenate(indices, -1), jnp.concatenate(weights, -1)
 
 
 def _matrix(taps: _Taps, length: int) -> jax.Array:
   """Returns [R, P, length], the weight of every position in every bin."""
   position = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, -1)
-  at = taps.indices[..., None] == position
-  return jnp.where(at, taps.weights[..., None], 0).sum(axis=2)
+  indices, weights = (part[..., None] for part in taps)
+  return jnp.where(indices == position, weights, 0).sum(axis=2)
