@@ -95,13 +95,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-  """The network; `make` describes the settings and checks them.
-
-  `apply(variables, images)` maps images [B, H, W, 3] to logits
-  [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, over the devices of `norm_axis`; see
-  `layers.batch_norm`.
-  """
+  """The network; `make` describes the settings and checks them."""
 
   num_classes: int
   dtype: DTypeLike = jnp.float32
@@ -110,7 +104,11 @@ class EfficientNetLite0(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """Maps images [B, H, W, 3] to logits [B, num_classes]."""
+    """Maps images [B, H, W, 3] to logits [B, num_classes], float32 or wider.
+
+    With `train` the norms use the statistics of the batch, over the devices of
+    `norm_axis`; see `layers.batch_norm`.
+    """
     conv = functools.partial(
       layers.convolution, padding="SAME", dtype=self.dtype
     )
@@ -126,27 +124,21 @@ class EfficientNetLite0(nn.Module):
     x = layers.Chain(_stages(conv, norm), name="blocks")(x)
     x = conv(1, HEAD, 1, name="conv_head")(x)
     x = nn.relu6(norm(name="bn2")(x))
-    x = jnp.mean(x, (1, 2), dtype=layers.at_least_float32(self.dtype))
-    linear = layers.linear(
-      self.num_classes, dtype=self.dtype, name="classifier"
-    )
-    return linear(x)
+    wide = layers.at_least_float32(self.dtype)
+    x = jnp.mean(x, (1, 2), dtype=wide)
+    return layers.dense(self.num_classes, dtype=wide, name="classifier")(x)
 
 
 def _stages(conv: layers.Layer, norm: layers.Layer) -> tuple[layers.Layer, ...]:
   """Returns the stages, each a chain of blocks."""
-
-  def stage(
-    expansion: int, size: int, features: int, length: int, first_stride: int
-  ) -> layers.Layer:
-    strides = (first_stride,) + (1,) * (length - 1)
+  stages = []
+  for expansion, size, features, length, first_stride in STAGES:
     blocks = tuple(
       functools.partial(Block, expansion, size, features, stride, conv, norm)
-      for stride in strides
+      for stride in (first_stride,) + (1,) * (length - 1)
     )
-    return functools.partial(layers.Chain, blocks)
-
-  return tuple(stage(*settings) for settings in STAGES)
+    stages.append(functools.partial(layers.Chain, blocks))
+  return tuple(stages)
 
 
 def make(

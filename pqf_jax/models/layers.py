@@ -104,10 +104,10 @@ def batch_norm(
   )
 
 
-def linear(num_classes: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
-  """Builds the classifier, whose logits are float32 or wider."""
+def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
+  """Builds a dense layer."""
   wide = at_least_float32(dtype)
-  return nn.Dense(num_classes, dtype=wide, param_dtype=wide, name=name)
+  return nn.Dense(features, dtype=dtype, param_dtype=wide, name=name)
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
@@ -125,7 +125,8 @@ def check_choice(
   """
   if value not in choices:
     raise errors.InputError(
-      f"{network} does not support {name}={value!r}; choose from {choices}"
+      f"{network} does not support {name}={value!r}; choose from "
+      f"{', '.join(map(str, choices))}"
     )
 
 

@@ -46,13 +46,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-  """The network; `make` describes the settings and checks them.
-
-  `apply(variables, images)` maps images [B, H, W, 3] to logits
-  [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, over the devices of `norm_axis`; see
-  `layers.batch_norm`.
-  """
+  """The network; `make` describes the settings and checks them."""
 
   num_classes: int
   dtype: DTypeLike = jnp.float32
@@ -61,15 +55,17 @@ class MobileNetV2(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """Maps images [B, H, W, 3] to logits [B, num_classes]."""
+    """Maps images [B, H, W, 3] to logits [B, num_classes], float32 or wider.
+
+    With `train` the norms use the statistics of the batch, over the devices of
+    `norm_axis`; see `layers.batch_norm`.
+    """
     wide = layers.at_least_float32(self.dtype)
     x = layers.Chain(tuple(self._features(train)), name="features")(images)
     x = jnp.mean(x, (1, 2), dtype=wide)
     dropout = layers.stateless(lambda x: x)  # number 0 in torchvision
-    linear = functools.partial(
-      layers.linear, self.num_classes, dtype=self.dtype
-    )
-    return layers.Chain((dropout, linear), name="classifier")(x)
+    dense = functools.partial(layers.dense, self.num_classes, dtype=wide)
+    return layers.Chain((dropout, dense), name="classifier")(x)
 
   def _features(self, train: bool) -> Iterator[layers.Layer]:
     conv = functools.partial(layers.convolution, dtype=self.dtype)

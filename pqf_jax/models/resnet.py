@@ -41,21 +41,6 @@ DEPTHS = {
 STEMS = {"imagenet": (7, 64, 2), "small": (3, 64, 1)}
 
 
-class Downsample(nn.Module):
-  """The shortcut of a block that changes the shape."""
-
-  features: int
-  stride: int
-  conv: layers.Layer
-  norm: layers.Layer
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [B, ceil(H / stride), ceil(W / stride), features]."""
-    x = self.conv(1, self.features, self.stride, name="0")(x)
-    return self.norm(name="1")(x)
-
-
 class Block(nn.Module):
   """relu(shortcut(x) + convolutions(x)) with a norm after every convolution."""
 
@@ -73,36 +58,13 @@ class Block(nn.Module):
       y = self.norm(name=f"bn{i}")(y)
     if x.shape != y.shape:
       features, stride = y.shape[-1], max(conv[2] for conv in self.convs)
-      shortcut = Downsample(
-        features, stride, self.conv, self.norm, name="downsample"
-      )
-      x = shortcut(x)
+      shortcut = functools.partial(self.conv, 1, features, stride), self.norm
+      x = layers.Chain(shortcut, name="downsample")(x)
     return nn.relu(x + y)
 
 
-class Stage(nn.Module):
-  """Blocks in sequence, each given by its convolutions."""
-
-  blocks: tuple[tuple[Conv, ...], ...]
-  conv: layers.Layer
-  norm: layers.Layer
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, H, W, C] to the output shape of the last block."""
-    for i, convs in enumerate(self.blocks):
-      x = Block(convs, self.conv, self.norm, name=str(i))(x)
-    return x
-
-
 class ResNet(nn.Module):
-  """The network; `make` describes the settings and checks them.
-
-  `apply(variables, images)` maps images [B, H, W, 3] to logits
-  [B, num_classes] of float32 or wider. With `train=True` the norms use the
-  statistics of the batch, over the devices of `norm_axis`; see
-  `layers.batch_norm`.
-  """
+  """The network; `make` describes the settings and checks them."""
 
   depth: int
   num_classes: int
@@ -113,30 +75,32 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    """Maps images [B, H, W, 3] to logits [B, num_classes]."""
-    maps = feature_maps(
-      images,
-      depth=self.depth,
-      stem=self.stem,
+    """Maps images [B, H, W, 3] to logits [B, num_classes], float32 or wider.
+
+    With `train` the norms use the statistics of the batch, over the devices of
+    `norm_axis`; see `layers.batch_norm`.
+    """
+    conv = functools.partial(layers.convolution, dtype=self.dtype)
+    norm = functools.partial(
+      layers.batch_norm,
       train=train,
+      epsilon=self.norm_epsilon,
       dtype=self.dtype,
-      norm_epsilon=self.norm_epsilon,
-      norm_axis=self.norm_axis,
+      axis=self.norm_axis,
     )
+    x = feature_maps(images, self.depth, conv, norm, stem=self.stem)[-1]
     wide = layers.at_least_float32(self.dtype)
-    x = jnp.mean(maps[-1], (1, 2), dtype=wide)
-    return layers.linear(self.num_classes, dtype=self.dtype, name="fc")(x)
+    x = jnp.mean(x, (1, 2), dtype=wide)
+    return layers.dense(self.num_classes, dtype=wide, name="fc")(x)
 
 
 def feature_maps(
   images: jax.Array,
-  *,
   depth: int,
+  conv: layers.Layer,
+  norm: layers.Layer,
+  *,
   stem: str = "imagenet",
-  train: bool = False,
-  dtype: DTypeLike,
-  norm_epsilon: float,
-  norm_axis: str | None = None,
 ) -> list[jax.Array]:
   """Computes the outputs of the four stages; a classifier reads the last.
 
@@ -145,20 +109,10 @@ def feature_maps(
   Args:
     images: [B, H, W, 3].
     depth: see `make`.
+    conv: `layers.convolution` with its dtype.
+    norm: `layers.batch_norm` with all its settings.
     stem: see `make`.
-    train: whether norms use the statistics of the batch.
-    dtype: of the computation.
-    norm_epsilon: of the norms.
-    norm_axis: see `layers.batch_norm`.
   """
-  conv = functools.partial(layers.convolution, dtype=dtype)
-  norm = functools.partial(
-    layers.batch_norm,
-    train=train,
-    epsilon=norm_epsilon,
-    dtype=dtype,
-    axis=norm_axis,
-  )
   x = conv(*STEMS[stem], name="conv1")(images)
   x = nn.relu(norm(name="bn1")(x))
   if stem == "imagenet":
@@ -169,8 +123,11 @@ def feature_maps(
   for i, length in enumerate(lengths):
     features, stride = 64 * 2**i, 1 if i == 0 else 2
     first, rest = block(features, stride), block(features, 1)
-    blocks = (first,) + (rest,) * (length - 1)
-    x = Stage(blocks, conv, norm, name=f"layer{i + 1}")(x)
+    blocks = tuple(
+      functools.partial(Block, convs, conv, norm)
+      for convs in (first,) + (rest,) * (length - 1)
+    )
+    x = layers.Chain(blocks, name=f"layer{i + 1}")(x)
     maps.append(x)
   return maps
 

@@ -186,9 +186,11 @@ def test_a_backbone_may_use_the_maps_alone():
   class Backbone(nn.Module):
     @nn.compact
     def __call__(self, images):
-      return resnet.feature_maps(
-        images, depth=50, dtype=jnp.float32, norm_epsilon=1e-5
+      conv = functools.partial(layers.convolution, dtype=jnp.float32)
+      norm = functools.partial(
+        layers.batch_norm, train=False, epsilon=1e-5, dtype=jnp.float32
       )
+      return resnet.feature_maps(images, 50, conv, norm)
 
   maps, variables = jax.eval_shape(
     Backbone().init_with_output,

@@ -6,6 +6,7 @@ to zero again before each layer that reads there. Results then depend neither on
 the canvas nor on the other images of a batch; torchvision's depend on both.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,13 +67,15 @@ class Body(nn.Module):
         args = (area.zero_outside(args[0]), *args[1:])
       return method(*args, **kwargs)
 
+    conv = functools.partial(layers.convolution, dtype=self.dtype)
+    norm = functools.partial(
+      layers.batch_norm,
+      train=False,
+      epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+    )
     with nn.intercept_methods(mask_input):
-      return resnet.feature_maps(
-        images,
-        depth=self.depth,
-        dtype=self.dtype,
-        norm_epsilon=self.norm_epsilon,
-      )
+      return resnet.feature_maps(images, self.depth, conv, norm)
 
 
 class ConvEach(nn.Module):
@@ -148,17 +151,3 @@ def upsample(x: jax.Array) -> jax.Array:
 def round_up(lengths: Any) -> Any:
   """Rounds lengths, an integer or an array, up to multiples of 32."""
   return (lengths + STRIDE - 1) // STRIDE * STRIDE
-
-
-def grid_sizes(sizes: jax.Array, num_maps: int) -> list[jax.Array]:
-  """Computes how much of each map of the pyramid belongs to the images.
-
-  Args:
-    sizes: int [B, 2], multiples of 32.
-    num_maps: 5, or fewer for small pyramids.
-
-  Returns:
-    int [B, 2] for each of the strides 4, 8, ..., rounded up.
-  """
-  strides = [4 * 2**i for i in range(num_maps)]
-  return [(sizes + stride - 1) // stride for stride in strides]

@@ -47,6 +47,7 @@ def match(
   objects: jax.Array,
   exists: jax.Array,
   candidates: jax.Array,
+  usable: jax.Array,
   *,
   low: float,
   high: float,
@@ -58,6 +59,7 @@ def match(
     objects: boxes [G, 4].
     exists: bool [G], which rows are objects.
     candidates: boxes [N, 4].
+    usable: bool [N], which rows are candidates.
     low: overlap (intersection over union) below which a candidate is
       background.
     high: least overlap at which a candidate is matched.
@@ -75,11 +77,9 @@ def match(
     best_of_object = overlap.max(axis=1, keepdims=True)
     ties = (overlap == best_of_object) & exists[:, None]
     positive = positive | ties.any(axis=0)
-  return Matches(
-    overlap.argmax(axis=0).astype(jnp.int32),
-    positive,
-    (best < low) & ~positive,
-  )
+  negative = (best < low) & ~positive
+  object_index = overlap.argmax(axis=0).astype(jnp.int32)
+  return Matches(object_index, positive & usable, negative & usable)
 
 
 def draw_priorities(key: jax.Array, count: int) -> jax.Array:
@@ -116,53 +116,3 @@ def sample(
     negative[jnp.clip(slot - num_positive, 0, negative.shape[0] - 1)],
   )
   return Samples(index, is_positive, slot < num_positive + num_negative)
-
-
-def match_and_sample(
-  key: jax.Array,
-  objects: jax.Array,
-  exists: jax.Array,
-  candidates: jax.Array,
-  usable: jax.Array,
-  *,
-  low: float,
-  high: float,
-  allow_low_quality: bool,
-  num_samples: int,
-  max_positive: int,
-) -> tuple[Samples, jax.Array]:
-  """Draws the candidates to train on and assigns an object to each.
-
-  Args:
-    key: consumed.
-    objects: boxes [G, 4].
-    exists: bool [G], which rows are objects.
-    candidates: boxes [N, 4].
-    usable: bool [N], which rows are candidates.
-    low: see `match`.
-    high: see `match`.
-    allow_low_quality: see `match`.
-    num_samples: see `sample`.
-    max_positive: see `sample`.
-
-  Returns:
-    (samples, index of the object of each, int32 [num_samples]).
-  """
-  matches = match(
-    objects,
-    exists,
-    candidates,
-    low=low,
-    high=high,
-    allow_low_quality=allow_low_quality,
-  )
-  matches = matches._replace(
-    positive=matches.positive & usable, negative=matches.negative & usable
-  )
-  samples = sample(
-    matches,
-    draw_priorities(key, len(candidates)),
-    num_samples=num_samples,
-    max_positive=max_positive,
-  )
-  return samples, matches.object_index[samples.indices]

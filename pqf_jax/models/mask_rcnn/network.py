@@ -6,6 +6,7 @@ All shapes are static: images of any size lie in buffers of one size, and
 results are padded and have masks.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,33 +138,23 @@ class MaskRCNN(nn.Module):
       sizes: int32 [B, 2], their heights and widths.
     """
     features = self._extract(images, sizes)
-
-    def propose(*of_image: Any) -> rpn.Proposals:
-      return rpn.propose(*of_image, num_proposals=self.num_proposals)
-
+    propose = functools.partial(rpn.propose, num_proposals=self.num_proposals)
     proposals = jax.vmap(propose)(
       features.predictions, features.grids, features.scaled
     )
     logits, offsets = self._classify(features, proposals.boxes)
-
-    def select(*of_image: jax.Array) -> roi_heads.Selected:
-      return roi_heads.select_detections(
-        *of_image,
-        score_threshold=self.score_threshold,
-        num_detections=self.num_detections,
-      )
-
-    selected = jax.vmap(select)(logits, offsets, *proposals, features.scaled)
-    masks = nn.sigmoid(self._segment(features, selected.boxes, selected.labels))
-    masks = jnp.where(selected.valid[:, :, None, None], masks, 0)
-    ratio = _ratio(sizes, features.scaled).astype(selected.boxes.dtype)
-    return Detections(
-      selected.boxes * ratio[:, None, :],
-      selected.scores,
-      selected.labels,
-      masks,
-      selected.valid,
+    select = functools.partial(
+      roi_heads.select_detections,
+      score_threshold=self.score_threshold,
+      num_detections=self.num_detections,
     )
+    boxes, scores, labels, valid = jax.vmap(select)(
+      logits, offsets, *proposals, features.scaled
+    )
+    masks = nn.sigmoid(self._segment(features, boxes, labels))
+    masks = jnp.where(valid[:, :, None, None], masks, 0)
+    ratio = _ratio(sizes, features.scaled).astype(boxes.dtype)
+    return Detections(boxes * ratio[:, None, :], scores, labels, masks, valid)
 
   def training_outputs(self, batch: Batch, key: jax.Array) -> TrainingOutputs:
     """Samples anchors and boxes and computes predictions and targets for them.
@@ -183,10 +174,9 @@ class MaskRCNN(nn.Module):
     anchor_samples = jax.vmap(rpn.training_samples)(
       keys[:, 0], features.predictions, features.grids, objects, batch["valid"]
     )
-
-    def propose(*of_image: Any) -> rpn.Proposals:
-      return rpn.propose(*of_image, num_proposals=self.num_training_proposals)
-
+    propose = functools.partial(
+      rpn.propose, num_proposals=self.num_training_proposals
+    )
     proposals = jax.vmap(propose)(
       lax.stop_gradient(features.predictions), features.grids, features.scaled
     )
@@ -196,14 +186,11 @@ class MaskRCNN(nn.Module):
     logits, offsets = self._classify(features, samples.boxes)
     index = samples.labels[:, :, None, None]
     first = jax.tree.map(lambda x: x[:, : roi_heads.MAX_POSITIVE], samples)
-
-    def crop(*of_image: jax.Array) -> jax.Array:
-      return mask_ops.crop_masks(
-        *of_image,
-        num_bins=2 * roi_heads.MASK_BINS,
-        longest=max(self.canvas),
-      )
-
+    crop = functools.partial(
+      mask_ops.crop_masks,
+      num_bins=2 * roi_heads.MASK_BINS,
+      longest=max(self.canvas),
+    )
     targets = jax.vmap(crop)(
       batch["masks"],
       first.object_index,
@@ -225,46 +212,27 @@ class MaskRCNN(nn.Module):
     wide = layers.at_least_float32(self.dtype)
     longest = max(images.shape[1:3])
     scaled = resize.scaled_sizes(sizes, longest, self.min_size, self.max_size)
-    x = _normalize(images, wide)
-
-    def scale(*of_image: jax.Array) -> jax.Array:
-      return resize.resize_image(*of_image, canvas=self.canvas)
-
-    x = jax.vmap(scale)(x, sizes, scaled).astype(self.dtype)
+    scale = functools.partial(resize.resize_image, canvas=self.canvas)
+    x = jax.vmap(scale)(_normalize(images, wide), sizes, scaled)
+    x = x.astype(self.dtype)
     padded = fpn.round_up(scaled)
     maps = self.backbone(x, fpn.ImageArea(padded, self.canvas))
     predictions = jax.tree.map(lambda part: part.astype(wide), self.rpn(maps))
-    grids = [
-      self._anchors(sizes_of_anchors, x.shape[1:3], grid, padded, wide)
-      for sizes_of_anchors, x, grid in zip(
-        self.anchor_sizes, maps, fpn.grid_sizes(padded, len(maps)), strict=True
+    grids = []
+    for i, (x, lengths) in enumerate(zip(maps, self.anchor_sizes, strict=True)):
+      base = anchors.base_anchors(lengths, self.anchor_ratios)
+      place = functools.partial(
+        anchors.anchor_grid, base, x.shape[1:3], dtype=wide
       )
-    ]
+      stride = roi_ops.FIRST_STRIDE * 2**i
+      grids.append(jax.vmap(place)((padded + stride - 1) // stride, padded))
     return _Features(scaled, padded, maps, predictions, grids)
-
-  def _anchors(
-    self,
-    sizes: Sequence[int],
-    shape: Sequence[int],
-    grid: jax.Array,
-    padded: jax.Array,
-    dtype: np.dtype,
-  ) -> anchors.AnchorGrid:
-    base = anchors.base_anchors(sizes, self.anchor_ratios)
-    return jax.vmap(
-      lambda grid, size: anchors.anchor_grid(
-        base, shape, grid, size, dtype=dtype
-      )
-    )(grid, padded)
 
   def _pool(
     self, features: _Features, boxes: jax.Array, num_bins: int
   ) -> jax.Array:
     """Maps boxes [B, R, 4] to [B * R, P, P, C] without the coarsest map."""
-
-    def pool(*of_image: Any) -> jax.Array:
-      return roi_ops.roi_align(*of_image, num_bins=num_bins)
-
+    pool = functools.partial(roi_ops.roi_align, num_bins=num_bins)
     pooled = jax.vmap(pool)(features.maps[:-1], boxes, features.padded)
     return pooled.reshape(-1, *pooled.shape[2:])
 
@@ -272,23 +240,16 @@ class MaskRCNN(nn.Module):
     self, features: _Features, boxes: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Maps boxes [B, R, 4] to logits [B, R, C] and offsets [B, R, C, 4]."""
-
-    def by_image(values: jax.Array) -> jax.Array:
-      shape = *boxes.shape[:2], *values.shape[1:]
-      return values.astype(boxes.dtype).reshape(shape)
-
     pooled = self._pool(features, boxes, roi_heads.BOX_BINS)
     logits, offsets = self.roi_heads.classify(pooled)
-    return by_image(logits), by_image(offsets)
+    return _by_image(logits, boxes), _by_image(offsets, boxes)
 
   def _segment(
     self, features: _Features, boxes: jax.Array, labels: jax.Array
   ) -> jax.Array:
     """Maps boxes [B, R, 4], labels [B, R] to mask logits [B, R, 28, 28]."""
     pooled = self._pool(features, boxes, roi_heads.MASK_BINS)
-    logits = self.roi_heads.segment(pooled, labels.ravel())
-    logits = logits.astype(boxes.dtype)
-    return logits.reshape(*boxes.shape[:2], *logits.shape[1:])
+    return _by_image(self.roi_heads.segment(pooled, labels.ravel()), boxes)
 
 
 def make(
@@ -390,6 +351,12 @@ def _normalize(images: jax.Array, dtype: np.dtype) -> jax.Array:
     for values in (IMAGE_MEAN, IMAGE_STD)
   )
   return (images.astype(dtype) / 255 - mean) / std
+
+
+def _by_image(values: jax.Array, boxes: jax.Array) -> jax.Array:
+  """Reshapes values [B * R, ...] of boxes [B, R, 4] to [B, R, ...]."""
+  shape = *boxes.shape[:2], *values.shape[1:]
+  return values.astype(boxes.dtype).reshape(shape)
 
 
 def _ratio(sizes: jax.Array, others: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 The box head classifies and refines a box, the mask head finds its pixels.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,22 +30,6 @@ FLATTEN = {
   "fc6": lambda x: jnp.moveaxis(x, -1, 1).reshape(len(x), -1),
   "fc6_hwc": lambda x: x.reshape(len(x), -1),
 }
-
-
-class Selected(NamedTuple):
-  """The final boxes of an image, in pixels of the network's input.
-
-  Attributes:
-    boxes: [K, 4], best first.
-    scores: [K].
-    labels: int32 [K], from 1.
-    valid: bool [K].
-  """
-
-  boxes: jax.Array
-  scores: jax.Array
-  labels: jax.Array
-  valid: jax.Array
 
 
 class BoxSamples(NamedTuple):
@@ -85,7 +70,7 @@ class BoxHead(nn.Module):
     """Maps [R, 7, 7, C] to [R, features]."""
     x = FLATTEN[self.first](x)
     for name in (self.first, "fc7"):
-      x = nn.relu(dense(self.features, dtype=self.dtype, name=name)(x))
+      x = nn.relu(layers.dense(self.features, dtype=self.dtype, name=name)(x))
     return x
 
 
@@ -98,9 +83,9 @@ class BoxPredictor(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Maps [R, features] to [R, num_classes] and [R, num_classes, 4]."""
-    settings = {"dtype": self.dtype}
-    logits = dense(self.num_classes, name="cls_score", **settings)(x)
-    offsets = dense(4 * self.num_classes, name="bbox_pred", **settings)(x)
+    dense = functools.partial(layers.dense, dtype=self.dtype)
+    logits = dense(self.num_classes, name="cls_score")(x)
+    offsets = dense(4 * self.num_classes, name="bbox_pred")(x)
     return logits, offsets.reshape(len(x), self.num_classes, 4)
 
 
@@ -113,11 +98,9 @@ class MaskHead(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [R, 14, 14, C] to [R, 14, 14, features]."""
+    conv = functools.partial(fpn.convolution, 3, self.features)
     for i in range(1, 5):
-      name = f"mask_fcn{i}"
-      x = nn.relu(
-        fpn.convolution(3, self.features, dtype=self.dtype, name=name)(x)
-      )
+      x = nn.relu(conv(dtype=self.dtype, name=f"mask_fcn{i}")(x))
     return x
 
 
@@ -155,10 +138,10 @@ class MaskPredictor(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [R, 14, 14, C] to [R, 28, 28, num_classes]."""
     x = Deconvolution(x.shape[-1], self.dtype, name="conv5_mask")(x)
-    name = "mask_fcn_logits"
-    return fpn.convolution(1, self.num_classes, dtype=self.dtype, name=name)(
-      nn.relu(x)
+    logits = fpn.convolution(
+      1, self.num_classes, dtype=self.dtype, name="mask_fcn_logits"
     )
+    return logits(nn.relu(x))
 
 
 class RoIHeads(nn.Module):
@@ -188,16 +171,6 @@ class RoIHeads(nn.Module):
     return jnp.take_along_axis(logits, index, axis=3)[..., 0]
 
 
-def dense(features: int, *, dtype: DTypeLike, name: str) -> nn.Dense:
-  """Builds a dense layer of the heads."""
-  return nn.Dense(
-    features,
-    dtype=dtype,
-    param_dtype=layers.at_least_float32(dtype),
-    name=name,
-  )
-
-
 def select_detections(
   logits: jax.Array,
   offsets: jax.Array,
@@ -207,7 +180,7 @@ def select_detections(
   *,
   score_threshold: float,
   num_detections: int,
-) -> Selected:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Selects the final boxes of one image.
 
   Args:
@@ -218,6 +191,10 @@ def select_detections(
     scaled: int [2], height and width of the image.
     score_threshold: probability that a class must exceed.
     num_detections: K.
+
+  Returns:
+    (boxes [K, 4] in pixels of the network's input, best first, scores [K],
+    labels int32 [K] from 1, bool [K]: which of them exist; the others are 0.)
   """
   scores = nn.softmax(logits, axis=-1)[:, 1:]
   moved = box_ops.decode(offsets, boxes[:, None], weights=OFFSET_WEIGHTS)
@@ -232,13 +209,9 @@ def select_detections(
   labels = (index % (logits.shape[1] - 1) + 1).astype(jnp.int32)
   moved = moved.reshape(-1, 4)[index]
   kept, exists = nms.best_boxes(
-    moved,
-    labels,
-    scores >= 0,
-    threshold=NMS_THRESHOLD,
-    num_best=num_detections,
+    moved, labels, scores >= 0, threshold=NMS_THRESHOLD, num_best=num_detections
   )
-  return Selected(
+  return (
     jnp.where(exists[:, None], moved[kept], 0),
     jnp.where(exists, scores[kept], 0),
     jnp.where(exists, labels[kept], 0),
@@ -266,8 +239,7 @@ def training_samples(
   """
   boxes = lax.stop_gradient(jnp.concatenate([boxes, objects]))
   valid = jnp.concatenate([valid, exists])
-  samples, object_index = matching.match_and_sample(
-    key,
+  matches = matching.match(
     objects,
     exists,
     boxes,
@@ -275,9 +247,14 @@ def training_samples(
     low=MATCHED_FROM,
     high=MATCHED_FROM,
     allow_low_quality=False,
+  )
+  samples = matching.sample(
+    matches,
+    matching.draw_priorities(key, len(boxes)),
     num_samples=NUM_SAMPLES,
     max_positive=MAX_POSITIVE,
   )
+  object_index = matches.object_index[samples.indices]
   boxes = boxes[samples.indices]
   return BoxSamples(
     boxes,

@@ -1,5 +1,6 @@
 """Region proposal network (arXiv 1506.01497): boxes that may hold objects."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -69,22 +70,16 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, maps: list[jax.Array]) -> list[AnchorPredictions]:
     """Maps [B, H, W, C] to predictions for H * W * num_anchors anchors each."""
-    settings = {"dtype": self.dtype}
-    features = maps[0].shape[-1]
-    conv = fpn.convolution(3, features, name="conv", **settings)
-    logits = fpn.convolution(1, self.num_anchors, name="cls_logits", **settings)
-    offsets = fpn.convolution(
-      1, 4 * self.num_anchors, name="bbox_pred", **settings
-    )
+    layer = functools.partial(fpn.convolution, dtype=self.dtype)
+    conv = layer(3, maps[0].shape[-1], name="conv")
+    classify = layer(1, self.num_anchors, name="cls_logits")
+    regress = layer(1, 4 * self.num_anchors, name="bbox_pred")
     predictions = []
     for x in maps:
       hidden = nn.relu(conv(x))
-      predictions.append(
-        AnchorPredictions(
-          logits(hidden).reshape(len(x), -1),
-          offsets(hidden).reshape(len(x), -1, 4),
-        )
-      )
+      logits = classify(hidden).reshape(len(x), -1)
+      offsets = regress(hidden).reshape(len(x), -1, 4)
+      predictions.append(AnchorPredictions(logits, offsets))
     return predictions
 
 
@@ -123,9 +118,8 @@ def propose(
     for prediction, grid in zip(predictions, grids, strict=True)
   ]
   logits, boxes, valid = (jnp.stack(part) for part in zip(*best, strict=True))
-  keep = jax.vmap(
-    lambda boxes, valid: nms.suppress(boxes, valid, threshold=NMS_THRESHOLD)
-  )(boxes, valid)
+  suppress = functools.partial(nms.suppress, threshold=NMS_THRESHOLD)
+  keep = jax.vmap(suppress)(boxes, valid)
   # Probabilities, not logits, so that saturated ones tie as in torchvision.
   scores = jnp.where(keep, nn.sigmoid(logits), -1).ravel()
   scores, index = lax.top_k(scores, num_proposals)
@@ -171,8 +165,7 @@ def training_samples(
   """
   boxes = jnp.concatenate([grid.boxes for grid in grids])
   inside = jnp.concatenate([grid.exists for grid in grids])
-  samples, object_index = matching.match_and_sample(
-    key,
+  matches = matching.match(
     objects,
     exists,
     boxes,
@@ -180,9 +173,14 @@ def training_samples(
     low=BACKGROUND_BELOW,
     high=MATCHED_FROM,
     allow_low_quality=True,
+  )
+  samples = matching.sample(
+    matches,
+    matching.draw_priorities(key, len(boxes)),
     num_samples=NUM_SAMPLES,
     max_positive=MAX_POSITIVE,
   )
+  targets = objects[matches.object_index[samples.indices]]
   logits = jnp.concatenate([maps.logits for maps in predictions])
   offsets = jnp.concatenate([maps.offsets for maps in predictions])
   return AnchorSamples(
@@ -190,5 +188,5 @@ def training_samples(
     samples.positive,
     samples.valid,
     offsets[samples.indices],
-    box_ops.encode(objects[object_index], boxes[samples.indices]),
+    box_ops.encode(targets, boxes[samples.indices]),
   )

@@ -38,10 +38,12 @@ def test_matches_follow_the_rules_candidate_by_candidate(
     rng = np.random.default_rng(seed)
     objects, candidates = draw_boxes(rng, 5), draw_boxes(rng, 30)
     exists = np.arange(5) < rng.integers(0, 6)
+    usable = rng.random(30) < 0.9
     matches = match(
       objects,
       exists,
       candidates,
+      usable,
       low=low,
       high=high,
       allow_low_quality=allow_low_quality,
@@ -54,8 +56,10 @@ def test_matches_follow_the_rules_candidate_by_candidate(
       is_best = allow_low_quality and any(
         column[g] == overlap[g].max() for g in range(len(overlap))
       )
-      assert positive[n] == (best >= np.float32(high) or is_best)
-      assert negative[n] == (best < np.float32(low) and not is_best)
+      is_matched = best >= np.float32(high) or is_best
+      assert positive[n] == (usable[n] and is_matched)
+      is_background = best < np.float32(low) and not is_best
+      assert negative[n] == (usable[n] and is_background)
       if positive[n]:
         assert index[n] == column.argmax()
 
