@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pqf_jax import errors
 from pqf_jax.tasks.classification.loss import (
   ApplyFn,
   Batch,
@@ -19,7 +20,7 @@ TOP_K = 5
 def make_count(
   apply_fn: ApplyFn, preprocess: Preprocess
 ) -> Callable[[PyTree, Batch], jax.Array]:
-  """Builds (variables, batch) -> [top-1 hits, top-5 hits, images].
+  """Builds (variables, batch) -> [top-1, top-5 hits, finite images, images].
 
   Only images whose `mask` is 1 count.
   """
@@ -32,7 +33,8 @@ def make_count(
     _, best = lax.top_k(logits, min(TOP_K, logits.shape[1]))
     hit = best == batch["label"][:, None]
     top1, top5 = hit[:, 0], hit.any(axis=1)
-    hits = jnp.stack([top1, top5, jnp.ones_like(top1)])
+    finite = jnp.isfinite(logits).all(axis=1)
+    hits = jnp.stack([top1, top5, finite, jnp.ones_like(top1)])
     return jnp.where(hits, batch["mask"][None], 0.0).sum(axis=1)
 
   return count
@@ -49,14 +51,21 @@ def make_evaluate(
 
   Returns:
     evaluate(variables, batches) -> {top1, top5 in 0..1, images}; every batch
-    also has `mask` float32 [B], 0 for padding.
+    also has `mask` float32 [B], 0 for padding. It raises `InputError` where
+    logits are NaN or infinite, which have no largest.
   """
   count = jax.jit(make_count(apply_fn, preprocess))
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     # One device value a batch, read at the end: no sync between batches.
     counts = [count(variables, batch) for batch in batches]
-    top1, top5, images = (float(total) for total in sum(counts))
+    top1, top5, finite, images = (float(total) for total in sum(counts))
+    if finite < images:
+      raise errors.InputError(
+        f"logits are not finite for {images - finite:.0f} of {images:.0f} "
+        "images, so that no class is the largest; the weights are damaged, "
+        "overflow, or their training diverged: use others"
+      )
     return {"top1": top1 / images, "top5": top5 / images, "images": int(images)}
 
   return evaluate

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from pqf_jax import errors
 from pqf_jax.tasks import classification
 
 CLASSES = 7
@@ -98,3 +99,18 @@ def test_evaluation_counts_masked_images_out_and_breaks_ties_as_argmax(rng):
     "top5": pytest.approx(hits[:, :5].any(1).mean()),
     "images": 33,
   }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_have_no_accuracy(rng, value):
+  logits = rng.normal(size=(8, 9)).astype(np.float32)
+  logits[[2, 7], [3, 4]] = value
+  batch = {"image": logits, "label": np.zeros(8, np.int32)}
+  evaluate = classification.make_evaluate(
+    lambda variables, images, train: images, _identity
+  )
+  mask = np.float32([1] * 7 + [0])  # the last image is padding
+  with pytest.raises(errors.InputError, match="not finite for 1 of 7 images"):
+    evaluate({}, [batch | {"mask": mask}])
+  mask[2] = 0
+  assert evaluate({}, [batch | {"mask": mask}])["images"] == 6
