@@ -1,14 +1,30 @@
 """Strict numerics for every test, bounded memory, and optional real data."""
 
+import atexit
 import gc
 import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Tests, workers and the processes that they start share compiled programs: most
+# of the suite's time is compilation, and many tests run the same small job.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _folder = tempfile.mkdtemp(prefix="pqf_jax_")
+  atexit.register(shutil.rmtree, _folder)
+  for _name, _value in (
+    ("jax_compilation_cache_dir", _folder),
+    ("jax_persistent_cache_min_compile_time_secs", 0.1),
+    ("jax_persistent_cache_min_entry_size_bytes", 0),
+  ):
+    os.environ[_name.upper()] = str(_value)
+    jax.config.update(_name, _value)
 
 # What a worker takes at most, with the processes that its tests start.
 WORKER_BYTES = 3 << 30
