@@ -79,7 +79,7 @@ def enlarge(data_dir: str, folder: pathlib.Path, size: tuple[int, int]) -> None:
       (folder / split / name).mkdir(parents=True)
   for index, encoded in enumerate(images.read_all()):
     class_name = class_names[encoded.label]
-    image = transforms.decode_image(encoded.data).resize(size)
+    image = decoding.open_image(encoded.data).resize(size)
     image.save(folder / "train" / class_name / f"{index}.JPEG", quality=92)
   # The reader needs images of every class.
   image = Image.new("RGB", size)
@@ -158,7 +158,7 @@ def break_down(data_dir: str, num_images: int) -> None:
     return results
 
   encoded = timed("read", lambda index: images[index].data, indices.tolist())
-  decoded = timed("decode", transforms.decode_image, encoded)
+  decoded = timed("decode", decoding.open_image, encoded)
   resized = timed(
     "resize",
     lambda image: transforms.resize_short_side(image, SHORT_SIDE),

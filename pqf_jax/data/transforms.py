@@ -4,32 +4,12 @@ Resizing and center crop are torchvision's on Pillow images, antialiased
 bilinear, since the published accuracies were measured with them.
 """
 
-import io
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-
-# Pillow raises these for files that are damaged, cut short or no images.
-DECODING_ERRORS = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  Image.DecompressionBombError,
-)
-
-
-def decode_image(data: bytes) -> Image.Image:
-  """Decodes a file to an RGB image, from gray, CMYK and others too."""
-  image = Image.open(io.BytesIO(data))
-  if image.mode != "RGB":
-    return image.convert("RGB")
-  # Conversion would copy the pixels once more.
-  image.load()
-  return image
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:

@@ -1,5 +1,3 @@
-import io
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,18 +103,6 @@ def test_the_center_crop_starts_where_torchvision_starts(side, first):
   image = noise(side, 6)
   crop = transforms.center_crop(Image.fromarray(image), 4)
   np.testing.assert_array_equal(np.asarray(crop), image[first : first + 4, 1:5])
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_any_jpeg_becomes_rgb(mode):
-  color = Image.new("RGB", (16, 16), (200, 100, 50))
-  file = io.BytesIO()
-  color.convert(mode).save(file, "jpeg", quality=95)
-  image = transforms.decode_image(file.getvalue())
-  assert image.mode == "RGB"
-  gray = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
-  expected = (gray,) * 3 if mode == "L" else (200, 100, 50)
-  np.testing.assert_allclose(np.asarray(image)[8, 8], expected, atol=3)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 4, 3)])

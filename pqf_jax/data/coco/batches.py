@@ -6,10 +6,9 @@ network resizes and normalizes them on the device.
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from pqf_jax import errors
-from pqf_jax.data import batching, transforms
+from pqf_jax.data import batching, decoding
 from pqf_jax.data.coco import masks as coco_masks
 from pqf_jax.data.coco import targets as coco_targets
 
@@ -17,28 +16,20 @@ from pqf_jax.data.coco import targets as coco_targets
 SIDE_MULTIPLE = 32
 
 
-def read_image(path: epath.PathLike) -> np.ndarray:
-  """Reads an image file, also a gray or CMYK one, as uint8 [H, W, 3].
+def read_image(path: epath.PathLike, *, annotated: bool) -> np.ndarray:
+  """Reads an image file as uint8 [H, W, 3], see `decoding.open_image`.
 
   Raises:
-    InputError: the file is missing, cannot be decoded or has more than 8 bits.
+    InputError: the file is missing, cannot be decoded or is refused.
   """
-  path = epath.Path(path)
   try:
-    with path.open("rb") as file, Image.open(file) as image:
-      mode, pixels = image.mode, np.asarray(image.convert("RGB"))
-  except FileNotFoundError as error:
-    raise errors.InputError(f"the image {path} is missing") from error
-  except transforms.DECODING_ERRORS as error:
+    data = decoding.read_file(path)
+    return np.asarray(decoding.open_image(data, annotated=annotated))
+  except decoding.DamagedError as error:
     raise errors.InputError(
-      f"the image {path} cannot be decoded ({error}); copy it again"
+      f"the image {path} cannot be decoded ({error}); copy it again or replace "
+      "it"
     ) from error
-  if mode.startswith(("I", "F")):
-    raise errors.InputError(
-      f"{path} has pixels of more than 8 bits (Pillow's mode {mode}), which "
-      "would be cut off; scale them to 0..255 and save the image again"
-    )
-  return pixels
 
 
 def image_batch(path: epath.PathLike) -> batching.Batch:
@@ -50,7 +41,7 @@ def image_batch(path: epath.PathLike) -> batching.Batch:
   Raises:
     InputError: as `read_image`.
   """
-  pixels = read_image(path)
+  pixels = read_image(path, annotated=False)
   side = rounded_up(max(pixels.shape[:2]))
   row = image_fields(pixels, 0, side) | {"mask": np.float32(1)}
   return {name: value[None] for name, value in row.items()}

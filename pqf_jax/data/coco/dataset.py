@@ -69,12 +69,13 @@ class Split:
         annotations.
     """
     entry = self.images[index]
-    pixels = coco_batches.read_image(self._folder / entry.file_name)
+    path = self._folder / entry.file_name
+    pixels = coco_batches.read_image(path, annotated=True)
     if pixels.shape[:2] != (entry.height, entry.width):
       raise errors.InputError(
-        f"{self._folder / entry.file_name} has {pixels.shape[0]} x "
-        f"{pixels.shape[1]} pixels, but {self._file.path} says "
-        f"{entry.height} x {entry.width} (height x width); copy both again"
+        f"{path} has {pixels.shape[0]} x {pixels.shape[1]} pixels, but "
+        f"{self._file.path} says {entry.height} x {entry.width} (height x "
+        "width); copy both again"
       )
     return pixels
 

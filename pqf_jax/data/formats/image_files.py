@@ -1,16 +1,21 @@
 """Images in folders of classes, DIR/train/CLASS/* and DIR/val/CLASS/*.
 
 This is the layout of PyTorch's examples. Labels are the numbers of the sorted
-names of the folders in `train`; images are numbered by class, then by file
-name.
+names of the folders in `train`; images are numbered by class, then by folder,
+then by file name. As in torchvision's ImageFolder, images may lie in folders
+below that of their class, links are followed, and a class without images is an
+error. Other files, hidden ones such as "._1.JPEG" (which ImageFolder takes) and
+what is no regular file are skipped; a warning counts and names them.
 """
 
+import collections
 import concurrent.futures
 import difflib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 
 from pqf_jax import errors
 from pqf_jax.data import decoding
@@ -29,6 +34,8 @@ SUFFIXES = (
 )
 TEST_FOLDERS = ("val", "validation")
 NUM_THREADS = 32
+# In a warning; the others are counted.
+MAX_NAMED = 5
 
 
 class Images(decoding.EncodedImages):
@@ -42,8 +49,8 @@ class Images(decoding.EncodedImages):
     return len(self.paths)
 
   def __getitem__(self, index: int) -> decoding.EncodedImage:
-    with open(self.paths[index], "rb") as file:
-      return decoding.EncodedImage(file.read(), self.labels[index])
+    data = decoding.read_file(self.paths[index])
+    return decoding.EncodedImage(data, self.labels[index])
 
   def place(self, index: int) -> str:
     """Returns the path of the file."""
@@ -73,6 +80,11 @@ class Folder(decoding.EncodedDataset):
         f"{top} has a folder {has}, but no folder {lacks}; put the images into "
         "train/CLASS and val/CLASS"
       )
+    if len(tests) > 1:
+      raise errors.InputError(
+        f"{top} has both folders {' and '.join(TEST_FOLDERS)}, so that it is "
+        "not known which has the test images; move or rename one"
+      )
     self._test = tests[0]
     self.class_names = _folders(self._train)
     if class_names:
@@ -85,7 +97,11 @@ class Folder(decoding.EncodedDataset):
 
   def flat_test_files(self) -> list[str]:
     """Returns the images in `val` itself, if it has no folders of classes."""
-    return [] if _folders(self._test) else _images(self._test)
+    if _folders(self._test):
+      return []
+    images, skipped = _images(self._test)
+    _warn_of_skipped(self._test, skipped)
+    return images
 
   def split(self, name: str) -> Images:
     """Returns the images of `train`, or for any other name those of `val`.
@@ -113,17 +129,32 @@ class Folder(decoding.EncodedDataset):
         + f"; rename or remove {len(unknown)} such folder(s)"
       )
     with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-      paths = list(pool.map(_images, [folder / name for name in class_names]))
-    images = dict(zip(class_names, paths, strict=True))
-    empty = [name for name in class_names if not images[name]]
-    if empty and name == "train" or len(empty) == len(class_names):
+      listed = list(pool.map(_images, [folder / name for name in class_names]))
+    images_of = {
+      name: images
+      for name, (images, _) in zip(class_names, listed, strict=True)
+    }
+    empty = [name for name in class_names if not images_of[name]]
+    if empty:
       raise errors.InputError(
         f"{folder / empty[0]} holds no images (files that end in "
         f"{' '.join(SUFFIXES)}); complete or remove it"
       )
+    beside = sorted(set(os.listdir(folder)) - set(class_names))
+    skipped = [os.fspath(folder / name) for name in beside]
+    _warn_of_skipped(
+      folder, skipped + [path for _, paths in listed for path in paths]
+    )
+    lacking = [name for name in self.class_names if name not in images_of]
+    if lacking:
+      warnings.warn(
+        f"{folder} has no images of {len(lacking)} of the {self.num_classes} "
+        f"classes: {_first(lacking)}",
+        stacklevel=2,
+      )
     label = {name: number for number, name in enumerate(self.class_names)}
-    labels = [label[name] for name in class_names for _ in images[name]]
-    return Images(list(itertools.chain(*paths)), labels)
+    labels = [label[name] for name in class_names for _ in images_of[name]]
+    return Images(list(itertools.chain(*images_of.values())), labels)
 
 
 def _check_classes(
@@ -148,21 +179,70 @@ def _check_classes(
 
 
 def _folders(folder: pathlib.Path) -> list[str]:
-  return _names(folder, os.DirEntry.is_dir)
-
-
-def _images(folder: pathlib.Path) -> list[str]:
-  names = _names(folder, lambda entry: entry.name.lower().endswith(SUFFIXES))
-  return [str(folder / name) for name in names]
-
-
-def _names(
-  folder: pathlib.Path, is_wanted: Callable[[os.DirEntry[str]], bool]
-) -> list[str]:
-  """Returns sorted names, without hidden files such as "._1.JPEG"."""
+  """Returns sorted names, without hidden folders such as ".cache"."""
   with os.scandir(folder) as entries:
     return sorted(
       entry.name
       for entry in entries
-      if not entry.name.startswith(".") and is_wanted(entry)
+      if not entry.name.startswith(".") and _is_folder(entry)
     )
+
+
+def _images(folder: pathlib.Path) -> tuple[list[str], list[str]]:
+  """Returns the images in a folder and below, and what is skipped there."""
+  images, skipped = [], []
+  pending = [os.fspath(folder)]
+  while pending:
+    parent = pending.pop()
+    with os.scandir(parent) as entries:
+      for entry in entries:
+        is_hidden = entry.name.startswith(".")
+        if _is_folder(entry) and not is_hidden and not _is_loop(entry):
+          pending.append(entry.path)
+        elif (
+          _is_regular(entry)
+          and not is_hidden
+          and entry.name.lower().endswith(SUFFIXES)
+        ):
+          images.append((parent, entry.name))
+        else:
+          skipped.append(entry.path)
+  return [os.path.join(*image) for image in sorted(images)], sorted(skipped)
+
+
+# Of an entry the kind is known without asking the disk, unless it is a link,
+# and a link to itself is an error there.
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+  return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+  return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def _is_loop(entry: os.DirEntry[str]) -> bool:
+  """Finds links to a folder above, which would be followed forever."""
+  if not entry.is_symlink():
+    return False
+  parent = pathlib.Path(entry.path).parent.resolve()
+  return parent.is_relative_to(pathlib.Path(entry.path).resolve())
+
+
+def _warn_of_skipped(folder: pathlib.Path, skipped: Sequence[str]) -> None:
+  if not skipped:
+    return
+  suffixes = collections.Counter(
+    os.path.splitext(path)[1] or "no suffix" for path in skipped
+  )
+  kinds = [f"{kind}: {count}" for kind, count in suffixes.most_common()]
+  names = [os.path.relpath(path, folder) for path in skipped]
+  warnings.warn(
+    f"{folder}: {len(skipped)} entries are skipped ({_first(kinds)}), since "
+    f"they are hidden or no regular files that end in {' '.join(SUFFIXES)}: "
+    f"{_first(names)}",
+    stacklevel=2,
+  )
+
+
+def _first(names: Sequence[str]) -> str:
+  return ", ".join(names[:MAX_NAMED]) + (", ..." * (len(names) > MAX_NAMED))

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -133,9 +135,23 @@ def test_one_image_file_is_a_batch(tmp_path, dataset):
   assert (batch["image"][0, :20, :50] == 77).all()
   assert batch["image"].sum() == 77 * 20 * 50 * 3
   with pytest.raises(
-    errors.InputError, match="the image .*lost.png is missing"
+    errors.InputError, match="the image .*lost.png cannot .*it is missing"
   ):
     detection_batches.image_batch(tmp_path / "lost.png")
+
+
+def test_one_image_file_is_turned_as_viewers_turn_it(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.new("L", (50, 20), 77).save(tmp_path / "turned.jpg", exif=exif)
+  batch = detection_batches.image_batch(tmp_path / "turned.jpg")
+  assert batch["size"].tolist() == [[50, 20]]
+
+
+def test_a_pipe_is_no_image_file(tmp_path):
+  os.mkfifo(tmp_path / "pipe.png")
+  with pytest.raises(errors.InputError, match="pipe.png .* a regular file"):
+    detection_batches.image_batch(tmp_path / "pipe.png")
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(dataset):

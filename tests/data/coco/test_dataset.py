@@ -305,10 +305,25 @@ def test_a_damaged_image_is_refused_when_it_is_read(folder, content):
     dataset.test.pixels(1)
 
 
-def test_an_image_of_16_bits_is_refused(folder):
-  pixels = np.full((64, 40), 40_000, np.uint16)
+def test_an_image_of_16_bits_is_scaled_and_one_of_floats_refused(folder):
+  pixels = np.full((64, 40), 200 * 257, np.uint16)
   Image.fromarray(pixels).save(folder / "val2017/11.png")
-  with pytest.raises(errors.InputError, match="11.png .* more than 8 bits"):
+  assert (load(folder).test.pixels(1) == 200).all()
+  Image.fromarray(pixels / np.float32(2**16)).save(
+    folder / "val2017/11.png", "tiff"
+  )
+  with pytest.raises(errors.InputError, match=r"11.png .*mode F .* with 8 bit"):
+    load(folder).test.pixels(1)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_image_that_viewers_turn_is_refused(folder, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  Image.new("RGB", (40, 64)).save(folder / "val2017/11.png", exif=exif)
+  with pytest.raises(
+    errors.InputError, match=f"11.png .*EXIF orientation is {orientation}"
+  ):
     load(folder).test.pixels(1)
 
 

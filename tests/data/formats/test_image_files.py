@@ -1,3 +1,4 @@
+import os
 import pathlib
 import shutil
 
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from pqf_jax import data, errors
+from pqf_jax.data.formats import image_files
 from tests.data import tiny_imagenet, tiny_tfds
 
 CLASSES = ("ant", "bee", "Cat")
@@ -93,12 +95,97 @@ def test_batches_resume_exactly(photos):
       np.testing.assert_array_equal(values, other[name])
 
 
-def test_what_is_no_image_is_not_read(photos):
+def test_what_is_no_image_is_counted_and_named(photos):
   (photos / "train/ant/._0.JPEG").write_bytes(b"of a file manager")
-  (photos / "train/ant/notes.txt").write_bytes(b"")
+  (photos / "train/ant/below").mkdir()
+  for name in ("notes.txt", "1.gif", "2.jfif", "below/3.gif", "none"):
+    (photos / "train/ant" / name).write_bytes(b"")
   (photos / "train/.cache").mkdir()
-  dataset = data.get_dataset("image_folder", data_dir=str(photos))
+  (photos / "train/beside.png").write_bytes(b"")
+  with pytest.warns(UserWarning, match="train: 8 entries are") as caught:
+    dataset = data.get_dataset("image_folder", data_dir=str(photos))
+  (message,) = (str(warning.message) for warning in caught)
+  for text in (
+    ".gif: 2",
+    "no suffix: 2",
+    ".jfif: 1",
+    ".cache, beside.png, ant",
+  ):
+    assert text in message
   assert len(dataset.train) == 15
+
+
+def test_what_is_no_regular_file_is_skipped(photos):
+  os.mkfifo(photos / "val/ant/pipe.png")
+  (photos / "val/ant/lost.png").symlink_to("nowhere")
+  (photos / "val/ant/itself.png").symlink_to("itself.png")
+  (photos / "val/ant/above").symlink_to("..")
+  with pytest.warns(
+    UserWarning,
+    match="val: 4 .*ant/above, ant/itself.png, ant/lost.png, ant/pipe.png",
+  ):
+    dataset = data.get_dataset("image_folder", data_dir=str(photos))
+  assert len(dataset.test) == 6
+
+
+def test_images_below_the_folder_of_their_class(photos):
+  """Finds the files that torchvision's walk finds, in its order."""
+  (photos / "val/bee/1.jpg").rename(photos / "val/bee/z.jpg")
+  elsewhere = photos / "elsewhere"
+  for name in ("a/1.PNG", "a-b/2.webp", "a/b/3.pgm", "a/0.jpeg"):
+    path = photos / "val/bee" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (9, 9), 30).save(path)
+  (photos / "val/bee/a-b").rename(elsewhere)
+  (photos / "val/bee/a-b").symlink_to(elsewhere)
+  split = image_files.Folder(photos).split("validation")
+  expected = [
+    os.path.join(root, name)
+    for root, _, names in sorted(os.walk(photos / "val/bee", followlinks=True))
+    for name in sorted(names)
+  ]
+  assert [os.path.basename(path) for path in expected] == [
+    *("0.JPEG", "z.jpg", "0.jpeg", "1.PNG", "2.webp", "3.pgm")
+  ]
+  assert split.paths[2:8] != expected  # of the classes Cat, ant, bee
+  assert split.paths[4:] == expected
+  assert split.labels == [0] * 2 + [1] * 2 + [2] * 6
+
+
+def test_images_turned_and_with_16_bits(photos):
+  """Reads the pixels of a picture however it is stored."""
+  picture = np.random.default_rng(0).integers(0, 256, (224, 224), np.uint8)
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  for path in (photos / "val").rglob("*.*"):
+    path.unlink()
+  for name, pixels, settings in (
+    ("8", picture, {}),
+    ("16", picture.astype(np.uint16) * 257, {}),
+    ("turned", np.rot90(picture), {"exif": turned}),
+  ):
+    path = photos / "val/bee" / f"{name}.png"
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path, **settings)
+  for name in ("ant", "Cat"):
+    (photos / "val" / name).rmdir()
+  with pytest.warns(UserWarning, match="no images of 2 of the 3"):
+    dataset = data.get_dataset("image_folder", data_dir=str(photos))
+  images = [dataset.test[index]["image"] for index in range(3)]
+  for image in images[1:]:
+    np.testing.assert_array_equal(image, images[0])
+
+
+def test_a_refused_test_image_is_named_with_the_fix(photos):
+  pixels = np.random.default_rng(0).random((9, 9), np.float32)
+  Image.fromarray(pixels).save(photos / "val/Cat/0.tiff")
+  dataset = data.get_dataset("image_folder", data_dir=str(photos))
+  with pytest.raises(errors.InputError, match="Cat/0.tiff .*mode F in TIFF"):
+    [dataset.test[index] for index in range(7)]
+
+
+def test_both_folders_of_test_images_are_refused(photos):
+  shutil.copytree(photos / "val", photos / "validation")
+  assert "both folders val and validation" in refusal("image_folder", photos)
 
 
 def test_a_part_of_imagenet_is_refused(imagenet, tmp_path):
@@ -140,17 +227,19 @@ def test_a_test_class_that_is_not_trained(photos):
   assert "(it has bee)" in message
 
 
-def test_an_empty_class(photos):
-  shutil.rmtree(photos / "train/bee")
-  (photos / "train/bee").mkdir()
-  assert f"{photos / 'train/bee'} holds no images" in refusal(
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_class(photos, split):
+  shutil.rmtree(photos / split / "bee")
+  (photos / split / "bee").mkdir()
+  assert f"{photos / split / 'bee'} holds no images" in refusal(
     "image_folder", photos
   )
 
 
 def test_a_class_may_lack_test_images(photos):
   shutil.rmtree(photos / "val/ant")
-  dataset = data.get_dataset("image_folder", data_dir=str(photos))
+  with pytest.warns(UserWarning, match="no images of 1 of the 3 classes: ant"):
+    dataset = data.get_dataset("image_folder", data_dir=str(photos))
   assert [dataset.test[i]["label"] for i in range(4)] == [0, 0, 2, 2]
 
 
