@@ -23,7 +23,7 @@ def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
     value: JSON data, in which scalars and arrays of NumPy or JAX become numbers
       and lists, other objects their text, NaN and infinity null.
   """
-  files.write(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+  files.write(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
 
 def append_metric(path: epath.PathLike, record: schema.Record) -> None:
@@ -36,7 +36,7 @@ def append_metric(path: epath.PathLike, record: schema.Record) -> None:
     path: of `metrics.jsonl`.
     record: see `schema.Record`; its values may be device scalars.
   """
-  line = (json.dumps(_plain(record)) + "\n").encode()
+  line = (json.dumps(plain(record)) + "\n").encode()
   log = epath.Path(path)
   if files.is_remote(log):
     # An object in a bucket cannot grow, so it is written anew; it is small.
@@ -56,21 +56,28 @@ def read_metrics(path: epath.PathLike) -> list[schema.Record]:
     Its records in order, without a last line that is incomplete.
 
   Raises:
-    InputError: a complete line is not JSON, so the file is damaged.
+    InputError: a complete line is not a record, so the file is damaged.
   """
   log = epath.Path(path)
   if not log.exists():
     return []
   *lines, _ = log.read_bytes().split(b"\n")
-  records = []
+  records: list[schema.Record] = []
   for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
-    except ValueError as error:
+      record = json.loads(line)
+    except (ValueError, RecursionError):
+      record = None
+    fields = record if isinstance(record, dict) else {}
+    if not isinstance(fields.get("stage"), str) or not isinstance(
+      fields.get("step"), int
+    ):
       raise errors.InputError(
-        f"{log} line {number} is not a JSON record ({error}); remove this "
-        "line, or the whole file to start the log again"
-      ) from error
+        f"{log} line {number} is not a JSON record with stage and step, but "
+        f"{line[:40]!r}; remove this line, or the whole file to start the log "
+        "again"
+      )
+    records.append(fields)
   return records
 
 
@@ -92,7 +99,8 @@ def resume_metrics(path: epath.PathLike, stage: str, step: int) -> None:
   files.write(path, "".join(kept).encode())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """Returns the value as `write_json` writes and a reader reads it."""
   text = json.dumps(value, default=_as_builtin)
   # JSON has no NaN: other readers would refuse the file.
   return json.loads(text, parse_constant=lambda name: None)

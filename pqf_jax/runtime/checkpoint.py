@@ -4,11 +4,16 @@ checkpoints/permute/         arrays, written by orbax (atomic rename)
 checkpoints/permute.json     the stage's record, written last: the stage is done
 checkpoints/finetune@1200/   progress inside a stage, at step 1200
 
+A record holds `sha256` of itself and of the arrays' files, and nothing is
+restored that does not match it. The last two states of progress are kept, so
+that a damaged one costs the steps since the one before.
+
 Trees that are saved are equal on all processes, local or replicated; all
 processes save the arrays, process 0 writes the record. Restored trees are
 local, and the numbers of processes and devices may differ from the saving run.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,10 +23,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pqf_jax import errors
-from pqf_jax.runtime import distributed, files
+from pqf_jax.runtime import distributed, files, progress
 
 PyTree = Any
 Record = dict[str, Any]
+
+
+class DamagedError(errors.InputError):
+  """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
@@ -46,7 +55,7 @@ class Checkpoints:
       compute: () -> (tree, JSON record), called if no checkpoint exists.
 
     Raises:
-      InputError: the checkpoint does not fit the target.
+      InputError: the checkpoint is damaged, or does not fit the target.
     """
     stored = self.restore(stage, target)
     if stored is not None:
@@ -60,11 +69,12 @@ class Checkpoints:
     """Returns (tree, record) of a finished save, or None.
 
     Raises:
-      InputError: the checkpoint does not fit the target.
+      DamagedError: the checkpoint is not what was saved.
+      InputError: it does not fit the target.
     """
-    sidecar = self._root / f"{name}.json"
-    if not sidecar.exists():
+    if not (self._root / f"{name}.json").exists():
       return None
+    record = self._verified_record(name)
     # Without shardings orbax restores only to the devices of the saving run.
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -79,11 +89,11 @@ class Checkpoints:
         )
       except (ValueError, FileNotFoundError, KeyError) as error:
         raise errors.InputError(
-          f"the checkpoint {self._root / name} does not fit this run or is "
-          f"damaged ({str(error).splitlines()[0]}); delete {self._root} to "
-          "compute it again, or use another --workdir"
+          f"the checkpoint {self._root / name} does not fit this run "
+          f"({str(error).partition(chr(10))[0]}); use another --workdir, or "
+          "the settings and the version of this program that saved it"
         ) from error
-    return tree, json.loads(sidecar.read_text())
+    return tree, record
 
   def save(self, name: str, tree: PyTree, record: Record) -> None:
     """Saves arrays, then the record, without which they are ignored.
@@ -96,6 +106,8 @@ class Checkpoints:
       self._root.mkdir(parents=True, exist_ok=True)
       num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
       files.check_space(self._root, num_bytes)
+      # That of a damaged save, which belongs to other arrays.
+      (self._root / f"{name}.json").unlink(missing_ok=True)
     # With several processes, orbax refuses arrays of a single one.
     if jax.process_count() > 1:
       tree = distributed.replicate(tree)
@@ -109,37 +121,96 @@ class Checkpoints:
           raise files.disk_full(self._root / name) from error
         raise
     if distributed.is_lead():
+      files.sync_tree(self._root / name)
+      record = json.loads(json.dumps(record))  # as it will be read
+      sealed = record | {"sha256": self._digest(name, record)}
       record_file = self._root / f"{name}.json"
-      files.write(record_file, json.dumps(record, indent=2).encode())
+      files.write(record_file, json.dumps(sealed, indent=2).encode())
     distributed.barrier(f"saved {name}")
 
   def save_progress(
     self, stage: str, step: int, tree: PyTree, record: Record
   ) -> None:
-    """Saves the state inside a stage and removes older states."""
-    older = self._progress(stage)
+    """Saves the state inside a stage; keeps only the one before."""
+    others = self._progress(stage)
     self.save(f"{stage}@{step}", tree, record)
-    older.pop(step, None)
-    self._remove(older.values())
+    others.pop(step, None)
+    others.pop(max((s for s in others if s < step), default=step), None)
+    self._remove(others.values())
 
   def restore_progress(
     self, stage: str, target: PyTree
   ) -> tuple[PyTree, Record] | None:
-    """Returns the latest (tree, record) inside a stage, or None."""
+    """Returns the latest (tree, record) inside a stage, or None.
+
+    A damaged state is named, and the one before is returned.
+
+    Raises:
+      DamagedError: all states are damaged.
+      InputError: the latest one does not fit the target.
+    """
     saved = self._progress(stage)
-    return self.restore(saved[max(saved)], target) if saved else None
+    for step in sorted(saved, reverse=True):
+      try:
+        return self.restore(saved[step], target)
+      except DamagedError as error:
+        if step == min(saved):
+          raise
+        progress.say(f"going on from the progress before: {error}")
+    return None
 
   def drop_progress(self, stage: str) -> None:
     """Removes the states inside a stage; call it when the stage is saved."""
     self._remove(self._progress(stage).values())
 
+  def stages(self) -> list[str]:
+    """Returns the names of all that is saved, of progress with its step."""
+    return sorted(path.stem for path in self._root.glob("*.json"))
+
   def _progress(self, stage: str) -> dict[int, str]:
     """Returns {step: name} of the states inside a stage."""
-    names = [path.stem for path in self._root.glob(f"{stage}@*.json")]
-    return {int(name.partition("@")[2]): name for name in names}
+    saved = {}
+    for path in self._root.glob(f"{stage}@*.json"):
+      step = path.stem.partition("@")[2]
+      if not step.isdecimal():
+        raise errors.InputError(
+          f"{path} is not a file of this program, which names progress "
+          f"{stage}@STEP.json; move it out of {self._root}"
+        )
+      saved[int(step)] = path.stem
+    return saved
+
+  def _digest(self, name: str, record: Record) -> str:
+    text = json.dumps(record, sort_keys=True) + files.digest_tree(
+      self._root / name
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def _verified_record(self, name: str) -> Record:
+    """Returns a record after comparing it and the arrays with its sha256."""
+    problems = []
+    if distributed.is_lead():
+      try:
+        record = files.read_json(self._root / f"{name}.json")
+        stored = record.pop("sha256", None)
+        if stored != self._digest(name, record):
+          problems.append(f"its content does not match its sha256 {stored}")
+      except (errors.InputError, OSError) as error:
+        problems.append(str(error))
+    # All processes restore, or none: they wait for each other in restoring.
+    for problem in distributed.gather_lists(problems):
+      raise DamagedError(
+        f"the checkpoint {self._root / name} is damaged ({problem}); put a "
+        f"copy back, or move this folder and {name}.json elsewhere to compute "
+        "only this again"
+      )
+    record = files.read_json(self._root / f"{name}.json")
+    del record["sha256"]
+    return record
 
   def _remove(self, names: Iterable[str]) -> None:
     for name in names if distributed.is_lead() else ():
       # The record first: without it the arrays are ignored.
       (self._root / f"{name}.json").unlink()
-      (self._root / name).rmtree()
+      if (self._root / name).exists():
+        (self._root / name).rmtree()

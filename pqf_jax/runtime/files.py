@@ -1,11 +1,20 @@
 """Writes files whole or not at all, on local and remote storage."""
 
+import contextlib
+import datetime
 import errno
+import fcntl
 import functools
+import hashlib
+import json
 import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
+import numpy as np
 from etils import epath
 
 from pqf_jax import errors
@@ -19,17 +28,22 @@ def absolute(path: epath.PathLike) -> epath.Path:
       knows, which is returned unchanged.
 
   Raises:
-    InputError: the package that reads such storage is not installed.
+    InputError: no package reads such storage, or it is not installed.
   """
-  given = epath.Path(path)
-  if not is_remote(given):
-    return given.expanduser().resolve()
   try:
+    given = epath.Path(path)
+    if not is_remote(given):
+      return given.expanduser().resolve()
     given.exists()
   except ImportError as error:
     raise errors.InputError(
       f"{path} needs a package that is not installed: {error} (for gs:// pip "
       "install gcsfs)"
+    ) from error
+  except KeyError as error:
+    raise errors.InputError(
+      f"{path} is on storage of a kind that is not known ({error}); copy it to "
+      "this machine or to a bucket (gs://...)"
     ) from error
   return given
 
@@ -40,9 +54,11 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def write(path: epath.PathLike, data: bytes) -> None:
-  """Writes a file as `<path>.partial`, then renames it; creates its folder.
+  """Writes a file as `<path>.<process>.partial`, then renames it.
 
-  In a bucket it writes directly: an object appears when it is complete.
+  The bytes are on the disk before the name is, so that not even a power cut
+  leaves half a file. In a bucket it writes directly: an object appears when it
+  is complete. The folder is created if needed.
 
   Raises:
     InputError: the disk is full.
@@ -52,15 +68,122 @@ def write(path: epath.PathLike, data: bytes) -> None:
     target.write_bytes(data)
     return
   target.parent.mkdir(parents=True, exist_ok=True)
-  partial = target.with_name(f"{target.name}.partial")
+  partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
   try:
     partial.write_bytes(data)
+    _sync(partial)
     partial.replace(target)
+    _sync(target.parent)
   except OSError as error:
     partial.unlink(missing_ok=True)
     if error.errno == errno.ENOSPC:
       raise disk_full(path) from error
     raise
+
+
+def sync_tree(folder: epath.Path) -> None:
+  """Waits until all of a folder is on the disk; does nothing in a bucket."""
+  if not is_remote(folder):
+    for path in _walk(folder):
+      _sync(path)
+      _sync(path.parent)
+    _sync(folder.parent)
+
+
+def digest_tree(folder: epath.Path) -> str:
+  """Returns the sha256 of the names and bytes of all files in a folder."""
+  total = hashlib.sha256()
+  for path in _walk(folder):
+    total.update(os.fspath(path).removeprefix(os.fspath(folder)).encode())
+    total.update(hashlib.sha256(path.read_bytes()).digest())
+  return total.hexdigest()
+
+
+def digest_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
+  """Returns the sha256 of names, types, shapes and bytes of arrays."""
+  total = hashlib.sha256()
+  for name, array in arrays:
+    value = np.asarray(array)
+    total.update(f"{name} {value.dtype} {value.shape} ".encode())
+    total.update(value.tobytes())
+  return total.hexdigest()
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    InputError: the file is empty, cut off, or anything else.
+  """
+  data = epath.Path(path).read_bytes()
+  try:
+    value = json.loads(data)
+  except (ValueError, RecursionError) as error:
+    reason = str(error) if data.strip() else "it is empty"
+    raise errors.InputError(
+      f"{path} is damaged: it is not a JSON object ({reason}); put a copy of "
+      "it back, or use another --workdir"
+    ) from error
+  if not isinstance(value, dict):
+    raise errors.InputError(
+      f"{path} is damaged: it holds {str(value)[:40]!r} instead of a JSON "
+      "object; put a copy of it back, or use another --workdir"
+    )
+  return value
+
+
+def lock(path: epath.PathLike) -> IO[str] | None:
+  """Locks a file until the result is closed, or the process ends or is killed.
+
+  Returns:
+    None where nothing can be locked: in a bucket, and on disks without locks.
+
+  Raises:
+    InputError: another process holds the lock; says which.
+  """
+  if is_remote(path):
+    return None
+  with contextlib.ExitStack() as stack:
+    file = stack.enter_context(open(path, "a+"))
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise errors.InputError(
+        f"{os.path.dirname(path)} is in use by "
+        f"{file.read() or 'another process'}; wait until that ends, or use "
+        "another --workdir"
+      ) from error
+    except OSError:
+      return None
+    file.truncate(0)
+    start = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {start}")
+    file.flush()
+    stack.pop_all()  # it stays open
+    return file
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+  """Yields the files in a folder and below, in the order of their names."""
+  for path in sorted(folder.iterdir()):
+    if path.is_dir():
+      yield from _walk(path)
+    else:
+      yield path
+
+
+def _sync(path: epath.Path) -> None:
+  """Waits until a file, or the names in a folder, are on the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    # Some mounted storage cannot do this, above all for folders.
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+      raise
+  finally:
+    os.close(descriptor)
 
 
 def fetch(path: epath.PathLike) -> str:

@@ -78,8 +78,25 @@ def test_a_log_that_is_not_there_is_empty(tmp_path):
   assert report.read_metrics(path) == []
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize(
+  "line",
+  [
+    '{"sta',
+    "5",
+    "[]",
+    "{}",
+    "null",
+    '{"stage": 1, "step": 0}',
+    "\0",
+    "[" * 9999,
+  ]
+  + ['{"stage": "train", "step": "0"}'],
+)
+def test_a_damaged_line_is_named(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
-  path.write_text('{"stage": "train", "step": 0}\n{"sta\n{}\n')
+  good = '{"stage": "train", "step": 0}'
+  path.write_text(f"{good}\n{line}\n{good}\n")
   with pytest.raises(errors.InputError, match="line 2 .*remove"):
     report.read_metrics(path)
+  with pytest.raises(errors.InputError, match="line 2 .*remove"):
+    report.resume_metrics(path, "train", 0)
