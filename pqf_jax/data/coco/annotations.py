@@ -5,7 +5,8 @@ the training rely on is checked here, once, when the file is opened.
 """
 
 import json
-import math
+import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ from pqf_jax.data.coco import masks
 
 JsonObject = dict[str, Any]
 Check = Callable[[Any], bool]
+# A mask takes as many bytes; Pillow refuses larger images.
+MOST_PIXELS = 2**27
+# Of box and mask, by their intersection over union. Less comes from boxes in
+# another notation, or from masks that were drawn for another size of the image.
+LEAST_OVERLAP = 0.5
 
 
 class AnnotatedImage(NamedTuple):
@@ -54,9 +60,13 @@ class AnnotationFile(NamedTuple):
 def read(path: epath.PathLike) -> AnnotationFile:
   """Reads and checks a file such as instances_train2017.json.
 
+  A warning counts the boxes that do not fit their masks, see `LEAST_OVERLAP`,
+  and names the first.
+
   Raises:
-    InputError: the file is missing or damaged, has no images, or an entry
-      lacks a field or contradicts another; the message names file and entry.
+    InputError: the file is missing or damaged, has no images, an entry lacks a
+      field or contradicts another, or most boxes do not fit; the message names
+      file and entry.
   """
   path = epath.Path(path)
   content = _content(path)
@@ -76,9 +86,32 @@ def read(path: epath.PathLike) -> AnnotationFile:
     raise errors.InputError(
       f"{path} lists no images, but must list one or more; copy it again"
     )
+  for image in images.values():
+    if image.height * image.width > MOST_PIXELS:
+      raise errors.InputError(
+        f"{path}: image {image.id}, {image.file_name}, has {image.height} x "
+        f"{image.width} pixels (height x width), more than the {MOST_PIXELS} "
+        "that can be read; correct or scale it"
+      )
+  misfits: list[str] = []
   for index, entry in enumerate(content["annotations"]):
     annotation = _checked_annotation(path, index, entry, images, categories)
-    images[annotation["image_id"]].annotations.append(annotation)
+    image = images[annotation["image_id"]]
+    image.annotations.append(annotation)
+    if misfit := _misfit(annotation, image):
+      misfits.append(
+        f"annotations[{index}] (id {_shown(entry.get('id'))}) of "
+        f"{image.file_name}, {misfit}"
+      )
+  if misfits:
+    message = (
+      f"{path}: the boxes of {len(misfits)} of {len(content['annotations'])} "
+      f"annotations do not fit their masks, first {misfits[0]}; COCO's boxes "
+      "are x, y, width, height in pixels of the image; correct them"
+    )
+    if len(misfits) > len(content["annotations"]) / 2:
+      raise errors.InputError(message)
+    warnings.warn(message, stacklevel=2)
   return AnnotationFile(
     path,
     tuple(images.values()),
@@ -88,16 +121,22 @@ def read(path: epath.PathLike) -> AnnotationFile:
 
 def _content(path: epath.Path) -> dict[str, list[Any]]:
   """Reads the three lists of the file."""
-  if not path.exists():
+  if not path.is_file():
     raise errors.InputError(
       f"{path} is missing; data_dir must be a folder in COCO's layout, with "
       "annotations/instances_SPLIT2017.json and the images in SPLIT2017/"
     )
   try:
-    content = json.loads(path.read_text())
+    # From bytes, JSON may be in UTF-8, 16 or 32, with a byte order mark or not.
+    content = json.loads(path.read_bytes(), parse_int=_integer)
   except ValueError as error:
     raise errors.InputError(
-      f"{path} is not valid JSON ({error}); copy it again"
+      f"{path} is not valid JSON ({error}); correct it, or copy it again"
+    ) from error
+  except RecursionError as error:
+    raise errors.InputError(
+      f"{path} has lists or objects nested more than a thousand deep, which "
+      "annotations of COCO have not; correct it"
     ) from error
   for name in ("images", "annotations", "categories"):
     if not isinstance(content, dict) or not isinstance(content.get(name), list):
@@ -106,6 +145,11 @@ def _content(path: epath.Path) -> dict[str, list[Any]]:
         "the lists images, annotations and categories"
       )
   return content
+
+
+def _integer(digits: str) -> int | float:
+  """Reads a number; as for decimals, one that no float can hold is infinite."""
+  return int(digits) if len(digits) < 300 else float(digits)
 
 
 def _by_id(
@@ -142,7 +186,10 @@ def _checked_annotation(
     "bbox": _is_box,
   }
   _check_fields(where, entry, fields)
-  where += f" (id {entry.get('id')})"
+  for name, is_valid in (("area", _is_area), ("iscrowd", _is_flag)):
+    if entry.get(name) is not None:
+      _check_fields(where, entry, {name: is_valid})
+  where += f" (id {_shown(entry.get('id'))})"
   if entry["image_id"] not in images:
     raise errors.InputError(
       f"{where} belongs to image {entry['image_id']}, but the file lists no "
@@ -161,7 +208,7 @@ def _checked_annotation(
       f"{where} of {image.file_name} {fault}; correct the segmentation"
     )
   area = entry.get("area")
-  if not _is_number(area):
+  if area is None:
     mask = masks.decode(segmentation, image.height, image.width)
     area = int(mask.sum())
   # Other fields would take memory: COCO has 860,001 annotations.
@@ -175,32 +222,70 @@ def _checked_annotation(
 def _check_fields(where: str, entry: Any, fields: Mapping[str, Check]) -> None:
   if not isinstance(entry, dict):
     raise errors.InputError(
-      f"{where} is {entry!r}, but must be an object with fields"
+      f"{where} is {_shown(entry)}, but must be an object with fields"
     )
   for name, is_valid in fields.items():
     if name not in entry:
       raise errors.InputError(f"{where} has no field {name!r}; add it")
     if not is_valid(entry[name]):
       raise errors.InputError(
-        f"{where} has the invalid {name} {entry[name]!r}; correct it"
+        f"{where} has the invalid {name} {_shown(entry[name])}; correct it"
       )
 
 
-def _is_number(value: Any) -> bool:
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
+def _misfit(annotation: JsonObject, image: AnnotatedImage) -> str:
+  """Describes box and mask where they do not fit; '' if they do.
+
+  Boxes without area are not compared: they are not trained on.
+  """
+  x, y, width, height = annotation["bbox"]
+  if width <= 0 or height <= 0:
+    return ""
+  left, top, right, bottom = masks.extent(
+    annotation["segmentation"], image.height, image.width
   )
+  # Rounding to whole pixels is no misfit, however small the object.
+  columns = min(x + width, right) - max(x, left) + 2
+  rows = min(y + height, bottom) - max(y, top) + 2
+  shared = max(columns, 0) * max(rows, 0)
+  union = (
+    (width + 2) * (height + 2)
+    + (right - left + 2) * (bottom - top + 2)
+    - shared
+  )
+  if shared >= LEAST_OVERLAP * union:
+    return ""
+  return (
+    f"whose box is {annotation['bbox']} but whose mask has x from {left:g} to "
+    f"{right:g} and y from {top:g} to {bottom:g}"
+  )
+
+
+def _shown(value: Any) -> str:
+  """Returns a value as one short line."""
+  return reprlib.repr(value)
+
+
+def _is_number(value: Any) -> bool:
+  # No coordinate is larger, and float32 holds them and their sums.
+  return type(value) in (int, float) and abs(value) < 2**31
+
+
+def _is_area(value: Any) -> bool:
+  return type(value) in (int, float) and 0 <= value < 2**62
+
+
+def _is_flag(value: Any) -> bool:
+  return value in (0, 1)
 
 
 def _is_id(value: Any) -> bool:
   # Ids are sent to the device as int64.
-  return isinstance(value, int) and 0 <= value < 2**63
+  return type(value) is int and 0 <= value < 2**63
 
 
 def _is_side(value: Any) -> bool:
-  return isinstance(value, int) and value > 0
+  return type(value) is int and 0 < value <= MOST_PIXELS
 
 
 def _is_name(value: Any) -> bool:

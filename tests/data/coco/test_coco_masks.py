@@ -5,6 +5,7 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 from hypothesis import strategies
+from pycocotools import mask as coco_rle
 
 from pqf_jax.data.coco import masks as coco_masks
 from tests.data.coco import tiny_coco
@@ -65,6 +66,44 @@ def test_polygons_of_two_corners_have_no_area():
   )
 
 
+@hypothesis.given(
+  arrays.arrays(bool, (7, 9)),
+  strategies.integers(0, 10**6),
+  strategies.text(
+    strategies.characters(min_codepoint=40, max_codepoint=120), max_size=4
+  ),
+)
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_a_changed_code_is_refused_or_is_what_pycocotools_reads(
+  mask, place, inserted
+):
+  (code,) = coco_masks.encode(mask[None])
+  cut = place % (len(code["counts"]) + 1)
+  counts = code["counts"][:cut] + inserted + code["counts"][cut + 1 :]
+  code = {"size": [7, 9], "counts": counts}
+  if not coco_masks.fault(code, 7, 9):
+    np.testing.assert_array_equal(
+      coco_masks.decode(code, 7, 9), coco_rle.decode(code)
+    )
+
+
+@hypothesis.given(arrays.arrays(bool, SHAPES))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_the_extent_is_that_of_the_pixels(masks):
+  for mask in masks:
+    # Runs of no pixels, which some programs write, add nothing.
+    code = {"size": [*mask.shape], "counts": [0, 0, *tiny_coco.runs(mask), 0]}
+    x1, y1, x2, y2 = coco_masks.extent(code, *mask.shape)
+    expected = tiny_coco.box_of(mask) if mask.any() else [0, 0, 0, 0]
+    assert [x1, y1, x2 - x1, y2 - y1] == expected
+
+
+def test_the_extent_of_polygons_ends_with_the_image():
+  polygons = [[2, 3, 6.5, 3, 4, 5], [5, 4, 12, -6, 9, 2]]
+  assert coco_masks.extent(polygons, 8, 10) == (2, 0, 10, 5)
+  assert coco_masks.fault(polygons, 8, 10) == ""
+
+
 @pytest.mark.parametrize(
   ("segmentation", "message"),
   [
@@ -85,7 +124,20 @@ def test_polygons_of_two_corners_have_no_area():
     ({"size": [4, 4], "counts": [3, 40]}, "43 pixels"),
     ({"size": [4, 4], "counts": [20, -4]}, "not whole numbers"),
     ({"size": [4, 4], "counts": [8.5, 7.5]}, "not whole numbers"),
-    ({"size": [4, 4], "counts": "hello"}, "cannot be read"),
+    ({"size": [4, 4], "counts": [True, 15]}, "not whole numbers"),
+    ({"size": [4, 4], "counts": [10**299, 8]}, "of 1e.299 pixels"),
+    ({"size": [4, 4], "counts": "hello"}, "cannot be read: 'hello'"),
+    ({"size": [4, 4], "counts": ""}, "cannot be read"),
+    ({"size": [4, 4], "counts": "\ud800"}, "cannot be read"),
+    ({"size": [4, 4], "counts": "h\xe4h"}, "cannot be read"),
+    ({"size": [4, 4], "counts": "oooooooooo0"}, "cannot be read"),
+    ({"size": [4, 4], "counts": "0"}, "0 pixels in all.* 4 x 4 = 16"),
+    ({"size": [4, 4], "counts": "34"}, "7 pixels in all"),
+    ({"size": [4, 4], "counts": "@`0"}, "not whole numbers"),
+    ([[1, 2, 3, 1e9, 5, 6]], r"y = 1e\+09, which is far outside"),
+    ([[1, 2, -1e300, 4, 5, 6]], r"x = -1e\+300, which is far"),
+    ([[1, 2, 3, 4, 10**299, 6]], r"x = 1e\+299, which is far"),
+    ([[0, 0, 4, 4] * 50], "outline is 800 pixels long, .* 4 x 4"),
   ],
 )
 def test_a_fault_of_a_mask_is_described(segmentation, message):

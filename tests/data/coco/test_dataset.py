@@ -96,12 +96,14 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(folder):
     boxes[0]["bbox"] = [5, 5, 0, 10]  # no area
     boxes[1]["bbox"] = [20, 20, -4, 10]  # negative
     boxes[2]["bbox"] = [900, 2, 5, 5]  # outside
-    boxes[4]["bbox"] = [60, -3, 90, 10]  # partly outside
+    boxes[4]["bbox"] = [60, -3, 90, 10]  # outside
     for number in (8, 9, 10):  # hardly any
       boxes[number]["bbox"] = [5, 5, 1, 10]
+      boxes[number]["segmentation"] = [[5, 5, 6, 5, 6, 15, 5, 15]]
 
   tiny_coco.edit(folder, change)
-  dataset = load(folder)
+  with pytest.warns(UserWarning, match="boxes of 2 of 12 annotations do not"):
+    dataset = load(folder)
   assert [image.id for image in dataset.train.images] == [11]
   assert dataset.notes == (
     "instances_train2017.json: 2 images without an object to train on left "
@@ -115,7 +117,8 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(folder):
 
 def test_boxes_are_clipped_to_the_image(folder):
   def change(content):
-    content["annotations"][4]["bbox"] = [30.5, -3, 90, 10]
+    content["annotations"][4]["bbox"] = [30.5, -3, 12, 10]
+    content["annotations"][4]["segmentation"] = [[30, -3, 42, -3, 42, 7, 30, 7]]
 
   tiny_coco.edit(folder, change)
   box = load(folder).train.targets(1).boxes[0]
@@ -237,6 +240,38 @@ def first(content, name):
       "has the invalid bbox .*nan",
     ),
     (
+      lambda c: first(c, "annotations").update(bbox=[1, 2, 3, 10**299]),
+      "has the invalid bbox .*1e.299",
+    ),
+    (
+      lambda c: first(c, "annotations").update(bbox=[1, 2, 3, 10**400]),
+      "has the invalid bbox .*inf",
+    ),
+    (
+      lambda c: first(c, "images").update(height=10**400),
+      r"images\[0\] has the invalid height inf",
+    ),
+    (
+      lambda c: first(c, "images").update(height=2**40),
+      r"images\[0\] has the invalid height 1099511627776",
+    ),
+    (
+      lambda c: first(c, "images").update(height=2**16, width=2**16),
+      "image 12, 12.png, has 65536 x 65536 pixels .* more than the",
+    ),
+    (
+      lambda c: first(c, "images").update(id=True),
+      r"images\[0\] has the invalid id True",
+    ),
+    (
+      lambda c: first(c, "annotations").update(area=-1),
+      r"annotations\[0\] has the invalid area -1",
+    ),
+    (
+      lambda c: first(c, "annotations").update(iscrowd="0"),
+      r"annotations\[0\] has the invalid iscrowd '0'",
+    ),
+    (
       lambda c: c["annotations"].insert(0, 7),
       r"annotations\[0\] is 7, but must be",
     ),
@@ -267,14 +302,73 @@ def test_the_background_is_no_category(folder):
     load(folder, with_train=False)
 
 
-@pytest.mark.parametrize("content", ["", '{"images": [', "\x00", "[1, 2]"])
-def test_a_damaged_file_is_refused(folder, content):
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("", "is not valid JSON"),
+    ('{"images": [', "is not valid JSON"),
+    ("\x00", "is not valid JSON"),
+    ("[1, 2]", "has no list 'images'"),
+    ("[" * 100_000 + "]" * 100_000, "has lists or objects nested more than"),
+    ("7" * 5000, "has no list 'images'"),
+  ],
+)
+def test_a_damaged_file_is_refused(folder, content, message):
   path = folder / "annotations/instances_val2017.json"
   path.write_text(content)
   with pytest.raises(
-    errors.InputError, match="instances_val2017.json (is not|has no)"
+    errors.InputError, match=f"instances_val2017.json {message}"
   ):
     load(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_understood(folder, encoding):
+  path = folder / "annotations/instances_val2017.json"
+  path.write_text(path.read_text(), encoding=encoding)
+  assert len(load(folder).test) == 3
+
+
+def as_corners(annotation):
+  x, y, width, height = annotation["bbox"]
+  annotation["bbox"] = [x, y, x + width, y + height]
+
+
+def beside(annotation):
+  annotation["bbox"][0] -= 15
+
+
+def four_times_larger(annotation):
+  x, y, width, height = annotation["bbox"]
+  corners = x, y, x + width, y, x + width, y + height, x, y + height
+  annotation["segmentation"] = [[min(4 * value, 66) for value in corners]]
+
+
+@pytest.mark.parametrize("change", [as_corners, beside, four_times_larger])
+def test_boxes_that_do_not_fit_their_masks_are_named(folder, change):
+  tiny_coco.edit(folder, lambda c: change(c["annotations"][5]))
+  with pytest.warns(
+    UserWarning,
+    match=r"instances_train2017.json: the boxes of 1 of 12 annotations do not "
+    r"fit their masks, first annotations\[5\] \(id 5\) of 11.png, whose box",
+  ):
+    assert len(load(folder).train) == 3
+
+  def change_all(content):
+    for annotation in content["annotations"]:
+      change(annotation)
+
+  tiny_coco.edit(folder, change_all, "val2017")
+  with pytest.raises(
+    errors.InputError,
+    match="of 12 annotations do not fit .* boxes are x, y, width, height",
+  ):
+    load(folder, with_train=False)
+
+
+def test_boxes_of_real_annotations_fit(shared_data, recwarn):
+  load(shared_data / "coco_sample", num_classes=91, with_train=False)
+  assert not recwarn.list
 
 
 def test_missing_folders_are_refused(folder, tmp_path):
