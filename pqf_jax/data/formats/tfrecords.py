@@ -7,8 +7,8 @@ A file is a row of records, each framed as
 in little-endian numbers, with masked CRC-32C sums of four bytes
 (https://www.tensorflow.org/tutorials/load_data/tfrecord). The offsets are read
 once, along with the sums of the lengths, which distinguish a file that is cut
-short from a damaged one; damage inside of the data shows when it is parsed and
-decoded. For many records this takes a while (two reads each), so that the
+short from a damaged one; the sum of the data is checked whenever a record is
+read. For many records this takes a while (two reads each), so that the
 offsets are kept in the user's cache folder.
 """
 
@@ -21,6 +21,7 @@ import pathlib
 import struct
 from collections.abc import Sequence
 
+import google_crc32c
 import numpy as np
 
 from pqf_jax import errors
@@ -31,7 +32,6 @@ HEADER_BYTES, FOOTER_BYTES = 12, 4
 # Offsets of fewer records are read again faster than a user would notice.
 MIN_CACHED_RECORDS = 20_000
 NUM_THREADS = 32
-_POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
 _MASK_DELTA = 0xA282EAD8
 
 
@@ -66,10 +66,16 @@ class TFRecords(decoding.Stored[bytes]):
     shard = int(np.searchsorted(self._starts, index, side="right")) - 1
     record = index - int(self._starts[shard])
     start, end = self._offsets[shard][record : record + 2].tolist()
-    num_bytes = end - start - HEADER_BYTES - FOOTER_BYTES
     with open(self._paths[shard], "rb", buffering=0) as file:
       file.seek(start + HEADER_BYTES)
-      return file.read(num_bytes)
+      content = file.read(end - start - HEADER_BYTES)
+    data, footer = content[:-FOOTER_BYTES], content[-FOOTER_BYTES:]
+    if masked_crc32c(data) != footer:
+      raise decoding.DamagedError(
+        "the checksum of the record does not match its data, which must have "
+        "changed since they were written"
+      )
+    return data
 
 
 def read_offsets(path: str, num_records: int) -> np.ndarray:
@@ -99,12 +105,12 @@ def read_offsets(path: str, num_records: int) -> np.ndarray:
       headers.append(header)
       (length,) = struct.unpack_from("<Q", header)
       offsets.append(offsets[-1] + HEADER_BYTES + length + FOOTER_BYTES)
-  damaged = np.flatnonzero(~_sums_agree(headers))
-  if damaged.size:
-    raise errors.InputError(
-      f"{path} is damaged at byte {offsets[damaged[0]]}, where its record "
-      f"{damaged[0]} begins; copy this file again"
-    )
+  for record, header in enumerate(headers):
+    if masked_crc32c(header[:-FOOTER_BYTES]) != header[-FOOTER_BYTES:]:
+      raise errors.InputError(
+        f"{path} is damaged at byte {offsets[record]}, where its record "
+        f"{record} begins; copy this file again"
+      )
   if offsets[-1] > size:
     raise errors.InputError(
       f"{path} is cut short: it has {size} bytes, but its record "
@@ -120,39 +126,11 @@ def read_offsets(path: str, num_records: int) -> np.ndarray:
   return np.array(offsets, np.int64)
 
 
-def masked_crc32c(data: np.ndarray) -> np.ndarray:
-  """Computes the sums of a TFRecord file: CRC-32C, rotated, plus a constant.
-
-  Args:
-    data: uint8 [N, L]; every row of L bytes is summed.
-
-  Returns:
-    uint32 [N].
-  """
-  crc = np.full(len(data), 0xFFFFFFFF, np.uint32)
-  for column in data.T:
-    crc = _TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
-  crc = ~crc
-  return ((crc >> 15) | (crc << 17)) + np.uint32(_MASK_DELTA)
-
-
-def _make_table() -> np.ndarray:
-  table = np.arange(256, dtype=np.uint32)
-  for _ in range(8):
-    table = np.where(
-      table & 1, (table >> 1) ^ np.uint32(_POLYNOMIAL), table >> 1
-    )
-  return table
-
-
-_TABLE = _make_table()
-
-
-def _sums_agree(headers: list[bytes]) -> np.ndarray:
-  """Returns bool [N]: whether a record's length has the sum stored with it."""
-  rows = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, HEADER_BYTES)
-  stored = np.ascontiguousarray(rows[:, 8:]).view("<u4")[:, 0]
-  return masked_crc32c(rows[:, :8]) == stored
+def masked_crc32c(data: bytes) -> bytes:
+  """Computes the sum of a TFRecord file: CRC-32C, rotated, plus a constant."""
+  crc = google_crc32c.value(data)
+  rotated = crc >> 15 | crc << 17
+  return struct.pack("<I", (rotated + _MASK_DELTA) & 0xFFFFFFFF)
 
 
 def _cached_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
@@ -173,12 +151,13 @@ def _cached_offsets(paths: list[str], lengths: list[int]) -> list[np.ndarray]:
   # A cache that cannot be read is written again; one that cannot be written is
   # no harm.
   with contextlib.suppress(OSError, ValueError, EOFError):
-    joined = np.load(cache, allow_pickle=False)
-    if joined.shape == (cuts[-1],) and joined.dtype == np.int64:
-      return np.split(joined, cuts[:-1])
+    joined = np.load(cache, allow_pickle=False).ravel()
+    if joined[-1:] == google_crc32c.value(joined[:-1].tobytes()):
+      return np.split(joined[:-1], cuts[:-1])
   offsets = _read_all_offsets(paths, lengths)
   content = io.BytesIO()
-  np.save(content, np.concatenate(offsets))
+  joined = np.concatenate(offsets)
+  np.save(content, np.append(joined, google_crc32c.value(joined.tobytes())))
   with contextlib.suppress(OSError, errors.InputError):
     files.write(cache, content.getvalue())
   return offsets
