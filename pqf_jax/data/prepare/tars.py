@@ -17,6 +17,8 @@ from pqf_jax.data.prepare import shards
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
+# Zeros at the end: two blocks, and what fills the last record of twenty blocks.
+LONGEST_END = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
 
 
 class _Member(NamedTuple):
@@ -57,28 +59,29 @@ def train_images(folder: pathlib.Path) -> shards.Split:
     folder: holds `TRAIN_TAR` as it was downloaded.
 
   Raises:
-    InputError: the file is not the original, or is cut short.
+    InputError: the file is not the original, is cut short, or one of the
+      archives in it is damaged, empty, or there twice; the message names it.
   """
   path = folder / TRAIN_TAR
   names = imagenet_labels.class_names()
   label = {f"{name}.tar": number for number, name in enumerate(names)}
   members: list[_Member] = []
-  classes = set()
+  num_classes = 0
   with open(path, "rb") as file:
-    for name, offset, num_bytes in _files_in(path, file):
+    for name, offset, num_bytes in _files_in(str(path), file):
       if name not in label:
         raise errors.InputError(
           f"{path} holds {name}, but must hold one CLASS.tar for each class, "
           "such as n01440764.tar; give the archive as it was downloaded"
         )
-      classes.add(name)
+      num_classes += 1
       members += [
         _Member(*image, label[name])
-        for image in _files_in(path, file, offset, num_bytes)
+        for image in _files_in(f"{name} in {path}", file, offset, num_bytes)
       ]
-  if len(classes) != len(label):
+  if num_classes != len(label):
     raise errors.InputError(
-      f"{path} holds {len(classes)} of {len(label)} classes: it is cut short "
+      f"{path} holds {num_classes} of {len(label)} classes: it is cut short "
       "or not the original; download it again"
     )
   return _split(path, members)
@@ -93,7 +96,7 @@ def validation_images(folder: pathlib.Path) -> shards.Split:
   with open(path, "rb") as file:
     members = [
       _Member(*image, imagenet_labels.validation_label(image[0]))
-      for image in _files_in(path, file)
+      for image in _files_in(str(path), file)
     ]
   return _split(path, sorted(members))
 
@@ -107,29 +110,62 @@ def _split(path: pathlib.Path, members: list[_Member]) -> shards.Split:
 
 
 def _files_in(
-  path: pathlib.Path,
-  file: IO[bytes],
-  start: int = 0,
-  num_bytes: int | None = None,
+  place: str, file: IO[bytes], start: int = 0, num_bytes: int | None = None
 ) -> Iterator[tuple[str, int, int]]:
-  """Yields name, offset and size of the files in an archive within `file`."""
-  size = path.stat().st_size
-  end = size if num_bytes is None else start + num_bytes
+  """Yields name, offset and size of the files in an archive within `file`.
+
+  Args:
+    place: names the archive in messages.
+    file: holds it from byte `start` on.
+    start: see `file`.
+    num_bytes: size of the archive; None: it goes to the end of `file`.
+
+  Raises:
+    InputError: the archive is empty, damaged or cut short, or holds two files
+      of one name or something that is neither a file nor a folder.
+  """
+  end = file.seek(0, 2) if num_bytes is None else start + num_bytes
   file.seek(start)
+  names = set()
   try:
     with tarfile.open(fileobj=file, mode="r:") as tar:
       for info in tar:
-        if info.isfile():
-          name = pathlib.PurePosixPath(info.name).name
-          yield name, info.offset_data, info.size
-      # A whole archive ends with blocks of zeros.
-      if end - tar.offset < tarfile.BLOCKSIZE:
-        raise errors.InputError(
-          f"{path} is cut short: it has {size} bytes and no end; download it "
-          "again"
-        )
-  except tarfile.TarError as error:
+        if tar.offset > end:
+          break
+        name = pathlib.PurePosixPath(info.name).name
+        if info.isdir():
+          continue
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+          raise errors.InputError(
+            f"{place}: {name} is a link or another special file, but must be "
+            "an ordinary one; download the archive again"
+          )
+        if name in names:
+          raise errors.InputError(
+            f"{place}: {name} is there twice; download the archive again"
+          )
+        names.add(name)
+        yield name, info.offset_data, info.size
+      stop = tar.offset
+  except errors.InputError:
+    raise
+  except (tarfile.TarError, ValueError, OverflowError) as error:
     raise errors.InputError(
-      f"{path} cannot be read as an archive ({error}, after byte {start}); "
+      f"{place} cannot be read as an archive ({error}, after byte {start}); "
       "download it again"
     ) from error
+  if end - stop < tarfile.BLOCKSIZE:
+    raise errors.InputError(
+      f"{place} is cut short: it has {end - start} bytes and no end; download "
+      "it again"
+    )
+  # The library takes a damaged header, or zeros in the place of one, for the
+  # end of the archive.
+  file.seek(stop)
+  if end - stop > LONGEST_END or any(file.read(end - stop)):
+    raise errors.InputError(
+      f"{place} is damaged at byte {stop - start} of {end - start}, where "
+      "neither a file nor the archive's end begins; download it again"
+    )
+  if not names:
+    raise errors.InputError(f"{place} holds no files; download it again")

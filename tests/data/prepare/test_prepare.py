@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 from pqf_jax import data, errors
 from pqf_jax.data import decoding
 from pqf_jax.data.datasets import imagenet_labels
-from pqf_jax.data.prepare import command, shards
+from pqf_jax.data.prepare import command, shards, tars
 from tests.data import tiny_imagenet, tiny_tfds
 
 
@@ -239,6 +240,62 @@ def test_archives_that_were_packed_anew(sources, tmp_path, capsys):
   )
   message = refusal(capsys, tmp_path / "tars", tmp_path / "to")
   assert "holds 1 of 1000 classes" in message
+
+
+@pytest.fixture(scope="module")
+def classes() -> dict[str, bytes]:
+  """The inner archives {CLASS.tar: content}, which must not be changed."""
+  return {
+    f"{name.split('_')[0]}.tar": tiny_imagenet.archive({name: content})
+    for name, (_, content) in tiny_imagenet.files("train").items()
+  }
+
+
+def test_a_damaged_archive_of_a_class_is_named(
+  sources, classes, tmp_path, capsys
+):
+  (tmp_path / "tars").mkdir()
+  os.link(
+    sources["archives"] / "ILSVRC2012_img_val.tar",
+    tmp_path / "tars/ILSVRC2012_img_val.tar",
+  )
+  name = "n01443537.tar"
+  images = {f"{i}.JPEG": bytes([i + 1]) * 600 for i in range(40)}
+  whole = tiny_imagenet.archive(images)
+  header = 5 * (512 + 1024)  # of the sixth image
+  for content, message in (
+    (bytes(10_240), "holds no files"),
+    (bytes(20_480), "is damaged at byte 0 of 20480"),
+    (
+      whole[:header] + b"\1" + whole[header + 1 :],
+      "is damaged at byte 7680 of",
+    ),
+    (whole[:header] + bytes(512) + whole[header + 512 :], "is damaged at byte"),
+    (whole[:header] + bytes(len(whole) - header), "is damaged at byte 7680 of"),
+    (whole[:header], "is cut short: it has 7680 bytes"),
+    (whole[: header + 700], "is cut short|cannot be read"),
+    (b"no archive" * 100, "is damaged at byte 0 of 1000"),
+    (b"", "is cut short: it has 0 bytes"),
+    (whole[: header + 1536] + whole[header:], "5.JPEG is there twice"),
+  ):
+    archives = tiny_imagenet.archive({**classes, name: content})
+    (tmp_path / "tars/ILSVRC2012_img_train.tar").write_bytes(archives)
+    shown = refusal(capsys, tmp_path / "tars", tmp_path / "to")
+    assert re.search(rf"error: {name} in .*_train.tar:? ({message})", shown)
+    assert "download" in shown
+  # A whole archive within the others is taken.
+  archives = tiny_imagenet.archive({**classes, name: whole})
+  (tmp_path / "tars/ILSVRC2012_img_train.tar").write_bytes(archives)
+  assert len(tars.train_images(tmp_path / "tars").images) == 999 + 40
+
+
+def test_a_class_that_is_there_twice_is_named(classes, tmp_path):
+  archives = tiny_imagenet.archive(classes)
+  again = tiny_imagenet.archive({"n01443537.tar": classes["n01443537.tar"]})
+  end = archives.rindex(b"n15075141.tar")
+  (tmp_path / tars.TRAIN_TAR).write_bytes(archives[:end] + again)
+  with pytest.raises(errors.InputError, match="n01443537.tar is there twice"):
+    tars.train_images(tmp_path)
 
 
 def test_the_command_explains_itself():
