@@ -7,6 +7,7 @@ import jax
 
 from pqf_jax import permute, quantize
 from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import discover
 
 PyTree = Any
@@ -48,8 +49,11 @@ def compress(
     key: random number generator key, consumed.
 
   Raises:
-    InputError: see `make_plan`, `discover_channels` and `quantize_params`.
+    InputError: variables or sample are not arrays; see `make_plan`,
+      `discover_channels` and `quantize_params`.
   """
+  vq_array.check_dense(variables)
+  trees.check_arrays("sample", sample)
   plan = plans.make_plan(rules, variables)
   permute_key, quantize_key = jax.random.split(key)
   axes = discover.discover_channels(apply_fn, variables, sample)

@@ -1,5 +1,6 @@
 """Stage 3: trains codebooks and the other continuous leaves, not the codes."""
 
+import difflib
 import functools
 import math
 import re
@@ -13,7 +14,7 @@ import optax
 from jax import lax, sharding
 
 from pqf_jax import errors
-from pqf_jax.core import vq_array
+from pqf_jax.core import trees, vq_array
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -69,8 +70,12 @@ def init_state(
       is trained.
     optimizer: the one that the step will use.
     frozen: patterns (full-match regex) of paths that no step changes, besides
-      codes and statistics.
+      codes and statistics. A `VQArray` has two: `<path>/codebook` and `codes`.
+
+  Raises:
+    InputError: see `check_frozen`; or nothing is left to train.
   """
+  check_frozen(frozen, variables)
 
   def is_trainable(path: str, leaf: jax.Array) -> bool:
     kept = any(re.fullmatch(pattern, path) for pattern in frozen)
@@ -79,8 +84,30 @@ def init_state(
   # A step donates the buffers of its state; the caller's must survive it.
   own = jax.tree.map(jnp.copy, variables)
   trainable, rest = vq_array.split_trainable(own, is_trainable)
+  if not jax.tree.leaves(trainable):
+    raise errors.InputError(
+      f"no leaf is trained of {trees.sample_paths(variables)}; training takes "
+      "floats under 'params/' that `frozen` does not match: give variables as "
+      "{'params': ...}"
+    )
   step = jnp.zeros((), jnp.int32)
   return FinetuneState(step, trainable, rest, optimizer.init(trainable))
+
+
+def check_frozen(patterns: Sequence[str], variables: PyTree) -> None:
+  """Refuses patterns that match no path of the variables.
+
+  Raises:
+    InputError: names the pattern and paths that exist.
+  """
+  paths = trees.flatten(variables)
+  for pattern in patterns:
+    if not any(re.fullmatch(pattern, path) for path in paths):
+      near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0)
+      raise errors.InputError(
+        f"frozen has {pattern!r}, which matches no variable; fix or remove it "
+        f"(variables with similar names: {near})"
+      )
 
 
 def state_variables(state: FinetuneState) -> PyTree:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import kmeans
-from pqf_jax.core import channels, trees
+from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.permutation import consumers, covariance, objective
 from pqf_jax.permutation import search as permutation_search
@@ -101,6 +101,7 @@ def permute_channels(
     InputError: NaN or infinite weights, before any search; or axes that do not
       fit the tree (`channels.group_sizes`).
   """
+  vq_array.check_dense(variables)
   sizes = channels.group_sizes(variables, axes)
   consumers_of = consumers.find_consumers(variables, axes, plan)
   permutations: dict[str, np.ndarray] = {}

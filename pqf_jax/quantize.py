@@ -69,6 +69,7 @@ def quantize_params(
     InputError: NaN or infinite weights, before any work; or weights whose
       squares overflow.
   """
+  vq_array.check_dense(variables)
   flat = trees.flatten(variables)
   for path in plan:
     trees.check_finite(path, flat[path])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import pqf_jax
+from pqf_jax import errors
 from pqf_jax.core import trees, vq_array
 
 
@@ -129,3 +130,36 @@ def test_every_public_name_exists_and_is_declared_for_type_checkers():
     assert getattr(pqf_jax, name) is getattr(home, attribute)
   with pytest.raises(AttributeError, match="no attribute 'typo'"):
     getattr(pqf_jax, "ty" + "po")
+
+
+def test_what_cannot_be_compressed_is_named(variables, compressed):
+  def refused(message, **changed):
+    arguments = {"variables": variables, "sample": IMAGES, "rules": RULES}
+    with pytest.raises(errors.InputError, match=message):
+      pqf_jax.compress(
+        Net().apply, **arguments | changed, key=jax.random.key(0)
+      )
+
+  refused("2 kernels are compressed already", variables=compressed.variables)
+  shapes = jax.eval_shape(lambda: (variables, IMAGES))
+  refused("'params/conv0/bias', is of type ShapeDtype", variables=shapes[0])
+  refused("sample is of type ShapeDtypeStruct", sample=shapes[1])
+  refused("give a list of pqf_jax.Rule", rules=RULES[1])
+  refused("no rule covers params/conv0/kernel", rules=[])
+
+
+def test_the_root_may_be_a_tuple():
+  kernels = tuple(
+    {"kernel": jnp.asarray(RNG.normal(size=(16, 16)), jnp.float32)}
+    for _ in range(2)
+  )
+
+  def apply(layers, x):
+    return nn.relu(x @ layers[0]["kernel"][...]) @ layers[1]["kernel"][...]
+
+  rules = [pqf_jax.Rule("./kernel", 16, kmeans_steps=5)]
+  result = pqf_jax.compress(
+    apply, kernels, IMAGES.reshape(-1, 16), rules, key=jax.random.key(0)
+  )
+  assert isinstance(result.variables, tuple)
+  assert all(vq_array.is_vq(layer["kernel"]) for layer in result.variables)

@@ -261,3 +261,17 @@ def test_momentum_adds_up_the_gradients():
 def test_an_optimizer_that_cannot_be_built_is_refused(changed, message):
   with pytest.raises(errors.InputError, match=message):
     finetune.make_optimizer(**SETTINGS | changed)
+
+
+@pytest.mark.parametrize(
+  ("variables", "frozen", "message"),
+  [
+    (_variables()["params"], (), "no leaf is trained of fc/bias, fc/kernel/co"),
+    (_variables(), ("params/.*",), "no leaf is trained"),
+    (_variables(), ("params/fc/kernel",), "similar names: .'params/fc/kernel/"),
+    (_variables(), "params/fc/bias", "frozen has 'p', which matches no"),
+  ],
+)
+def test_a_state_in_which_nothing_learns_is_refused(variables, frozen, message):
+  with pytest.raises(errors.InputError, match=message):
+    finetune.init_state(variables, optax.sgd(0.1), frozen)

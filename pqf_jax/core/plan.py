@@ -6,7 +6,9 @@ size of the result are known before any work.
 
 import difflib
 import math
+import numbers
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,8 +29,8 @@ class Rule(NamedTuple):
   Attributes:
     pattern: regular expression that must match the whole path, such as
       `params/layer1/0/conv1/kernel`.
-    num_codes: codewords wanted (K before the clamp); None keeps the kernel
-      dense.
+    num_codes: codewords wanted; `make_plan` takes the next power of two below,
+      or fewer for small kernels. None keeps the kernel dense.
     channels: input channels that share a sub-vector.
     kmeans_steps: k-means steps.
   """
@@ -108,20 +110,40 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
   variables may be `jax.ShapeDtypeStruct`s.
 
   Returns:
-    The plan; K = min(num_codes, 2^floor(log2(N / 4))), so that codes of small
-    layers do not cost more than the layer itself (section 4 of the paper).
+    The plan; K = 2^floor(log2(min(num_codes, N / 4))): a code has whole bits,
+    and codebooks of small layers do not cost more than the layer itself
+    (section 4 of the paper). A `num_codes` that is no power of two warns.
 
   Raises:
-    InputError: no rule covers a kernel, a rule covers no kernel, a pattern is
-      not a regular expression, or a layer does not fit the rule's block.
+    InputError: the tree has no kernel, no rule covers a kernel, a rule covers
+      no kernel, a pattern is not a regular expression, or a kernel is not of
+      floats or does not fit the rule's block.
   """
+  if isinstance(rules, Rule) or not all(isinstance(r, Rule) for r in rules):
+    raise errors.InputError(
+      f"rules is {rules!r}; give a list of pqf_jax.Rule, such as "
+      "[Rule('.*', num_codes=256)]"
+    )
   for rule in rules:
     check_rule(rule)
-  kernels = {
-    path: tuple(leaf.shape)
-    for path, leaf in trees.flatten(variables, vq_array.is_vq).items()
+    if rule.num_codes and rule.num_codes & (rule.num_codes - 1):
+      warnings.warn(
+        f"rule {rule.pattern!r}: num_codes={rule.num_codes} becomes "
+        f"{1 << rule.num_codes.bit_length() - 1}, the next power of two below",
+        stacklevel=2,
+      )
+  flat = trees.flatten(variables, vq_array.is_vq)
+  kernels = [
+    path
+    for path, leaf in flat.items()
     if _KERNEL.fullmatch(path) and len(leaf.shape) >= 2
-  }
+  ]
+  if not kernels:
+    raise errors.InputError(
+      f"the tree has no kernel, only {trees.sample_paths(variables)}; kernels "
+      "are leaves of rank 2 or more with the name 'kernel' or 'embedding': "
+      "rename the leaves to compress"
+    )
   matches = {
     path: [rule for rule in rules if re.fullmatch(rule.pattern, path)]
     for path in kernels
@@ -142,7 +164,7 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
       f"names: {near})"
     )
   return {
-    path: _resolve(path, kernels[path], first, first.num_codes)
+    path: _resolve(path, flat[path], first, first.num_codes)
     for path, (first, *_) in matches.items()
     if first.num_codes is not None
   }
@@ -162,18 +184,23 @@ def check_rule(rule: Rule) -> None:
       f"rule {rule.pattern!r} is not a regular expression: {error}"
     ) from error
   num_codes = 2 if rule.num_codes is None else rule.num_codes
-  least = min(rule.channels, rule.kmeans_steps)
-  if least < 1 or not 2 <= num_codes <= 65536:
+  values = (num_codes, rule.channels, rule.kmeans_steps)
+  whole = all(isinstance(value, numbers.Integral) for value in values)
+  if not whole or min(values) < 1 or not 2 <= num_codes <= 65536:
     raise errors.InputError(
-      f"rule {rule.pattern!r} has num_codes={rule.num_codes}, "
-      f"channels={rule.channels}, kmeans_steps={rule.kmeans_steps}; "
-      "num_codes must be 2 to 65536 or None, the others at least 1"
+      f"rule {rule.pattern!r} has num_codes={rule.num_codes!r}, "
+      f"channels={rule.channels!r}, kmeans_steps={rule.kmeans_steps!r}; "
+      "num_codes must be 2 to 65536 or None, the others at least 1, all whole"
     )
 
 
-def _resolve(
-  path: str, shape: tuple[int, ...], rule: Rule, num_codes: int
-) -> LayerPlan:
+def _resolve(path: str, kernel: Any, rule: Rule, num_codes: int) -> LayerPlan:
+  shape = tuple(kernel.shape)
+  if not jnp.issubdtype(kernel.dtype, jnp.floating):
+    raise errors.InputError(
+      f"{path} is {kernel.dtype}, but only floats can be quantized; convert it "
+      f"or add a rule before {rule.pattern!r} that keeps it (num_codes=None)"
+    )
   spec = blocks.BlockSpec(rule.channels)
   try:
     c_out, m, _ = spec.layout(shape)

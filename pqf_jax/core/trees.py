@@ -42,6 +42,13 @@ def flatten(
   return flat
 
 
+def sample_paths(tree: PyTree, count: int = 5) -> str:
+  """Returns the first paths of a tree, for messages."""
+  paths = list(flatten(tree))
+  more = f" and {len(paths) - count} more" if len(paths) > count else ""
+  return ", ".join(paths[:count]) + more
+
+
 def nest(flat: Mapping[str, Any]) -> PyTree:
   """Builds nested dicts from '/'-joined paths; undoes `flatten` of dicts."""
   tree: dict[str, Any] = {}
@@ -76,6 +83,22 @@ def shapes(tree: PyTree) -> PyTree:
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
   )
+
+
+def check_arrays(name: str, tree: PyTree) -> None:
+  """Refuses shapes and other leaves that have no values.
+
+  Raises:
+    InputError: names the leaf and its type.
+  """
+  for path, leaf in flatten(tree).items():
+    if not isinstance(
+      leaf, jax.Array | np.ndarray | np.generic | complex | float | int
+    ):
+      where = f"{name}, leaf {path!r}," if path else name
+      raise errors.InputError(
+        f"{where} is of type {type(leaf).__name__}; give arrays with values"
+      )
 
 
 def check_finite(path: str, kernel: Array) -> None:

@@ -1,7 +1,7 @@
 """`VQArray`: a vector-quantized kernel that Flax modules read as an array."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx, struct
 from flax.core import meta
 from jax import lax
 
+from pqf_jax import errors
 from pqf_jax.core import blocks, trees
 from pqf_jax.numerics import gathers, segments
 
@@ -22,6 +23,8 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
 
   Linen unboxes it because it is `AxisMetadata`, NNX reads it by `[...]`, and
   `jnp` functions by `__jax_array__`; so no layer class needs to know of it.
+  NumPy, operators and methods such as `T` and `astype` see the dense array.
+  Functions of `jax.lax` take no object but arrays: give them `kernel[...]`.
   The gradient of the gather is the codebook gradient of the paper's section
   3.4: for each codeword, the sum of the gradients of its sub-vectors.
 
@@ -87,6 +90,50 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
     return self
 
   remove_axis = add_axis
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    del copy  # decoding makes a new array
+    return np.asarray(self.decode(), dtype)
+
+  # NumPy's operators leave the work to those of this class.
+  __array_priority__ = 100
+
+  def __len__(self) -> int:
+    return len(self[...])
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    return iter(self[...])
+
+  def __bool__(self) -> bool:
+    return bool(self[...])
+
+  def __getattr__(self, name: str) -> Any:
+    # Only what JAX's arrays have, such as `T`, `astype` and `mean`.
+    if name.startswith("_") or not hasattr(jax.Array, name):
+      raise AttributeError(f"'VQArray' object has no attribute {name!r}")
+    return getattr(self[...], name)
+
+
+def _on_dense(name: str) -> Callable[..., Any]:
+  """Returns the operator of the dense array, such as `__add__`."""
+
+  def operate(self: VQArray, *others: Any) -> Any:
+    dense = (x[...] if is_vq(x) else x for x in others)
+    return getattr(self[...], name)(*dense)
+
+  return operate
+
+
+for _name in (
+  *("neg", "pos", "abs", "eq", "ne", "lt", "le", "gt", "ge", "contains"),
+  *(
+    side + operator
+    for operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+    for side in ("", "r")
+  ),
+  *("matmul", "rmatmul", "divmod", "rdivmod"),
+):
+  setattr(VQArray, f"__{_name}__", _on_dense(f"__{_name}__"))
 
 
 nnx.register_data_type(VQArray)
@@ -157,6 +204,23 @@ _decode.defvjp(_decode_forward, _decode_backward)
 def is_vq(leaf: Any) -> TypeGuard[VQArray]:
   """Returns whether a node of a variable tree is a `VQArray`."""
   return isinstance(leaf, VQArray)
+
+
+def check_dense(variables: PyTree) -> None:
+  """Refuses variables that are compressed already, or only shapes.
+
+  Raises:
+    InputError: names the leaves.
+  """
+  flat = trees.flatten(variables, is_vq)
+  compressed = [path for path, leaf in flat.items() if is_vq(leaf)]
+  if compressed:
+    raise errors.InputError(
+      f"{len(compressed)} kernels are compressed already, such as "
+      f"{compressed[0]}; give dense variables, such as "
+      "pqf_jax.decode_params(variables) returns"
+    )
+  trees.check_arrays("variables", variables)
 
 
 def code_dtype(num_codes: int) -> jnp.dtype:

@@ -74,6 +74,10 @@ def test_compressed_shapes_fit_the_plan():
     ),
     ((plans.Rule("(", 4),), "not a regular expression"),
     ((plans.Rule(".*", 1),), "num_codes=1"),
+    ((plans.Rule(".*", 8.5),), "num_codes=8.5, .*, all whole"),
+    ((plans.Rule(".*", 8, "2"),), "channels='2'"),
+    (plans.Rule(".*", 8), "give a list of pqf_jax.Rule"),
+    (((".*", 8),), "give a list of pqf_jax.Rule"),
     ((plans.Rule(".*", 4, channels=5),), "cannot be divided"),
     ((*RULES[:2], plans.Rule("params/fc/kernel", 4, 32)), None),
   ],
@@ -90,3 +94,31 @@ def test_a_layer_too_small_for_a_codebook_is_named():
   tree = {"fc": {"kernel": jax.ShapeDtypeStruct((4, 5), jnp.float32)}}
   with pytest.raises(errors.InputError, match="fc/kernel.*5 sub-vectors"):
     plans.make_plan([plans.Rule(".*", 16, channels=4)], tree)
+
+
+def test_a_tree_without_kernels_is_refused_with_its_leaves():
+  tree = {"mlp": {"w": jax.ShapeDtypeStruct((4, 5), jnp.float32)}}
+  with pytest.raises(errors.InputError, match="only mlp/w; kernels are leaves"):
+    plans.make_plan([], tree)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int8", "bool"])
+def test_kernels_that_are_not_floats_are_refused(dtype):
+  tree = {"fc": {"kernel": jax.ShapeDtypeStruct((16, 16), dtype)}}
+  with pytest.raises(
+    errors.InputError, match=f"fc/kernel is {dtype}, but only"
+  ):
+    plans.make_plan([plans.Rule(".*", 16)], tree)
+  assert not plans.make_plan([plans.Rule(".*", None)], tree)
+
+
+@pytest.mark.parametrize(("num_codes", "used"), [(100, 64), (64, 64), (3, 2)])
+def test_numbers_of_codes_that_are_no_powers_of_two_are_said(
+  num_codes, used, recwarn
+):
+  tree = {"fc": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}}
+  plan = plans.make_plan([plans.Rule(".*", num_codes)], tree)
+  assert plan["fc/kernel"].num_codes == used
+  said = [str(warning.message) for warning in recwarn]
+  assert len(said) == (num_codes != used)
+  assert all(f"num_codes={num_codes} becomes {used}" in text for text in said)

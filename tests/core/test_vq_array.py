@@ -133,3 +133,46 @@ def test_split_and_merge_are_inverse_and_part_by_kind():
 )
 def test_codes_take_the_smallest_type(num_codes, dtype):
   assert vq_array.code_dtype(num_codes) == dtype
+
+
+@pytest.mark.parametrize(
+  "use",
+  [
+    np.asarray,
+    np.sum,
+    len,
+    list,
+    lambda k: k.T,
+    lambda k: k.astype(jnp.float16),
+    lambda k: k.reshape(-1),
+    lambda k: k + 1,
+    lambda k: 2 - k,
+    lambda k: -k * k,
+    lambda k: k > 0,
+    lambda k: k == 1,
+    lambda k: k @ jnp.ones((6, 2)),
+    lambda k: np.ones((2, 4), np.float32) @ k,
+    lambda k: 1 in k[0, 0, 0],
+  ],
+)
+def test_it_behaves_like_the_array(use):
+  node = _vq()
+  got, expected = use(node), use(node.decode())
+  assert type(got) is type(expected)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_an_archive_of_numpy_holds_its_numbers(tmp_path):
+  np.savez(tmp_path / "w.npz", kernel=_vq())
+  with np.load(tmp_path / "w.npz") as archive:  # refuses pickles
+    np.testing.assert_array_equal(archive["kernel"], _vq().decode())
+
+
+def test_what_takes_arrays_only_says_how_to_make_one():
+  with pytest.raises(ValueError, match="explicitly convert your object"):
+    jax.lax.neg(_vq())
+  jax.lax.neg(_vq()[...])
+  with pytest.raises(ValueError, match="truth value"):
+    bool(_vq())
+  with pytest.raises(AttributeError, match="no attribute 'weight'"):
+    getattr(_vq(), "wei" + "ght")
