@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from pqf_jax import errors, models, pack, report, tasks
+from pqf_jax import errors, finetune, models, pack, report, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import vq_array
 from pqf_jax.models import contract
@@ -90,6 +90,9 @@ def prepare(
   task.check(config, network, template, num_devices=jax.device_count())
   plan = make_plan(config, template)
   print_plan(plan, template)
+  finetune.check_frozen(
+    config.frozen, plans.compressed_shapes(plan, template)
+  )
   variables = None
   if config.weights:
     stored = read_weights(config, network, template)
