@@ -76,15 +76,14 @@ def test_detections_are_those_that_torchvision_gave_image_by_image(name):
   images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
   with cases.double():
     variables = cases.variables(case)
-    detect = quick.jit(cases.make(case).apply)
-    # Two at a time: four take 2 GB.
-    parts = [
-      jax.device_get(detect(variables, images[i : i + 2], sizes[i : i + 2]))
-      for i in range(0, len(images), 2)
+    detect = quick.jit(cases.make(case).apply, optimize=True)
+    # A batch of all images would take 2 GB.
+    detections = [
+      jax.device_get(detect(variables, image[None], size[None]))
+      for image, size in zip(images, sizes, strict=True)
     ]
-  detections = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
   for i, (height, width) in enumerate(case.sizes):
-    found = jax.tree.map(lambda rows, i=i: rows[i], detections)
+    found = jax.tree.map(lambda rows: rows[0], detections[i])
     expected = {
       entry: GOLDEN[f"{name}/{i}/{entry}"]
       for entry in ("boxes", "scores", "labels", "masks")
@@ -119,23 +118,35 @@ def test_the_golden_file_is_what_torchvision_gives():
       np.testing.assert_allclose(array, GOLDEN[f"small/{i}/{name}"], atol=1e-9)
 
 
-def test_float32_finds_the_same_and_zeros_where_there_is_no_more():
+def test_batches_of_float32_find_the_same_and_zeros_where_there_is_no_more():
   case = mask_rcnn_weights.SMALL
+  images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
   with jax.numpy_dtype_promotion("standard"):
     model = cases.make(case, jnp.float32, score_threshold=0.85)
-    images, sizes = mask_rcnn_weights.batch(case.sizes[:1], case.buffer)
     variables = cases.variables(case, jnp.float32)
-    found = jax.device_get(quick.jit(model.apply)(variables, images, sizes))
-  scores = GOLDEN["small/0/scores"]
-  valid = found.valid[0]
-  count = (scores > 0.85).sum()
-  assert valid.sum() == count < case.num_detections
-  np.testing.assert_allclose(found.scores[0][valid], scores[:count], atol=5e-4)
-  np.testing.assert_allclose(
-    found.boxes[0][valid], GOLDEN["small/0/boxes"][:count], atol=2e-2
-  )
-  for leaf in (found.boxes, found.scores, found.labels, found.masks):
-    assert not leaf[0][~valid].any()
+    detect = quick.jit(model.apply, optimize=True)
+    # The first image comes with another one each time.
+    pairs = [[0, 1], [0, 3]]
+    batches = [
+      jax.device_get(detect(variables, images[pair], sizes[pair]))
+      for pair in pairs
+    ]
+  for pair, found in zip(pairs, batches, strict=True):
+    for row, i in enumerate(pair):
+      scores, boxes = GOLDEN[f"small/{i}/scores"], GOLDEN[f"small/{i}/boxes"]
+      valid = found.valid[row]
+      count = (scores > 0.85).sum()
+      assert valid.sum() == count < case.num_detections
+      np.testing.assert_allclose(
+        found.scores[row][valid], scores[:count], atol=5e-4
+      )
+      np.testing.assert_allclose(
+        found.boxes[row][valid], boxes[:count], atol=2e-2
+      )
+      for leaf in (found.boxes, found.scores, found.labels, found.masks):
+        assert not leaf[row][~valid].any()
+  for one, other in zip(*batches, strict=True):
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
