@@ -90,9 +90,7 @@ def prepare(
   task.check(config, network, template, num_devices=jax.device_count())
   plan = make_plan(config, template)
   print_plan(plan, template)
-  finetune.check_frozen(
-    config.frozen, plans.compressed_shapes(plan, template)
-  )
+  finetune.check_frozen(config.frozen, plans.compressed_shapes(plan, template))
   variables = None
   if config.weights:
     stored = read_weights(config, network, template)
