@@ -16,6 +16,7 @@ Everything goes on where it stopped. Prints each result as it comes, adds it to
 import argparse
 import concurrent.futures
 import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -131,6 +132,11 @@ def compress(
         first.result()  # raises what it failed of
       time.sleep(1)
     copy_stages(maker, workdir, SHARED)
+    if not (workdir / "config.json").exists():
+      # The stages are from now on those of this seed.
+      config = json.loads((maker / "config.json").read_text())
+      text = json.dumps(config | {"seed": seed})
+      (workdir / "config.json").write_text(text)
   on_one = len(options.seeds) * -(-len(options.orders) // len(options.devices))
   results = study.run_main(
     [

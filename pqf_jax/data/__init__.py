@@ -12,7 +12,7 @@ it the library that reads its files, is imported when it is asked for.
 from collections.abc import Callable
 
 from pqf_jax import registry
-from pqf_jax.data.batching import eval_batches, train_batches
+from pqf_jax.data.batching import eval_batches, fingerprint, train_batches
 from pqf_jax.data.sources import ImageDataset
 from pqf_jax.data.transforms import normalize
 
@@ -20,6 +20,7 @@ __all__ = [
   "DATASETS",
   "ImageDataset",
   "eval_batches",
+  "fingerprint",
   "get_dataset",
   "normalize",
   "register",

@@ -10,10 +10,11 @@ import ml_collections
 
 from pqf_jax import errors, finetune, models, pack, report, tasks
 from pqf_jax.core import plan as plans
-from pqf_jax.core import vq_array
+from pqf_jax.core import trees, vq_array
 from pqf_jax.models import contract
 from pqf_jax.pipeline import settings, training, weights, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
+from pqf_jax.runtime import files as storage
 
 PyTree = Any
 Record = checkpoint.Record
@@ -107,7 +108,10 @@ def prepare(
   )
   loaded = task.load(config, network)
   check_training(config, stages, loaded.num_train)
-  files.claim()
+  inputs = {"data": loaded.fingerprint(), "backbone": digest(backbone)}
+  if variables is not None:
+    inputs["weights"] = digest(variables)
+  files.claim(inputs)
   return Job(
     config,
     files,
@@ -119,6 +123,11 @@ def prepare(
     task,
     loaded,
   )
+
+
+def digest(variables: PyTree) -> str:
+  """Returns the sha256 of the paths and values of variables."""
+  return storage.digest_arrays(sorted(trees.flatten(variables).items()))
 
 
 def check_training(

@@ -67,9 +67,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | None) -> None:
       f"config.mode=train trains from scratch, but config.weights is "
       f"{config.weights!r}; leave it out"
     )
-  files = workspace.Workspace(workdir or f"runs/{config.name}_train", config)
-  _, record = stages.dense_stage(jobs.prepare(config, files))
-  files.write_results(record["evaluation"] | {"seconds": record["seconds"]})
+  name = workdir or f"runs/{config.name}_train"
+  with workspace.Workspace(name, config) as files:
+    _, record = stages.dense_stage(jobs.prepare(config, files))
+    files.write_results(record["evaluation"] | {"seconds": record["seconds"]})
   progress.say(f"written: {files.results_file}")
 
 
@@ -78,10 +79,11 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   network, variables = read_weights(config)
   jobs.check_batches(config, stages=())
   loaded = tasks.get(config.task).load(config, network)
-  files = workspace.Workspace(workdir or f"runs/{config.name}_evaluate", config)
-  files.claim()
-  evaluation = loaded.evaluate(variables)
-  files.write_results({"weights": config.weights} | evaluation)
+  name = workdir or f"runs/{config.name}_evaluate"
+  with workspace.Workspace(name, config) as files:
+    files.claim()
+    evaluation = loaded.evaluate(variables)
+    files.write_results({"weights": config.weights} | evaluation)
   progress.say(
     " ".join(f"{name}={value:.6g}" for name, value in evaluation.items())
   )
@@ -90,9 +92,10 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 def repack(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Writes `config.weights` as a file of this library, without any stage."""
   network, variables = read_weights(config)
-  files = workspace.Workspace(workdir or f"runs/{config.name}_pack", config)
-  files.claim()
-  packed = jobs.write_packed(config, network, files, variables)
+  name = workdir or f"runs/{config.name}_pack"
+  with workspace.Workspace(name, config) as files:
+    files.claim()
+    packed = jobs.write_packed(config, network, files, variables)
   progress.say(
     f"written: {files.packed_file} payload_bytes={packed.payload_bytes}"
   )

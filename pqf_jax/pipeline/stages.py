@@ -28,24 +28,25 @@ Staged = tuple[PyTree, checkpoint.Record]
 
 def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Runs the whole job, from wherever an earlier run of it stopped."""
-  files = workspace.Workspace(workdir or f"runs/{config.name}", config)
-  results = files.results()
-  if results:
-    progress.show(report.closing_table(results))
-    progress.say(f"already done: {files.packed_file}, {files.report_file}")
-    return
-  job = jobs.prepare(config, files)
-  dense, dense_record = dense_stage(job)
-  permuted, permute_record = permute_stage(job, dense)
-  quantized, quantize_record = quantize_stage(job, permuted)
-  tuned, finetune_record = finetune_stage(job, dense, quantized)
-  records = {
-    "dense": dense_record,
-    "permuted": permute_record,
-    "quantized": quantize_record,
-    "finetuned": finetune_record,
-  }
-  finish(job, dense, tuned, records)
+  name = workdir or f"runs/{config.name}"
+  with workspace.Workspace(name, config) as files:
+    job = jobs.prepare(config, files)
+    results = files.results()
+    if results:
+      progress.show(report.closing_table(results))
+      progress.say(f"already done: {files.packed_file}, {files.report_file}")
+      return
+    dense, dense_record = dense_stage(job)
+    permuted, permute_record = permute_stage(job, dense)
+    quantized, quantize_record = quantize_stage(job, permuted)
+    tuned, finetune_record = finetune_stage(job, dense, quantized)
+    records = {
+      "dense": dense_record,
+      "permuted": permute_record,
+      "quantized": quantize_record,
+      "finetuned": finetune_record,
+    }
+    finish(job, dense, tuned, records)
 
 
 def dense_stage(job: jobs.Job) -> Staged:
@@ -204,7 +205,6 @@ def finish(
     pictures = job.loaded.pictures({"dense": dense, "compressed": loaded})
     write_report(job, size.layers, records, results, pictures)
   files.write_results(results)
-  files.close()
   progress.show(report.closing_table(results))
   progress.say(f"written: {files.packed_file}, {files.report_file}")
 

@@ -4,33 +4,39 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any, Self
 
 import ml_collections
 from etils import epath
 
 from pqf_jax import errors, report
 from pqf_jax.pipeline import settings
-from pqf_jax.runtime import checkpoint, distributed, files
+from pqf_jax.runtime import checkpoint, distributed, files, progress
 
 Results = dict[str, Any]
 # How processes find each other changes no result, so a run may be resumed with
 # other values of these settings.
 NOT_COMPARED = ("distributed", "distributed_timeout")
+# Field of config.json with the digests of weights and data, and of results.json
+# with its own.
+SHA256 = "sha256"
 
 
 class Workspace:
   """A workdir that belongs to one config, once it is claimed.
 
-  config.json  checkpoints/  metrics.jsonl  results.json  report.html
+  config.json  checkpoints/  metrics.jsonl  results.json  report.html  lock
   model.safetensors  tensorboard/ (where asked for)
+
+  As a context it is closed at the end.
   """
 
   def __init__(self, workdir: str, config: ml_collections.ConfigDict):
     """Reads what the workdir holds; creates nothing yet.
 
     Raises:
-      InputError: the workdir belongs to another config; says what differs.
+      InputError: the workdir belongs to another config (says what differs), or
+        it does not say any more to which.
     """
     path = files.absolute(workdir)
     if path.exists() and not path.is_dir():
@@ -48,31 +54,82 @@ class Workspace:
       if config.tensorboard and distributed.is_lead()
       else None
     )
-    if self._config_file.exists():
-      stored = json.loads(self._config_file.read_text())
-      _check_same(path, stored, self._config)
+    self._lock: IO[str] | None = None
+    self._check(self._config)
 
-  def claim(self) -> None:
-    """Creates the workdir, which belongs to this config from now on.
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.close()
+
+  def claim(self, inputs: Mapping[str, str] | None = None) -> None:
+    """Creates and locks the workdir, which belongs to this config from now on.
 
     Call it when nothing of the config can be refused any more, so that a
-    corrected config may use the same workdir.
+    corrected config may use the same workdir. In a bucket there are no locks.
+
+    Args:
+      inputs: {name: sha256} of what the stages are made from; None: the run has
+        no stages, so that other content under the same name does not matter.
+
+    Raises:
+      InputError: the workdir belongs to another config or other inputs, or
+        another process works in it.
     """
+    wanted = (
+      self._config if inputs is None else self._config | {SHA256: dict(inputs)}
+    )
+    if inputs is not None:
+      distributed.check_agreement({"sha256 of the inputs": wanted[SHA256]})
+    problems = []
     if distributed.is_lead():
-      self._config_file.parent.mkdir(parents=True, exist_ok=True)
-      report.write_json(self._config_file, self._config)
+      folder = self._config_file.parent
+      folder.mkdir(parents=True, exist_ok=True)
+      try:
+        self._lock = files.lock(folder / "lock")
+        self._check(wanted)
+      except errors.InputError as error:
+        problems.append(str(error))
+      else:
+        if self._lock is None:
+          progress.say(f"{folder} cannot be locked: run only one command there")
+        report.write_json(self._config_file, wanted)
+    for problem in distributed.gather_lists(problems):
+      raise errors.InputError(problem)
     distributed.check_shared(self._config_file)
 
   def results(self) -> Results | None:
-    """Reads results.json; None before the run is finished."""
+    """Reads results.json; None unless the run is finished and all is there.
+
+    Raises:
+      InputError: the file is not one that `write_results` wrote.
+    """
     if not self.results_file.exists():
       return None
-    return json.loads(self.results_file.read_text())
+    results = files.read_json(self.results_file)
+    stored = results.pop(SHA256, None)
+    if stored is None:
+      raise errors.InputError(
+        f"{self.results_file} is not of this version of the program: it has no "
+        f"field {SHA256!r}; move it elsewhere, and the same command makes it "
+        "again from the finished stages"
+      )
+    if stored == self._digest(results) and self.report_file.exists():
+      return results
+    progress.say(
+      f"the results in {self.results_file.parent} are not what was written; "
+      "they are made again from the finished stages"
+    )
+    return None
 
   def write_results(self, results: Results) -> None:
     """Writes results.json, which marks the run as finished."""
     if distributed.is_lead():
-      report.write_json(self.results_file, results)
+      plain = report.plain(results)
+      report.write_json(
+        self.results_file, plain | {SHA256: self._digest(plain)}
+      )
 
   def log(self, record: dict[str, Any]) -> None:
     """Appends to metrics.jsonl, and to TensorBoard where asked for."""
@@ -89,13 +146,40 @@ class Workspace:
       self._curves.resume(stage, step)
 
   def close(self) -> None:
-    """Flushes TensorBoard's writer."""
+    """Flushes TensorBoard's writer, and lets others use the workdir."""
     if self._curves:
       self._curves.close()
+    if self._lock:
+      self._lock.close()
 
   def history(self) -> Sequence[Mapping[str, Any]]:
     """Reads all records of metrics.jsonl."""
     return report.read_metrics(self._metrics_file)
+
+  def _check(self, wanted: Mapping[str, Any]) -> None:
+    """Refuses a workdir of another run."""
+    path = self._config_file.parent
+    if self._config_file.exists():
+      stored = files.read_json(self._config_file)
+      if SHA256 not in wanted:
+        stored.pop(SHA256, None)
+      _check_same(path, stored, wanted)
+      return
+    # Stage 0 may be copied from elsewhere; what comes after is of one run.
+    names = [n for n in self.checkpoints.stages() if n != "dense"]
+    names += ["results.json"] if self.results_file.exists() else []
+    if names:
+      raise errors.InputError(
+        f"the workdir {path} holds {', '.join(names)}, but no config.json that "
+        "says of which run; put it back, or use another --workdir"
+      )
+
+  def _digest(self, results: Results) -> str:
+    """Returns the sha256 of results and of the packed file, where it exists."""
+    digest = hashlib.sha256(json.dumps(results, sort_keys=True).encode())
+    if self.packed_file.exists():
+      digest.update(self.packed_file.read_bytes())
+    return digest.hexdigest()
 
 
 def code_digest() -> str:
@@ -107,7 +191,9 @@ def code_digest() -> str:
   return digest.hexdigest()[:16]
 
 
-def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
+def _check_same(
+  path: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
   before, now = settings.flatten(stored), settings.flatten(wanted)
   differences = [
     f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
@@ -116,6 +202,7 @@ def _check_same(path: epath.Path, stored: Any, wanted: Any) -> None:
   ]
   if differences:
     raise errors.InputError(
-      f"the workdir {path} belongs to another config; use another --workdir "
-      "or delete it. Different are:\n  " + "\n  ".join(differences)
+      f"the workdir {path} belongs to another config, or to another content of "
+      "the files that it names; use another --workdir. Different are:\n  "
+      + "\n  ".join(differences)
     )

@@ -31,6 +31,7 @@ Results = Mapping[str, Any]
     ratio          dense_bytes / file_bytes
     seconds        {stage: seconds}
     file           name of the packed file
+    sha256         of all this and of the packed file
 """
 
 Group = Mapping[str, Any]

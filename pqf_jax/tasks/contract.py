@@ -26,6 +26,8 @@ class LoadedTask(NamedTuple):
       `Task.metrics` and `images` among them.
     pictures: {title: variables} -> PNG files for the report, that show what
       these networks do; may be empty.
+    fingerprint: () -> text that is another one for other data, so that a run
+      does not go on with them.
   """
 
   num_train: int
@@ -34,6 +36,7 @@ class LoadedTask(NamedTuple):
   make_teacher: Callable[[PyTree], Callable[[Any], Any]]
   evaluate: Callable[[PyTree], dict[str, float]]
   pictures: Callable[[Mapping[str, PyTree]], list[bytes]]
+  fingerprint: Callable[[], str] = lambda: ""
 
 
 class AbstractPrograms(NamedTuple):

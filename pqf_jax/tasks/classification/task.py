@@ -90,6 +90,7 @@ class Classification:
       ),
       evaluate=evaluate,
       pictures=lambda networks: [],
+      fingerprint=functools.partial(data.fingerprint, dataset),
     )
 
   def abstract_programs(

@@ -104,6 +104,7 @@ class Detection:
       pictures=functools.partial(
         prediction.pictures, detect, dataset, config.eval_batch_size
       ),
+      fingerprint=functools.partial(data.fingerprint, dataset),
     )
 
   def abstract_programs(
