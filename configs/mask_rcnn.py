@@ -1,4 +1,4 @@
-"""Mask R-CNN with ResNet-50-FPN: objects, their boxes and masks.
+"""Mask R-CNN with ResNet-50-FPN, which detects objects and their masks.
 
 python main.py --config=configs/mask_rcnn.py:coco \
         --config.data.dir=DIR --config.weights=FILE
@@ -10,7 +10,7 @@ python main.py --config=configs/mask_rcnn.py:nuclei \
 Cell nuclei of the Data Science Bowl 2018 (CC0; 421 + 109 images), or any folder
 in COCO's layout with one category: trains the detector from an ImageNet
 backbone, compresses it and fine-tunes. On one H100: mask AP .557 dense, .540
-at 26.0x, see docs/nuclei.md. What was chosen by looking at the 12,240 training
+at 26.0x, see docs/nuclei.md. These settings follow from the 12,240 training
 nuclei:
 
   images       256 to 360 pixels. Scaled to 512 on the long side, one canvas of
@@ -23,8 +23,8 @@ nuclei:
                (torchvision's 32 to 512: 71.4 % and 13.6 %).
   objects      at most 98 an image (99 in the test images), median 23: 100
                detections are enough, and COCO's AP looks at no more.
-  mask AP      pasting a mask rounds its box to whole pixels, as torchvision
-               does. Perfect boxes with perfect 28 x 28 masks get .738, not 1.
+  mask AP      pasting a mask rounds its box to whole pixels, as in
+               torchvision. Perfect boxes with perfect 28 x 28 masks get .738.
 """
 
 import ml_collections
@@ -32,8 +32,8 @@ import ml_collections
 from configs import common
 
 BODY, HEADS = "params/backbone/body/", "params/roi_heads/"
-# The paper's: sub-vectors of 4 weights, 9 in 3x3 convolutions, 16 in fc6. What
-# stays dense is small, and all outputs depend on it.
+# As in the paper: sub-vectors of 4 weights, 9 in 3x3 convolutions, 16 in fc6.
+# The layers that stay dense are small, and all outputs depend on them.
 STEPS = 1000
 RULES = (
   (f"{BODY}conv1/kernel", None, 1, STEPS),
@@ -53,22 +53,22 @@ RULES = (
 )
 
 
-# Which norms of the body no training changes. torchvision and the paper freeze
-# them all; the authors' code does so only where no channel order is searched,
-# since it makes new parameters of the others: 37 of 53 learn.
+# Norms of the body that no training changes. torchvision and the paper freeze
+# all of them. The authors' code freezes only those whose channel order is not
+# searched, since it turns the others into new parameters: 37 of 53 are trained.
 FROZEN = {
   "frozen_norms": (f"{BODY}.*bn./.*", f"{BODY}.*/downsample/1/.*"),
-  "official_norms": (f"{BODY}layer././bn1/.*",),
+  "authors_norms": (f"{BODY}layer././bn1/.*",),
   "trained_norms": (),
 }
 
 
 def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
-  """The recipe.
+  """Returns the recipe.
 
   Args:
-    variant: coco or nuclei; and frozen_norms (if nothing is said),
-      official_norms or trained_norms.
+    variant: coco or nuclei; and frozen_norms (the default), authors_norms or
+      trained_norms.
   """
   words = common.variant_words(variant, ("coco", "nuclei", *FROZEN))
   dataset = _one_of(words, ("coco", "nuclei"))
@@ -79,7 +79,7 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
   config.name = f"mask_rcnn_{dataset}"
   config.model.name = "mask_rcnn"
   config.model.fc6_layout = "chw"  # or hwc, see models.mask_rcnn.make
-  config.data.name = "coco"  # the layout of the folder, of both variants
+  config.data.name = "coco"  # the layout of the folder in both variants
   config.rules = RULES
   config.frozen = FROZEN[norms]
   config.finetune.epochs = 4
@@ -97,12 +97,12 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
   config.model.max_size = 512
   config.model.norm_epsilon = 1e-5
   config.model.anchor_sizes = ((12,), (24,), (48,), (96,), (192,))
-  # 105 steps an epoch, and an evaluation takes about as long as one.
+  # An epoch has 105 steps, and an evaluation takes about as long as an epoch.
   config.train.epochs = 16
   config.train.batch_size = 4
   config.train.learning_rate = 2e-4
   config.train.evaluation_epochs = 8
-  # The paper's 5e-5 is for 235,000 steps.
+  # The paper's 5e-5 is meant for 235,000 steps.
   config.finetune.epochs = 6
   config.finetune.batch_size = 4
   config.finetune.learning_rate = 3e-4
@@ -112,7 +112,7 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
 
 
 def _one_of(words: set[str], choices: tuple[str, ...]) -> str:
-  """The word that is one of the choices, or the first of them."""
+  """Returns the word that is one of the choices, or else the first choice."""
   named = sorted(words & set(choices)) or [choices[0]]
   if len(named) > 1:
     raise ValueError(f"name one of {', '.join(choices)}, not {named}")

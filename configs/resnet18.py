@@ -1,17 +1,17 @@
-"""ResNet-18.
+"""ResNet-18 on handwritten digits, CIFAR-10 or ImageNet.
 
 python main.py --config=configs/resnet18.py
-handwritten digits (they come with scikit-learn): trains, compresses and
-packs in a few minutes on two CPU cores.
+Handwritten digits, which come with scikit-learn: trains, compresses and packs
+in a few minutes on two CPU cores.
 python main.py --config=configs/resnet18.py:cifar10[,large] \
         --config.data.dir=DIR --config.weights=FILE.safetensors
 CIFAR-10, small or large blocks; 32.1x or 52.2x smaller.
 python main.py --config=configs/resnet18.py:imagenet2012[,large] \
         --config.data.dir=DIR
 The paper: 1.54 MiB (29x) 66.74 % top-1, large 1.03 MiB (43x) 63.33 %; of 69.76.
-The weights come from the hub. Nine epochs: 22 minutes of steps on one H100
-(8,588 images/s, measured), if the loader keeps up; on a v5e-8 17 minutes at the
-least (the compiler's estimate).
+The weights come from the hub. Nine epochs take 22 minutes of steps on one H100
+(8,588 images/s, measured) if the loader keeps up, and at least 17 minutes on a
+v5e-8 (the compiler's estimate).
 """
 
 import ml_collections
@@ -20,7 +20,11 @@ from configs import common
 
 
 def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
-  """The recipe for one data set: digits, cifar10 or imagenet2012; [large]."""
+  """Returns the recipe.
+
+  Args:
+    variant: digits, cifar10 or imagenet2012; [large].
+  """
   datasets = ("digits", "cifar10", "imagenet2012")
   words = common.variant_words(variant, (*datasets, "large"))
   chosen = words & set(datasets) or {"digits"}
@@ -46,8 +50,8 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
   if dataset == "imagenet2012":
     config.weights = "hf://timm/resnet18.tv_in1k"
   if dataset == "digits":
-    # A small problem on a small machine: few passes suffice, and the k-means
-    # has converged long before the paper's 1,000 steps.
+    # A small problem on a small machine: few epochs suffice, and k-means
+    # converges long before the paper's 1,000 steps.
     config.rules = tuple((*rule[:3], 50) for rule in config.rules)
     config.train.epochs = 7
     config.train.batch_size = 64

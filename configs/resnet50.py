@@ -5,9 +5,9 @@ python main.py --config=configs/resnet50.py:imagenet2012[,large|,ssl] \
 The paper: 5.09 MiB (19x) 75.04 % top-1, large 3.19 MiB (31x) 72.18 %; of 76.15.
 ssl, semi-supervised weights: 5.09 MiB (19x) 77.19 % top-1, of 78.72.
 The weights come from the hub; those of ssl are CC-BY-NC 4.0, not for commerce.
-Nine epochs: 83 minutes of steps on one H100 (2,314 images/s in batches of 64,
-measured; 65 minutes in batches of 128), if the loader keeps up; on a v5e-8 65
-minutes at the least (the compiler's estimate, docs/scale.md). On an H100
+Nine epochs take 83 minutes of steps on one H100 (2,314 images/s in batches of
+64, measured; 65 minutes in batches of 128) if the loader keeps up, and at least
+65 minutes on a v5e-8 (the compiler's estimate, docs/scale.md). On an H100
 k-means takes 22 s with its compilation.
 """
 
@@ -17,7 +17,11 @@ from configs import common
 
 
 def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
-  """The recipe; variant: imagenet2012, [large], [ssl]."""
+  """Returns the recipe.
+
+  Args:
+    variant: imagenet2012, [large], [ssl].
+  """
   extras = ("large", "ssl")
   words = common.variant_words(variant, ("imagenet2012", *extras))
   large = "large" in words

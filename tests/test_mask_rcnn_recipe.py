@@ -70,7 +70,7 @@ def test_both_variants_are_recipes_of_detection():
   [
     ("coco", 0),
     ("nuclei,frozen_norms", 0),
-    ("coco,official_norms", 37),  # as their code does it, if not on purpose
+    ("coco,authors_norms", 37),  # as their code does it, if not on purpose
     ("trained_norms", 53),
   ],
 )
