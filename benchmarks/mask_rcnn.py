@@ -1,22 +1,24 @@
-"""Mask R-CNN ResNet-50-FPN: time and memory of ours and of torchvision.
+"""Time and memory of Mask R-CNN ResNet-50-FPN here and in torchvision.
 
     python -m benchmarks.mask_rcnn
 
 Both run in one process, on the same random weights and images:
 
-infer   from uint8 (ours) or float (torchvision) images on the device to masks
+infer   maps uint8 (ours) or float (torchvision) images on the device to masks
         of 28 x 28 in their boxes, 100 an image
-paste   the same, and the masks as large as the images, on the device; so does
-        torchvision as it is shipped
-train   the five losses and the gradients of all parameters but the norms
+paste   does the same and enlarges the masks to the size of the images, on the
+        device, as torchvision does by default
+train   computes the five losses and the gradients of all parameters except the
+        norms
 
 torchvision is eager, once as it is shipped and once with cuDNN's fastest
-algorithms. Products are TF32 on both sides, or float32 by --products=float32;
---dtype=bfloat16 computes in that (torchvision then under autocast).
+algorithms. Matrix products are TF32 on both sides, or float32 with
+--products=float32; --dtype=bfloat16 computes in that type (torchvision under
+autocast).
 
 Images are 384 x 640, scaled to 799 x 1333 and padded to 800 x 1344. torchvision
-needs no compilation; its first call is not timed either. Memory is what the
-compiled program takes in all, and torch's peak.
+needs no compilation; its first call is not timed either. The memory is that of
+the compiled program in all, or torch's peak.
 """
 
 import argparse
@@ -43,16 +45,16 @@ _NUM_OBJECTS = 20
 _PADDED = 100
 
 
-# Whether cuDNN looks for its fastest algorithm.
+# {name: whether cuDNN searches for its fastest algorithm}.
 PEERS = {"torchvision": False, "torchvision tuned": True}
 
 
 class Timing(NamedTuple):
-  """Of one way to run one job.
+  """Time and memory of one job in one library.
 
   Attributes:
     seconds: median of the calls after the first.
-    compilation: of the first call, less a later one.
+    compilation: seconds of the first call minus a later one.
     gibibytes: of memory.
   """
 
@@ -62,12 +64,12 @@ class Timing(NamedTuple):
 
 
 Run = Callable[[], Any]
-# What --products names: the words of JAX and of torch for it.
+# {--products: (JAX's name of the precision, torch's name)}.
 PRODUCTS = {"tf32": ("default", "high"), "float32": ("highest",) * 2}
 
 
 def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
-  """Noise as images, ellipses as objects."""
+  """Draws noise as images and ellipses as objects."""
   rng = np.random.default_rng(0)
   buffer = max(height, width)
   image = np.zeros((count, buffer, buffer, 3), np.uint8)
@@ -94,7 +96,7 @@ def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
 
 
 def timed(run: Run, wait: Callable[[Any], Any], repeats: int) -> list[float]:
-  """Seconds of the first call and of the others."""
+  """Returns the seconds of the first call and of the others."""
   seconds = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
@@ -104,10 +106,10 @@ def timed(run: Run, wait: Callable[[Any], Any], repeats: int) -> list[float]:
 
 
 class Ours:
-  """This library."""
+  """The jobs in this library."""
 
   def __init__(self, options: argparse.Namespace, state: dict[str, Any] | None):
-    """Weights from torch's state dict, or fresh ones."""
+    """Takes the weights from torch's state dict, or draws them."""
     self.model = mask_rcnn.make(
       num_classes=_NUM_CLASSES,
       min_size=options.min_size,
@@ -125,24 +127,25 @@ class Ours:
     self.repeats = options.repeats
 
   def infer(self, batch: dict[str, np.ndarray]) -> Timing:
-    """Detections."""
+    """Times detection."""
     batch = jax.device_put({name: batch[name] for name in ("image", "size")})
     return self._time(self.model.apply, self.variables, *batch.values())
 
   def paste(self, batch: dict[str, np.ndarray]) -> Timing:
-    """Detections with masks of the size of the images' buffer."""
+    """Times detection with masks of the size of the images' buffer."""
     batch = jax.device_put({name: batch[name] for name in ("image", "size")})
     canvas = batch["image"].shape[1:3]
 
     def run(variables: Any, images: jax.Array, sizes: jax.Array) -> Any:
-      found = self.model.apply(variables, images, sizes)
-      put = functools.partial(mask_ops.paste_on_device, canvas=canvas)
-      return found._replace(masks=jax.vmap(put)(found.masks, found.boxes))
+      detections = self.model.apply(variables, images, sizes)
+      paste = functools.partial(mask_ops.paste_on_device, canvas=canvas)
+      masks = jax.vmap(paste)(detections.masks, detections.boxes)
+      return detections._replace(masks=masks)
 
     return self._time(run, self.variables, *batch.values())
 
   def train(self, batch: dict[str, np.ndarray]) -> Timing:
-    """Losses and gradients."""
+    """Times losses and gradients."""
     loss_fn = detection.make_loss(
       functools.partial(self.model.apply, method="training_outputs")
     )
@@ -190,10 +193,10 @@ def _is_norm(path: tuple[Any, ...]) -> bool:
 
 
 class Torchvision:
-  """The peer."""
+  """The jobs in torchvision."""
 
   def __init__(self, options: argparse.Namespace, *, tuned: bool):
-    """Random weights whose scores are high enough for 100 detections."""
+    """Draws weights whose scores are high enough for 100 detections."""
     import torch  # optional peer
     from torchvision.models import detection as peers
     from torchvision.models.detection import backbone_utils
@@ -223,21 +226,21 @@ class Torchvision:
     self.model.to(self.device)
 
   def state(self) -> dict[str, np.ndarray]:
-    """The weights, for ours."""
+    """Returns the weights as a state dict of NumPy arrays."""
     tensors = self.model.state_dict()
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
   def infer(self, batch: dict[str, np.ndarray]) -> Timing:
-    """Detections."""
+    """Times detection."""
     transform = self.model.transform
-    transform.postprocess = lambda found, *sizes: found
+    transform.postprocess = lambda detections, *sizes: detections
     try:
       return self.paste(batch)
     finally:
       del transform.postprocess  # The class has the real one.
 
   def paste(self, batch: dict[str, np.ndarray]) -> Timing:
-    """Detections with masks of the size of the images."""
+    """Times detection with masks of the size of the images."""
     images, _ = self._load(batch)
     self.model.eval()
 
@@ -248,7 +251,7 @@ class Torchvision:
     return self._time(run)
 
   def train(self, batch: dict[str, np.ndarray]) -> Timing:
-    """Losses and gradients."""
+    """Times losses and gradients."""
     images, targets = self._load(batch)
     self.model.train()
 
@@ -299,7 +302,7 @@ class Torchvision:
 
 
 def main() -> None:
-  """Prints one table row for every job and library."""
+  """Prints a table with one row for every job and library."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )

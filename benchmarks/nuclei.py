@@ -1,16 +1,16 @@
-"""Mask R-CNN on cell nuclei: dense, compressed with and without permutation.
+"""Mask R-CNN on cell nuclei: dense, and compressed with or without permutation.
 
     python -m benchmarks.nuclei --data DIR --backbone FILE --devices 0 1
 
 1. Trains the dense network once for every learning rate of --rates, side by
-   side; what follows starts from the one with the best mask AP.
-2. Permutes (or not), quantizes and fine-tunes it: --seeds of the fine-tuning
-   share order and codes, which the first seed makes.
+   side; the one with the best mask AP is compressed.
+2. Permutes it (or not), quantizes and fine-tunes it. The --seeds of the
+   fine-tuning share channel order and codes, which the first seed computes.
 
 DIR is a folder in COCO's layout with one category, FILE a ResNet-50 classifier.
-Jobs are processes; those of one order share one of the GPUs of --devices.
-Everything goes on where it stopped. Prints each result as it comes, adds it to
-`docs/nuclei.json` and writes the tables of `docs/nuclei.md`.
+Jobs are processes; those of one order share one of the GPUs of --devices. A
+study that was stopped continues where it stopped. Each result is printed and
+added to `docs/nuclei.json`; the tables of `docs/nuclei.md` are written last.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks import study
 
 ORDERS = {"assignment": "permuted", "none": "as trained"}
-# What the seeds of one order share.
+# Stages that the seeds of one order share.
 SHARED = ("dense", "permute", "quantize")
 STAGES = ("dense", "quantized", "finetuned", "packed")
 KINDS = ("box", "mask")
@@ -36,7 +36,7 @@ Job = concurrent.futures.Future[study.Record]
 
 
 def main() -> None:
-  """Runs what is missing and writes the page."""
+  """Runs the missing jobs and writes the page."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def collect(jobs: Iterable[Job], records: study.Records) -> None:
-  """Adds results as they come; the jobs of earlier runs give theirs anew."""
+  """Adds results as they come; jobs of earlier runs return theirs again."""
   for done in concurrent.futures.as_completed(jobs):
     if (record := done.result())["run"] not in records:
       records.add(record)
@@ -95,7 +95,7 @@ def train(
   flags: Sequence[str],
   devices: study.Devices,
 ) -> study.Record:
-  """The dense network."""
+  """Trains the dense network."""
   name = f"dense-{rate:g}"
   on_one = -(-len(options.rates) // len(options.devices))
   results = study.run_main(
@@ -120,21 +120,21 @@ def compress(
   devices: study.Devices,
   first: Job | None = None,
 ) -> study.Record:
-  """One fine-tuning, of what the job of the first seed quantized."""
+  """Fine-tunes the network that the job of the first seed quantizes."""
   name = f"{order}-{seed}"
   workdir = options.workdir / name
   if first is None:
     copy_stages(options.workdir / dense, workdir, ("dense",))
   else:
-    maker = options.workdir / f"{order}-{options.seeds[0]}"
-    while not (maker / f"checkpoints/{SHARED[-1]}.json").exists():
+    source = options.workdir / f"{order}-{options.seeds[0]}"
+    while not (source / f"checkpoints/{SHARED[-1]}.json").exists():
       if first.done():
-        first.result()  # raises what it failed of
+        first.result()  # raises the error of a failed job
       time.sleep(1)
-    copy_stages(maker, workdir, SHARED)
+    copy_stages(source, workdir, SHARED)
     if not (workdir / "config.json").exists():
-      # The stages are from now on those of this seed.
-      config = json.loads((maker / "config.json").read_text())
+      # From now on the stages belong to this seed.
+      config = json.loads((source / "config.json").read_text())
       text = json.dumps(config | {"seed": seed})
       (workdir / "config.json").write_text(text)
   on_one = len(options.seeds) * -(-len(options.orders) // len(options.devices))
@@ -170,25 +170,25 @@ def compress(
 def copy_stages(
   source: pathlib.Path, target: pathlib.Path, stages: Iterable[str]
 ) -> None:
-  """Checkpoints of one workdir for another, which then begins behind them."""
+  """Copies checkpoints to another workdir, which then begins after them."""
   source, target = source / "checkpoints", target / "checkpoints"
   for stage in stages:
     if (target / f"{stage}.json").exists():
       continue
     shutil.copytree(source / stage, target / stage, dirs_exist_ok=True)
-    # The record last: it says that the stage is done.
+    # The record comes last: it marks the stage as done.
     shutil.copy(source / f"{stage}.json", target)
 
 
 def write_page(records: study.Records, docs: pathlib.Path) -> None:
-  """docs/nuclei.md."""
+  """Writes docs/nuclei.md."""
   study.write_page(
     docs / "nuclei.md", "benchmarks/nuclei.py", page(records.rows)
   )
 
 
 def page(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
-  """Its tables."""
+  """Yields the lines of its tables."""
   dense = [row for row in rows if row["kind"] == "dense"]
   compressed = [row for row in rows if row["kind"] == "compressed"]
   yield from ("## Dense", "", "| learning rate | box AP | mask AP |")
