@@ -1,4 +1,4 @@
-"""The authors' layout, on made-up files, and on theirs where they are."""
+"""The authors' layout, on made-up files and on released ones if present."""
 
 import os
 
@@ -45,7 +45,7 @@ TEMPLATE = jax.eval_shape(Net().init, jax.random.key(0), IMAGES)
 
 
 def compressed(module, c_out, m, block, num_codes, rng):
-  """A compressed kernel as the authors store it."""
+  """Draws a compressed kernel as the authors store it."""
   dtype = np.uint8 if num_codes <= 256 else np.int16
   codes = rng.integers(0, num_codes, (c_out, m)).astype(dtype)
   codebook = rng.normal(size=(num_codes, block)).astype(np.float16)
@@ -53,7 +53,7 @@ def compressed(module, c_out, m, block, num_codes, rng):
 
 
 def made_up(channels=2, num_codes=7, seed=0):
-  """A file for `Net`: conv1 dense, conv2 and fc compressed."""
+  """Draws a file for `Net`: conv1 dense, conv2 and fc compressed."""
   rng = np.random.default_rng(seed)
   state_dict = {
     "conv1.weight": rng.normal(size=(8, 3, 3, 2)),
@@ -161,7 +161,7 @@ def test_our_networks_survive_their_layout(channels, num_codes, seed):
   variables = {"params": {"conv": {"kernel": node, "bias": jnp.ones(6)}}}
   state_dict = authors_files.to_authors_layout(variables)
   stored = state_dict["conv.codes_matrix"].dtype
-  # The smallest of theirs, which are signed but for the smallest.
+  # The smallest type that they use; all but uint8 are signed.
   assert stored == {1: np.uint8, 7: np.uint8, 256: np.uint8}.get(
     num_codes, np.int16 if num_codes == 257 else np.int32
   )
@@ -282,7 +282,7 @@ def test_what_their_layout_cannot_hold_is_refused():
 
 
 def in_torch(state_dict):
-  """The dense state dict that a file of this layout stands for, by torch."""
+  """Decodes a file of this layout with torch to a dense state dict."""
   import torch
 
   state = {

@@ -19,7 +19,7 @@ def normal(*shape, dtype=np.float32):
 
 
 def template(**leaves):
-  """{path with '__' for '/': shape} -> variables as shapes."""
+  """Returns variables as shapes from {path with '__' for '/': shape}."""
   return trees.nest(
     {
       path.replace("__", "/"): jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -49,7 +49,7 @@ TEMPLATE = template(
 
 
 def changed(**entries):
-  """The state dict with some entries set, or left out where None."""
+  """Returns the state dict with some entries set, or left out where None."""
   merged = STATE_DICT | {k.replace("__", "."): v for k, v in entries.items()}
   return {name: value for name, value in merged.items() if value is not None}
 
@@ -87,9 +87,9 @@ def test_saved_by_safetensors_the_inverse_is_read_back(tmp_path):
   variables = torch_names.torch_to_flax(STATE_DICT, TEMPLATE)
   path = tmp_path / "w.safetensors"
   safetensors_numpy.save_file(torch_names.flax_to_torch(variables), path)
-  found = torch_names.read_safetensors(str(path))
-  assert found.keys() == STATE_DICT.keys()
-  for name, array in found.items():
+  arrays = torch_names.read_safetensors(str(path))
+  assert arrays.keys() == STATE_DICT.keys()
+  for name, array in arrays.items():
     np.testing.assert_array_equal(array, STATE_DICT[name])
 
 

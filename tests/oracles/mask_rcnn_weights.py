@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN in NumPy: names, shapes, random weights, images."""
+"""Names, shapes, random weights and images for torchvision's Mask R-CNN."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ class Case(NamedTuple):
   Attributes:
     depth: of the ResNet.
     num_classes: with background.
-    min_size: what the short side is scaled to.
+    min_size: length that the short side is scaled to.
     max_size: bound of the long side.
-    num_proposals: boxes to look at.
-    num_detections: bound of what is found.
+    num_proposals: boxes that the heads read.
+    num_detections: bound of the detected objects.
     sizes: of the images.
-    buffer: side of the square that they lie in.
+    buffer: side of the square that the images lie in.
   """
 
   depth: int
@@ -36,8 +36,8 @@ class Case(NamedTuple):
   buffer: int
 
 
-# Wide, high, one of the squares that do not become min_size, and one so long
-# that max_size decides.
+# A wide and a high image, a square that does not become min_size, and one so
+# long that max_size decides.
 SMALL = Case(
   18, 5, 96, 160, 100, 30, ((60, 80), (80, 61), (47, 47), (40, 100)), 104
 )
@@ -45,9 +45,9 @@ DEEP = Case(50, 91, 64, 96, 50, 25, ((48, 64),), 64)
 # Two images of one padded size, as torchvision pads a batch to the largest.
 TRAINING = Case(18, 5, 64, 96, 100, 30, ((50, 64), (50, 62)), 64)
 NUM_OBJECTS = (4, 2)
-# Samples an image: of anchors, boxes and masks.
+# Sampled anchors, boxes and masks of an image.
 NUM_ANCHORS, NUM_BOXES, NUM_MASKS = 64, 32, 8
-# Kernels times these: scores that differ, boxes that move, masks with edges.
+# Factors of kernels, so that scores differ, boxes move and masks have edges.
 GAINS = {
   "bn2": 0.5,
   "bn3": 0.3,
@@ -62,15 +62,15 @@ GAINS = {
 
 
 def shapes(depth: int, num_classes: int) -> Shapes:
-  """{name: shape} as torchvision's first weights have them."""
+  """Returns {name: shape} of torchvision's first weights."""
   body = resnet_weights.shapes(depth, num_classes, "imagenet")
-  found = {
+  named = {
     f"backbone.body.{name}": shape
     for name, shape in body.items()
     if not name.startswith("fc.")
   }
-  found.update(_heads(4 if depth == 50 else 1, num_classes))
-  return found
+  named.update(_heads(4 if depth == 50 else 1, num_classes))
+  return named
 
 
 def _heads(
@@ -103,7 +103,7 @@ def _layer(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def draw(depth: int, num_classes: int) -> dict[str, np.ndarray]:
-  """Float64 weights, each drawn from a seed made of its name alone."""
+  """Draws float64 weights, each from a seed made of its name alone."""
   weights = resnet_weights.draw(shapes(depth, num_classes))
   for name, array in weights.items():
     if name.endswith("weight"):
@@ -114,7 +114,7 @@ def draw(depth: int, num_classes: int) -> dict[str, np.ndarray]:
 
 
 def rename(weights: dict[str, Any]) -> dict[str, Any]:
-  """The names that torchvision 0.13 and later give the same weights."""
+  """Gives weights the names of torchvision 0.13 and later."""
 
   def new(name: str) -> str:
     *modules, entry = name.split(".")
@@ -130,13 +130,13 @@ def rename(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_names() -> dict[str, str]:
-  """{name in torchvision 0.13 and later: name of the same weights here}."""
+  """Returns {name in torchvision 0.13 and later: first name}."""
   names = shapes(18, 2).keys() | shapes(50, 2).keys()
   return rename({name: name for name in names})
 
 
 def image(height: int, width: int, seed: int) -> np.ndarray:
-  """uint8 [height, width, 3]: discs and rectangles before a wavy ground."""
+  """Draws discs and rectangles on waves, uint8 [height, width, 3]."""
   rng = np.random.default_rng(seed)
   y, x = np.mgrid[:height, :width].astype(np.float64)
   wave = np.sin(x / rng.uniform(8, 40)) * np.cos(y / rng.uniform(8, 40))
@@ -153,7 +153,7 @@ def image(height: int, width: int, seed: int) -> np.ndarray:
 def batch(
   sizes: Sequence[Size], buffer: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Images of these sizes: uint8 [B, buffer, buffer, 3], int32 [B, 2]."""
+  """Draws images of these sizes, uint8 [B, buffer, buffer, 3], int32 [B, 2]."""
   images = np.zeros((len(sizes), buffer, buffer, 3), np.uint8)
   for i, (height, width) in enumerate(sizes):
     images[i, :height, :width] = image(height, width, seed + i)
@@ -163,7 +163,7 @@ def batch(
 def objects(
   sizes: Sequence[Size], buffer: int, counts: Sequence[int], padded: int
 ) -> dict[str, np.ndarray]:
-  """Ellipses as objects of these images, as batches for training hold them."""
+  """Draws ellipses as objects of these images, as in training batches."""
   rng = np.random.default_rng(7)
   lead = (len(sizes), padded)
   boxes, labels = np.zeros((*lead, 4), np.float32), np.zeros(lead, np.int32)
@@ -184,14 +184,14 @@ def objects(
 
 
 def training_batch() -> dict[str, np.ndarray]:
-  """The batch of `TRAINING`."""
+  """Returns the batch of `TRAINING`."""
   images, sizes = batch(TRAINING.sizes, TRAINING.buffer)
   truth = objects(TRAINING.sizes, TRAINING.buffer, NUM_OBJECTS, 6)
   return {"image": images, "size": sizes, **truth}
 
 
 def summarize(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """{name: (norm, inner product with a random direction)} of gradients."""
+  """Returns {name: (norm, inner product with a random direction)}."""
   return {
     name: np.asarray(
       [np.linalg.norm(array), np.vdot(array, signs(name, array.shape))]

@@ -1,14 +1,14 @@
 """State dicts of MobileNetV2 (torchvision) and EfficientNet-Lite0 (timm).
 
-Names and shapes, written out from the tables of the papers; random values are
-drawn by `resnet_weights.draw`.
+Names and shapes are written out from the tables of the papers;
+`resnet_weights.draw` draws random values.
 """
 
 from collections.abc import Iterator
 
 NUM_CLASSES = 10
-# Even sides tell symmetric padding from 'SAME', odd ones floor from ceil, and
-# unequal ones height from width.
+# Even sides distinguish symmetric padding from 'SAME', odd sides floor from
+# ceil, and unequal sides height from width.
 IMAGE_SHAPE = (2, 40, 37, 3)
 Shapes = dict[str, tuple[int, ...]]
 Entries = Iterator[tuple[str, tuple[int, ...]]]
@@ -33,7 +33,7 @@ EFFICIENTNET_LITE0 = (
 
 
 def mobilenet_v2(num_classes: int = NUM_CLASSES) -> Shapes:
-  """{name: shape} as torchvision prints them, without num_batches_tracked."""
+  """Returns torchvision's {name: shape} without num_batches_tracked."""
   return dict(_mobilenet_v2(num_classes))
 
 
@@ -57,7 +57,7 @@ def _mobilenet_v2(num_classes: int) -> Entries:
 
 
 def efficientnet_lite0(num_classes: int = NUM_CLASSES) -> Shapes:
-  """{name: shape} as timm prints them, without num_batches_tracked."""
+  """Returns timm's {name: shape} without num_batches_tracked."""
   return dict(_efficientnet_lite0(num_classes))
 
 

@@ -1,4 +1,4 @@
-"""torchvision's ResNet state dicts in NumPy: names, shapes, random values."""
+"""Names, shapes and random values of torchvision's ResNet state dicts."""
 
 import zlib
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ import numpy as np
 LENGTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 Shapes = dict[str, tuple[int, ...]]
 
-# {case: (depth, stem, (height, width))}. Even sides tell symmetric padding from
-# 'SAME', odd ones floor from ceil, and unequal ones height from width.
+# {case: (depth, stem, (height, width))}. Even sides distinguish symmetric
+# padding from 'SAME', odd sides floor from ceil, and unequal sides height from
+# width.
 CASES = {
   "18_imagenet": (18, "imagenet", (64, 57)),
   "18_small": (18, "small", (16, 13)),
@@ -26,7 +27,7 @@ TRAIN_STATISTICS = (
 
 
 def shapes(depth: int, num_classes: int, stem: str) -> Shapes:
-  """{name: shape} as torchvision prints them, without num_batches_tracked."""
+  """Returns torchvision's {name: shape} without num_batches_tracked."""
   return dict(_shapes(depth, num_classes, stem))
 
 
@@ -65,7 +66,7 @@ def _norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def draw(names: Shapes) -> dict[str, np.ndarray]:
-  """Float64 weights, each drawn from a seed made of its name alone.
+  """Draws float64 weights, each from a seed made of its name alone.
 
   Kernels keep the size of activations; norms are far from the identity.
   """
@@ -82,5 +83,5 @@ def _draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def images(*shape: int) -> np.ndarray:
-  """Float64 images in [-2, 2)."""
+  """Draws float64 images in [-2, 2)."""
   return 4 * np.random.default_rng(0).random(shape) - 2

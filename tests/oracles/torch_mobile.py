@@ -1,6 +1,6 @@
 """MobileNetV2 and EfficientNet-Lite0 in torch.nn.functional.
 
-Driven by a state dict and nothing else.
+The networks are computed from a state dict and nothing else.
 `python -m tests.oracles.torch_mobile` writes tests/goldens/mobile_logits.npz.
 """
 
@@ -18,7 +18,7 @@ MOMENTUM = 0.1
 
 
 class Network:
-  """A state dict, and the layers that it drives.
+  """A state dict and the layers that are computed from it.
 
   Attributes:
     w: the state dict as tensors, with new running statistics where it trained.
@@ -66,7 +66,7 @@ class Network:
 def mobilenet_v2(
   state_dict: dict[str, np.ndarray], images: np.ndarray, **settings
 ) -> tuple[np.ndarray, Network]:
-  """(logits, the network after the pass) of images [B, H, W, 3]."""
+  """Maps images [B, H, W, 3] to (logits, the network after the pass)."""
   net = Network(state_dict, epsilon=1e-5, **settings)
 
   def conv_norm_relu(x: Tensor, name: str, stride: int) -> Tensor:
@@ -88,11 +88,11 @@ def mobilenet_v2(
 def efficientnet_lite0(
   state_dict: dict[str, np.ndarray], images: np.ndarray, **settings
 ) -> tuple[np.ndarray, Network]:
-  """(logits, the network after the pass) of images [B, H, W, 3]."""
+  """Maps images [B, H, W, 3] to (logits, the network after the pass)."""
   net = Network(state_dict, epsilon=1e-3, **settings)
 
   def same(x: Tensor, size: int, stride: int) -> Tensor:
-    """TensorFlow's padding: as much as is needed, the odd pixel at the end."""
+    """Pads as TensorFlow: as much as is needed, the odd pixel at the end."""
     pads = []
     for side in (x.shape[3], x.shape[2]):
       total = max((-(-side // stride) - 1) * stride + size - side, 0)
@@ -125,7 +125,7 @@ FORWARD = {
 
 
 def write_golden() -> None:
-  """Stores the float64 logits, of evaluation and of training."""
+  """Stores the float64 logits of evaluation and of training."""
   golden = {}
   images = resnet_weights.images(*mobile_weights.IMAGE_SHAPE)
   for name, forward in FORWARD.items():

@@ -1,4 +1,4 @@
-"""ResNets in torch.nn.functional, driven by a state dict and nothing else.
+"""ResNets in torch.nn.functional, computed from a state dict and nothing else.
 
 `python -m tests.oracles.torch_resnet` writes tests/goldens/resnet_logits.npz.
 """
@@ -19,7 +19,7 @@ MOMENTUM = 0.1
 
 
 class Result(NamedTuple):
-  """What a forward pass gives.
+  """Outputs of a forward pass.
 
   Attributes:
     logits: [B, num_classes].
@@ -90,7 +90,7 @@ def forward(
 
 
 def write_golden() -> None:
-  """Stores the float64 logits of every case, and statistics after training."""
+  """Stores the float64 logits of every case and statistics after training."""
   golden = {}
   for case, (depth, stem, size) in resnet_weights.CASES.items():
     shapes = resnet_weights.shapes(depth, 10, stem)

@@ -20,7 +20,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "mask_rcnn.npz"
 def build(
   case: mask_rcnn_weights.Case, dtype: torch.dtype = torch.float64
 ) -> detection.MaskRCNN:
-  """The network in evaluation mode, all of its parameters trainable."""
+  """Builds the network in evaluation mode, all of its parameters trainable."""
   backbone = backbone_utils.resnet_fpn_backbone(
     backbone_name=f"resnet{case.depth}",
     weights=None,
@@ -51,19 +51,19 @@ def build(
 def detect(
   model: detection.MaskRCNN, image: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """{boxes, labels, scores, masks [N, H, W]} of one uint8 image, alone."""
+  """Returns {boxes, labels, scores, masks [N, H, W]} of one uint8 image."""
   for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
     pool.scales = None  # or else those of the first image are kept
   with torch.no_grad():
-    found = model([_tensor(model, image)])[0]
-  found["masks"] = found["masks"][:, 0]
-  return {name: tensor.numpy() for name, tensor in found.items()}
+    detections = model([_tensor(model, image)])[0]
+  detections["masks"] = detections["masks"][:, 0]
+  return {name: tensor.numpy() for name, tensor in detections.items()}
 
 
 def losses(
   model: detection.MaskRCNN, batch: dict[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """(the five losses, gradients of their sum by the names of the weights).
+  """Returns (the five losses, gradients of their sum by first names).
 
   Samples are drawn in the order of their numbers.
   """
@@ -85,19 +85,19 @@ def losses(
   random_order = torch.randperm
   torch.randperm = lambda count, **settings: torch.arange(count)
   try:
-    found = model(images, targets)
+    by_name = model(images, targets)
   finally:
     torch.randperm = random_order
     model.eval()
   model.zero_grad()
-  sum(found.values()).backward()
+  sum(by_name.values()).backward()
   first = mask_rcnn_weights.first_names()
   gradients = {
     first[name]: parameter.grad.numpy()
     for name, parameter in model.named_parameters()
     if parameter.grad is not None
   }
-  return {name: float(x.detach()) for name, x in found.items()}, gradients
+  return {name: float(x.detach()) for name, x in by_name.items()}, gradients
 
 
 def _tensor(model: detection.MaskRCNN, image: np.ndarray) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _tensor(model: detection.MaskRCNN, image: np.ndarray) -> torch.Tensor:
 
 
 def write_golden() -> None:
-  """Stores what torchvision finds and loses, in float64."""
+  """Stores torchvision's detections, losses and gradients in float64."""
   golden = {}
   for name, case in (
     ("small", mask_rcnn_weights.SMALL),
@@ -115,12 +115,12 @@ def write_golden() -> None:
     model = build(case)
     images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
     for i, (height, width) in enumerate(sizes):
-      found = detect(model, images[i, :height, :width])
-      found["masks"] = np.packbits(found["masks"] > 0.5, axis=-1)
-      golden |= {f"{name}/{i}/{entry}": array for entry, array in found.items()}
+      arrays = detect(model, images[i, :height, :width])
+      arrays["masks"] = np.packbits(arrays["masks"] > 0.5, axis=-1)
+      golden |= {f"{name}/{i}/{entry}": x for entry, x in arrays.items()}
   model = build(mask_rcnn_weights.TRAINING)
-  found, gradients = losses(model, mask_rcnn_weights.training_batch())
-  golden |= {f"losses/{name}": loss for name, loss in found.items()}
+  by_name, gradients = losses(model, mask_rcnn_weights.training_batch())
+  golden |= {f"losses/{name}": loss for name, loss in by_name.items()}
   summaries = mask_rcnn_weights.summarize(gradients)
   golden |= {f"gradients/{name}": pair for name, pair in summaries.items()}
   np.savez_compressed(GOLDEN, **golden)

@@ -13,7 +13,7 @@ from tests.oracles import mask_rcnn_weights
 
 @contextlib.contextmanager
 def double() -> Iterator[None]:
-  """Flax's norms mix float32 with other types, which 'strict' forbids."""
+  """Allows float64, and Flax's norms to mix it with float32."""
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     yield
 

@@ -48,7 +48,7 @@ def written():
 
 
 def test_it_has_the_published_size(written):
-  """6.645 MiB: codes of log2(K) bits, the rest as it is stored."""
+  """It is 6.645 MiB with codes of log2(K) bits."""
   _, _, state_dict = written
   size = 0
   for name, array in state_dict.items():
@@ -76,7 +76,7 @@ def test_what_is_written_is_read_back(written, tmp_path):
 
 
 def test_the_transposed_convolution_is_cut_as_torch_has_it(written):
-  """Theirs: weight [in, out, 2, 2] in rows of one input, four taps a code."""
+  """Torch has [in, out, 2, 2]: rows of one input, four taps a sub-vector."""
   _, variables, state_dict = written
   codes = state_dict[DECONVOLUTION + authors_files.CODES]
   codebook = state_dict[DECONVOLUTION + authors_files.CODEBOOK]

@@ -24,7 +24,7 @@ def bilinear(plane, y, x):
 
 
 def pool(plane, box, num_bins):
-  """ROIAlign with as many samples as a bin has pixels, by the definition."""
+  """Pools with as many samples as a bin has pixels, by the definition."""
   result = np.zeros((num_bins, num_bins))
   sides = np.maximum(np.asarray(box[2:]) - box[:2], 1) / num_bins
   counts = [math.ceil(side) for side in sides]

@@ -83,20 +83,20 @@ def test_detections_are_those_that_torchvision_gave_image_by_image(name):
       for image, size in zip(images, sizes, strict=True)
     ]
   for i, (height, width) in enumerate(case.sizes):
-    found = jax.tree.map(lambda rows: rows[0], detections[i])
+    objects = jax.tree.map(lambda rows: rows[0], detections[i])
     expected = {
       entry: GOLDEN[f"{name}/{i}/{entry}"]
       for entry in ("boxes", "scores", "labels", "masks")
     }
-    valid = found.valid
+    valid = objects.valid
     assert valid.sum() == len(expected["labels"]) >= 20
-    np.testing.assert_array_equal(found.labels[valid], expected["labels"])
-    boxes = found.boxes[valid]
+    np.testing.assert_array_equal(objects.labels[valid], expected["labels"])
+    boxes = objects.boxes[valid]
     np.testing.assert_allclose(boxes, expected["boxes"], rtol=0, atol=1e-8)
     np.testing.assert_allclose(
-      found.scores[valid], expected["scores"], rtol=0, atol=1e-10
+      objects.scores[valid], expected["scores"], rtol=0, atol=1e-10
     )
-    pasted = mask_ops.paste_masks(found.masks[valid], boxes, height, width)
+    pasted = mask_ops.paste_masks(objects.masks[valid], boxes, height, width)
     expected = np.unpackbits(expected["masks"], axis=-1, count=width)
     np.testing.assert_array_equal(pasted, expected)
     assert 0.005 < expected.mean() < 0.5
@@ -111,10 +111,10 @@ def test_the_golden_file_is_what_torchvision_gives():
   model = torchvision_mask_rcnn.build(case)
   images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
   for i, (height, width) in enumerate(sizes):
-    found = torchvision_mask_rcnn.detect(model, images[i, :height, :width])
-    masks = np.packbits(found.pop("masks") > 0.5, axis=-1)
+    objects = torchvision_mask_rcnn.detect(model, images[i, :height, :width])
+    masks = np.packbits(objects.pop("masks") > 0.5, axis=-1)
     np.testing.assert_array_equal(masks, GOLDEN[f"small/{i}/masks"])
-    for name, array in found.items():
+    for name, array in objects.items():
       np.testing.assert_allclose(array, GOLDEN[f"small/{i}/{name}"], atol=1e-9)
 
 
@@ -131,19 +131,19 @@ def test_batches_of_float32_find_the_same_and_zeros_where_there_is_no_more():
       jax.device_get(detect(variables, images[pair], sizes[pair]))
       for pair in pairs
     ]
-  for pair, found in zip(pairs, batches, strict=True):
+  for pair, objects in zip(pairs, batches, strict=True):
     for row, i in enumerate(pair):
       scores, boxes = GOLDEN[f"small/{i}/scores"], GOLDEN[f"small/{i}/boxes"]
-      valid = found.valid[row]
+      valid = objects.valid[row]
       count = (scores > 0.85).sum()
       assert valid.sum() == count < case.num_detections
       np.testing.assert_allclose(
-        found.scores[row][valid], scores[:count], atol=5e-4
+        objects.scores[row][valid], scores[:count], atol=5e-4
       )
       np.testing.assert_allclose(
-        found.boxes[row][valid], boxes[:count], atol=2e-2
+        objects.boxes[row][valid], boxes[:count], atol=2e-2
       )
-      for leaf in (found.boxes, found.scores, found.labels, found.masks):
+      for leaf in objects:
         assert not leaf[row][~valid].any()
   for one, other in zip(*batches, strict=True):
     np.testing.assert_allclose(one[0], other[0], rtol=1e-6)

@@ -15,7 +15,7 @@ iou_matrix = jax.jit(box_ops.iou_matrix)
 
 
 def greedy(boxes, valid, labels, threshold):
-  """The textbook algorithm: returns the kept indices, best first."""
+  """Returns the indices that the textbook algorithm keeps, best first."""
   overlap = np.asarray(iou_matrix(boxes, boxes))
   kept = []
   for i in np.flatnonzero(valid):
@@ -42,7 +42,7 @@ def suppress(boxes, labels, valid, threshold):
 
 
 def suppress_unlabelled(boxes, threshold):
-  """`suppress` among valid boxes of one label, padded to the shared program."""
+  """Suppresses boxes of one label, padded for the shared program."""
   boxes = np.asarray(boxes, np.float32)
   padded = np.zeros((COUNT, 4), np.float32)
   padded[: len(boxes)] = boxes

@@ -124,7 +124,7 @@ def test_the_papers_plan_has_the_papers_size():
 
 @pytest.fixture(scope="module")
 def small():
-  """(detect, float64 variables, channel axes, detections): one compilation."""
+  """Returns (detect, variables, channel axes, detections), compiled once."""
   case = mask_rcnn_weights.SMALL._replace(
     min_size=64, max_size=96, num_proposals=30, num_detections=8
   )

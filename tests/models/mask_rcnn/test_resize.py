@@ -22,7 +22,7 @@ def test_lengths_are_rounded_down_in_double_precision():
 
 
 def bilinear(image, height, width):
-  """Straight from the definition, one pixel at a time, without antialias."""
+  """Scales by the definition, one pixel at a time, without antialiasing."""
   result = np.zeros((height, width, image.shape[2]))
   for i, j in np.ndindex(height, width):
     y = max((i + 0.5) * image.shape[0] / height - 0.5, 0)

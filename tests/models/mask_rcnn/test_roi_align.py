@@ -47,7 +47,7 @@ def level_of(box):
 
 
 def bilinear(plane, y, x):
-  """One sample, straight from the definition."""
+  """Computes one sample by the definition."""
   height, width = plane.shape[:2]
   if not (-1 <= y <= height and -1 <= x <= width):
     return np.zeros(plane.shape[2])

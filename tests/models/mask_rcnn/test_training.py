@@ -37,7 +37,7 @@ def draw_signs(template):
 
 @pytest.fixture(scope="module")
 def step():
-  """batch -> (losses, {torch's name: (norm, inner product)}), compiled once.
+  """Returns batch -> (losses, {torch's name: (norm, inner product)}).
 
   The gradients of the sum of the losses are summarized as in the oracle, within
   the program: they would take 250 MB. Samples are drawn in the order of their
