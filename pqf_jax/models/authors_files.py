@@ -1,4 +1,4 @@
-"""Conversion of the compressed files of the paper's authors, and back.
+"""Conversion between the compressed files of the authors and Flax variables.
 
     params/layer1/0/conv1/kernel,   layer1.0.conv1.codes_matrix [C_out, M],
     a VQArray                         uint8, or int16 where K > 256
