@@ -84,7 +84,7 @@ class Head(nn.Module):
 
 
 class RegionProposal(nn.Module):
-  """The head under torchvision's name."""
+  """Wraps the head, so that it has torchvision's name."""
 
   num_anchors: int
   dtype: DTypeLike

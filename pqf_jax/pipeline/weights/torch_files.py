@@ -69,7 +69,7 @@ def _check_zip(path: str) -> None:
 
 
 def _unreadable(path: str, error: Exception) -> errors.InputError:
-  """What torch.load said, without its advice to let the file run code."""
+  """Shortens an error of torch.load, whose advice is to let files run code."""
   asked = re.search(r"GLOBAL (\S+)", str(error))
   if asked:
     return errors.InputError(
@@ -85,7 +85,7 @@ def _unreadable(path: str, error: Exception) -> errors.InputError:
 
 
 def _entries(path: str, content: Any, tensor_type: type) -> Mapping[str, Any]:
-  """The state dict in what torch.load gave, which it may be wrapped in."""
+  """Returns the state dict, which may be inside a wrapper."""
   for wrapper in WRAPPERS:
     if isinstance(content, Mapping):
       inner = content.get(wrapper)
