@@ -1,6 +1,7 @@
 """Strict numerics for every test, bounded memory, and optional real data."""
 
 import atexit
+import ctypes
 import gc
 import os
 import pathlib
@@ -26,7 +27,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ[_name.upper()] = str(_value)
     jax.config.update(_name, _value)
 
-# What a worker takes at most, with the processes that its tests start.
+# What a worker needs, with the processes that its tests start.
 WORKER_BYTES = 3 << 30
 
 
@@ -42,6 +43,9 @@ def _compiled_programs():
   yield
   jax.clear_caches()
   gc.collect()
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "malloc_trim"):  # glibc keeps what was freed, 1 GB of it
+    libc.malloc_trim(0)
 
 
 @pytest.fixture
