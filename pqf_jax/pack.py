@@ -10,7 +10,6 @@ each kernel would cost a small network more than 2 % in names.
 Loading needs no training code and no pickle.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -101,7 +100,7 @@ def pack_model(
       path: [node.kernel_shape, node.spec.channels, node.codebook.shape[-2]]
       for path, node in layers.items()
     },
-    "sha256": _digest(buffers),
+    "sha256": files.digest_arrays(sorted(buffers.items())),
   }
   return PackedModel(header, buffers)
 
@@ -169,7 +168,7 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
       f"reads {FORMAT_VERSION}; use the version that wrote it, or pack it again"
     )
   buffers = safetensors.numpy.load_file(file)
-  if _digest(buffers) != header["sha256"]:
+  if files.digest_arrays(sorted(buffers.items())) != header["sha256"]:
     raise errors.InputError(
       f"{path} is damaged: its content does not match its sha256 "
       f"{header['sha256'][:12]}...; copy or pack it again"
@@ -246,12 +245,3 @@ def _cast(path: str, value: trees.Array, dtype: type) -> np.ndarray:
       f"{np.dtype(dtype)} cannot hold; use a checkpoint of a stable training"
     )
   return cast
-
-
-def _digest(buffers: Mapping[str, np.ndarray]) -> str:
-  digest = hashlib.sha256()
-  for name in sorted(buffers):
-    buffer = buffers[name]
-    digest.update(f"{name} {buffer.dtype} {buffer.shape}".encode())
-    digest.update(np.ascontiguousarray(buffer).data)
-  return digest.hexdigest()

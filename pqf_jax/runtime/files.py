@@ -104,8 +104,9 @@ def digest_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
   total = hashlib.sha256()
   for name, array in arrays:
     value = np.asarray(array)
-    total.update(f"{name} {value.dtype} {value.shape} ".encode())
-    total.update(value.tobytes())
+    total.update(f"{name} {value.dtype} {value.shape}".encode())
+    # As bytes, because not every type of ml_dtypes can be read as a buffer.
+    total.update(np.ascontiguousarray(value).view(np.uint8).data)
   return total.hexdigest()
 
 
