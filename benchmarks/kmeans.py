@@ -71,6 +71,7 @@ def main() -> None:
   parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs")
   options = parser.parse_args()
 
+  options.docs.mkdir(parents=True, exist_ok=True)
   store = options.docs / "kmeans.json"
   records = json.loads(store.read_text()) if store.exists() else []
   for shape in options.shapes:

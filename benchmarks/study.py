@@ -18,8 +18,9 @@ class Records:
   """The results so far, in a JSON file; the field 'run' of each is its name."""
 
   def __init__(self, file: pathlib.Path):
-    """Reads the file, if it exists."""
+    """Reads the file, if it exists; creates its folder otherwise."""
     self._file = file
+    file.parent.mkdir(parents=True, exist_ok=True)
     self.rows = json.loads(file.read_text()) if file.exists() else []
 
   def __contains__(self, run: str) -> bool:
