@@ -23,6 +23,7 @@ from pqf_jax.models.mask_rcnn import anchors, fpn, resize, roi_heads, rpn
 from pqf_jax.models.mask_rcnn import masks as mask_ops
 from pqf_jax.models.mask_rcnn import roi_align as roi_ops
 
+PyTree = Any
 Batch = Mapping[str, jax.Array]
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -39,7 +40,8 @@ class Detections(NamedTuple):
 
   Attributes:
     boxes: [B, K, 4] (x1, y1, x2, y2) in pixels of the original images.
-    scores: [B, K].
+    scores: [B, K]; NaN throughout an image for which the network's outputs are
+      not finite, so that what it found there means nothing.
     labels: int32 [B, K], from 1.
     masks: [B, K, 28, 28] probabilities; `masks.paste_masks` puts them into the
       image.
@@ -151,8 +153,10 @@ class MaskRCNN(nn.Module):
     boxes, scores, labels, valid = jax.vmap(select)(
       logits, offsets, *proposals, features.scaled
     )
-    masks = nn.sigmoid(self._segment(features, boxes, labels))
-    masks = jnp.where(valid[:, :, None, None], masks, 0)
+    mask_logits = self._segment(features, boxes, labels)
+    masks = jnp.where(valid[:, :, None, None], nn.sigmoid(mask_logits), 0)
+    outputs = (features.predictions, logits, offsets, mask_logits)
+    scores = jnp.where(_are_finite(outputs)[:, None], scores, jnp.nan)
     ratio = _ratio(sizes, features.scaled).astype(boxes.dtype)
     return Detections(boxes * ratio[:, None, :], scores, labels, masks, valid)
 
@@ -357,6 +361,15 @@ def _by_image(values: jax.Array, boxes: jax.Array) -> jax.Array:
   """Reshapes values [B * R, ...] of boxes [B, R, 4] to [B, R, ...]."""
   shape = *boxes.shape[:2], *values.shape[1:]
   return values.astype(boxes.dtype).reshape(shape)
+
+
+def _are_finite(outputs: PyTree) -> jax.Array:
+  """Returns bool [B]: for which images arrays [B, ...] are finite."""
+  finite = [
+    jnp.isfinite(leaf).reshape(len(leaf), -1).all(1)
+    for leaf in jax.tree.leaves(outputs)
+  ]
+  return functools.reduce(jnp.logical_and, finite)
 
 
 def _ratio(sizes: jax.Array, others: jax.Array) -> jax.Array:

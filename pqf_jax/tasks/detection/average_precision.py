@@ -57,7 +57,8 @@ class BatchDetections(Protocol):
     scores: [B, N], 0 to 1.
     labels: [B, N], from 1 on.
     masks: [B, N, P, P] probabilities within the boxes.
-    valid: bool [B, N]; the rest is padding.
+    valid: bool [B, N]; the rest is padding, but not finite only where the
+      network's outputs are not.
   """
 
   boxes: jax.Array
@@ -81,6 +82,31 @@ class Detections(NamedTuple):
   scores: np.ndarray
   labels: np.ndarray
   masks: np.ndarray
+
+
+def finite_images(outputs: BatchDetections) -> np.ndarray:
+  """Returns bool [B]: for which images all that was found is finite."""
+  values = (outputs.boxes, outputs.scores, outputs.masks)
+  finite = [np.isfinite(v).reshape(len(v), -1).all(1) for v in values]
+  return np.logical_and.reduce(finite)
+
+
+def refuse_images(damaged: Sequence[str], count: int) -> None:
+  """Refuses what a network found if some of it is not finite.
+
+  Args:
+    damaged: names of the images with such outputs.
+    count: of all images.
+
+  Raises:
+    InputError: there are such images; names the first.
+  """
+  if damaged:
+    raise errors.InputError(
+      f"outputs are not finite for {len(damaged)} of {count} images, first "
+      f"{damaged[0]}; the weights are damaged, overflow, or their training "
+      "diverged: use others"
+    )
 
 
 def image_detections(
@@ -197,25 +223,32 @@ def make_evaluate(
 
   Returns:
     evaluate(variables, batches) -> the statistics of `average_precision`, and
-    images; the batches are those of `data.eval_batches`.
+    images; the batches are those of `data.eval_batches`. It raises `InputError`
+    where outputs are not finite, or where the batches lack a test image.
   """
   ground_truth = make_ground_truth(dataset.test)
-  expected = {image.id for image in dataset.test.images}
+  names = {image.id: image.file_name for image in dataset.test.images}
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     results: list[Result] = []
     image_ids: list[int] = []
+    damaged: list[str] = []
     for batch, outputs in _one_ahead(lambda b: detect(variables, b), batches):
+      finite = finite_images(outputs)
       for row in np.flatnonzero(batch["mask"]).tolist():
         image_id = int(batch["image_id"][row])
+        image_ids.append(image_id)
+        if not finite[row]:
+          damaged.append(names[image_id])
+          continue
         detections = image_detections(outputs, row, batch["size"][row])
         category_ids = dataset.labels.category_ids
         results += to_results(detections, image_id, category_ids)
-        image_ids.append(image_id)
     results, image_ids = gather(results), gather(image_ids)
-    if set(image_ids) != expected:
+    refuse_images(gather(damaged), len(image_ids))
+    if set(image_ids) != set(names):
       raise errors.InputError(
-        f"the batches held {len(set(image_ids))} of the {len(expected)} test "
+        f"the batches held {len(set(image_ids))} of the {len(names)} test "
         f"images of {dataset.name}; evaluate all of them"
       )
     return average_precision(ground_truth, results) | {"images": len(image_ids)}

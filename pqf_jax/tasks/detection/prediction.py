@@ -1,7 +1,8 @@
 """Runs a detector on images: for the evaluation, for files, for pictures."""
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +82,9 @@ def predict(
 
   Returns:
     The files written.
+
+  Raises:
+    InputError: the image cannot be read, or the outputs are not finite.
   """
   labels = (
     open_dataset(config, with_train=False).labels
@@ -88,7 +92,8 @@ def predict(
     else coco.unnamed_labels(config.model.num_classes)
   )
   batch = detection_batches.image_batch(config.image)
-  outputs = jax.device_get(make_detect(network)(place(variables), batch))
+  detect = make_detect(network)
+  outputs = _look(detect, variables, batch, [config.image])
   detections = average_precision.image_detections(outputs, 0, batch["size"][0])
   results = average_precision.to_results(detections, 0, labels.category_ids)
   height, width = batch["size"][0]
@@ -115,17 +120,22 @@ def pictures(
     dataset: its first test images are shown.
     batch_size: of the evaluation, so that nothing is compiled anew.
     networks: {title: variables}.
+
+  Raises:
+    InputError: the outputs for an image that is shown are not finite.
   """
   names = dataset.labels.names
   batch = next(
     data.eval_batches(dataset, batch_size=batch_size, **distributed.position())
   )
+  count = min(NUM_PICTURES, int(batch["mask"].sum()))
+  shown = [image.file_name for image in dataset.test.images[:count]]
   outputs_of = {
-    title: jax.device_get(detect(place(variables), batch))
+    title: _look(detect, variables, batch, shown)
     for title, variables in networks.items()
   }
   sheets = []
-  for row in range(min(NUM_PICTURES, int(batch["mask"].sum()))):
+  for row in range(count):
     height, width = batch["size"][row]
     pixels = batch["image"][row, :height, :width]
     truth = dataset.test.targets(row)
@@ -139,6 +149,20 @@ def pictures(
       panels.append((title, _draw(pixels, detections, names)))
     sheets.append(drawings.side_by_side(panels))
   return sheets
+
+
+def _look(
+  detect: DetectFn,
+  variables: PyTree,
+  batch: average_precision.Batch,
+  names: Sequence[str],
+) -> average_precision.BatchDetections:
+  """Returns what a network finds, on the host; `names` are of the images."""
+  outputs = jax.device_get(detect(place(variables), batch))
+  finite = average_precision.finite_images(outputs)[: len(names)]
+  damaged = list(itertools.compress(names, ~finite))
+  average_precision.refuse_images(damaged, len(names))
+  return outputs
 
 
 def _draw(
