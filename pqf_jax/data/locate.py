@@ -14,7 +14,7 @@ from etils import epath
 
 from pqf_jax import errors
 from pqf_jax.data import decoding
-from pqf_jax.data.formats import image_files, tfds_folder
+from pqf_jax.data.formats import image_files, tfds_folder, tfds_info
 
 
 def open_copy(
@@ -41,7 +41,7 @@ def open_copy(
   """
   layouts = []
   if prepare_command:
-    layouts.append(f"{name}/VERSION/{tfds_folder.INFO_FILE}")
+    layouts.append(f"{name}/VERSION/{tfds_info.INFO_FILE}")
   if class_names is not None:
     layouts.append("train/CLASS and val/CLASS with the images")
   folder = f"the folder that holds {' or '.join(layouts)}"
@@ -94,7 +94,7 @@ def _has_images(folder: epath.Path) -> bool:
 def _versions(folder: epath.Path) -> list[epath.Path]:
   return [
     file.parent
-    for file in folder.glob(f"*/{tfds_folder.INFO_FILE}")
+    for file in folder.glob(f"*/{tfds_info.INFO_FILE}")
     # A folder that is being written is named so; it may be complete already.
     if not file.parent.name.startswith("incomplete")
   ]

@@ -110,8 +110,15 @@ def digest_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
   return total.hexdigest()
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
+def read_json(
+  path: epath.PathLike,
+  advice: str = "put a copy of it back, or use another --workdir",
+) -> dict[str, Any]:
   """Reads a JSON object.
+
+  Args:
+    path: of the file.
+    advice: what to do where it is damaged.
 
   Raises:
     InputError: the file is empty, cut off, or anything else.
@@ -122,13 +129,12 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     reason = str(error) if data.strip() else "it is empty"
     raise errors.InputError(
-      f"{path} is damaged: it is not a JSON object ({reason}); put a copy of "
-      "it back, or use another --workdir"
+      f"{path} is damaged: it is not a JSON object ({reason}); {advice}"
     ) from error
   if not isinstance(value, dict):
     raise errors.InputError(
       f"{path} is damaged: it holds {str(value)[:40]!r} instead of a JSON "
-      "object; put a copy of it back, or use another --workdir"
+      f"object; {advice}"
     )
   return value
 

@@ -7,21 +7,16 @@ opening.
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf import message
 from tensorflow_datasets.proto import tf_example_pb2
 
 from pqf_jax import errors
 from pqf_jax.data import decoding
-from pqf_jax.data.formats import array_records, tfrecords
-
-INFO_FILE = "dataset_info.json"
-
+from pqf_jax.data.formats import array_records, tfds_info, tfrecords
 
 Reader = Callable[[Sequence[str], Sequence[int]], decoding.Stored[bytes]]
 """(paths, number of records of each) -> serialized examples by number."""
@@ -75,28 +70,25 @@ class Folder(decoding.EncodedDataset):
       advice: how to prepare another copy, for messages.
 
     Raises:
-      InputError: its files are in formats that cannot be read in any order.
+      InputError: its files are in formats that cannot be read in any order, or
+        its description is damaged.
     """
     self._path = path
     self._advice = advice
-    info = json.loads((path / INFO_FILE).read_text())
-    # Before 2021 files did not name their format: there was only one.
-    formats = [info.get("fileFormat", "tfrecord")]
-    formats += info.get("alternativeFileFormats", [])
-    readable = [name for name in READERS if name in formats]
+    self._info = tfds_info.read(path, advice)
+    readable = [name for name in READERS if name in self._info.formats]
     if not readable:
       raise errors.InputError(
-        f"{path} is in the format {formats[0]}, whose images cannot be read in "
-        f"any order, as those of {' and '.join(READERS)} can; keep it, and in "
-        f"another folder {advice}"
+        f"{path} is in the format {self._info.formats[0]}, whose images cannot "
+        f"be read in any order, as those of {' and '.join(READERS)} can; keep "
+        f"it, and in another folder {advice}"
       )
     self._format = readable[0]
-    self._info = tfds.builder_from_directory(path).info
 
   @property
   def num_classes(self) -> int:
     """The number of classes in `features.json`."""
-    return self._info.features["label"].num_classes
+    return self._info.num_classes
 
   def split(self, name: str) -> decoding.EncodedImages:
     """Returns the images of a split.
@@ -110,17 +102,16 @@ class Folder(decoding.EncodedDataset):
         f"{self._path} has no split {name!r}, only "
         f"{', '.join(self._info.splits)}: {self._advice}"
       )
-    split = self._info.splits[name]
-    # The paths in the chosen format, also where it is an alternative one.
-    template = split.filename_template.replace(filetype_suffix=self._format)
-    split = split.replace(filename_template=template)
-    paths = [os.fspath(path) for path in split.filepaths]
+    # Names in the chosen format, also where it is an alternative one.
+    names = self._info.file_names(name, self._format)
+    paths = [os.fspath(self._path / file) for file in names]
     for path in paths:
       if not epath.Path(path).exists():
         raise errors.InputError(
           f"{path} is missing: copy this file again, or {self._advice}"
         )
-    return Examples(READERS[self._format], paths, split.shard_lengths)
+    lengths = self._info.splits[name].shard_lengths
+    return Examples(READERS[self._format], paths, lengths)
 
 
 def _parse(record: bytes) -> decoding.EncodedImage:
