@@ -1,33 +1,32 @@
 """Stage 4: writes one `.safetensors` file, as small as the plan predicts.
 
-Compressed kernels share two buffers, one after the other in the order of the
-header's `layers`: `codes` (uint8, exactly ceil(N * log2(K) / 8) bytes a kernel,
-little-endian bit by bit) and `codebooks` (float16, K * D numbers a kernel).
-Each batch norm is one buffer `<path>.norm` (float32 [2, C]: scale and bias with
-mean and variance folded in), and every other variable a buffer by its path, in
-float32. The JSON header is the metadata `pqf_jax`. Two separate buffers for
-each kernel would cost a small network more than 2 % in names.
-Loading needs no training code and no pickle.
+Compressed kernels share two buffers: codes with exactly ceil(N * log2(K) / 8)
+bytes a kernel, and float16 codebooks, K * D numbers a kernel. Two buffers for
+each kernel would cost a small network more than 2 % in names. Where kernels are
+compressed, each batch norm is one buffer, scale and bias with mean and variance
+folded in; a file without any keeps the statistics, so that training may go on
+from it. Every other variable is a buffer of its own type. The JSON header is
+the metadata `pqf_jax`; `packing/header.py` describes it. Files of format 2 are
+read as they were. Loading needs no training code and no pickle.
 """
 
 import json
 import os
+import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from pqf_jax import errors
-from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.core import vq_array
+from pqf_jax.packing import container, header, layers, structure
 from pqf_jax.runtime import files
 
 PyTree = Any
-FORMAT_VERSION = 2
-CODES, CODEBOOKS = "codes", "codebooks"
 METADATA_KEY = "pqf_jax"
 
 
@@ -35,9 +34,9 @@ class PackedModel(NamedTuple):
   """Content of a packed file.
 
   Attributes:
-    header: {format, architecture, norm_epsilon, layers: {path: [shape,
-      channels, K]}, sha256 of the buffers}.
-    buffers: {name: array}; see the module docstring.
+    header: see `packing/header.py`.
+    buffers: {name: array}; see the module docstring. Those of a file that was
+      read are read-only views of its bytes.
   """
 
   header: dict[str, Any]
@@ -52,85 +51,77 @@ class PackedModel(NamedTuple):
 def pack_model(
   variables: PyTree,
   *,
-  norm_epsilon: float | None,
+  norm_epsilon: float | Mapping[str, float] | None,
   architecture: Mapping[str, Any],
 ) -> PackedModel:
   """Packs a variable tree; see the module docstring for the layout.
 
   Args:
-    variables: Linen variables with `VQArray`s, or all dense.
-    norm_epsilon: epsilon of the batch norms; None for a network without any.
-    architecture: JSON data that identifies the model for programs that load it.
+    variables: dicts, lists, tuples, None, arrays and `VQArray`s. They come back
+      as they are, but for codebooks in float16 and folded norms.
+    norm_epsilon: of the batch norms that are folded, those of a network with
+      `VQArray`s: of all, or {full-match pattern (regex) of the norm's path,
+      such as `layer1/0/bn1`: epsilon}, where the first match wins. None where
+      no norm is folded.
+    architecture: JSON data that identifies the model for programs that load
+      it.
 
   Raises:
-    InputError: float16 or float32 cannot hold a value; or `norm_epsilon` is
-      None although there are batch norms.
+    InputError: a node or a type that a file cannot hold, a number that is not
+      finite or too large for the file, a norm without an epsilon or a
+      pattern without a norm, or an architecture that is not JSON.
   """
-  flat = trees.flatten(jax.device_get(variables), vq_array.is_vq)
-  layers = {path: leaf for path, leaf in flat.items() if vq_array.is_vq(leaf)}
-  norms = plans.foldable_norms(flat)
-  if norm_epsilon is None:
-    if norms:
-      raise errors.InputError(
-        f"{len(norms)} batch norms, such as {next(iter(norms))}, cannot be "
-        "folded without their epsilon; pass norm_epsilon"
-      )
-    norm_epsilon = 0.0
-  buffers = {}
-  if layers:
-    buffers[CODES] = np.concatenate(
-      [pack_codes(n.codes, n.codebook.shape[-2]) for n in layers.values()]
-    )
-    buffers[CODEBOOKS] = np.concatenate(
-      [_cast(p, n.codebook, np.float16).ravel() for p, n in layers.items()]
-    )
-  for norm, members in norms.items():
-    scale, bias, mean, var = (np.float64(flat[path]) for path in members)
-    slope = scale / np.sqrt(var + norm_epsilon)
-    folded = np.stack([slope, bias - mean * slope])
-    buffers[f"{norm}.norm"] = _cast(norm, folded, np.float32)
-  written = {path for members in norms.values() for path in members}
-  for path in flat.keys() - written - layers.keys():
-    buffers[path] = _cast(path, flat[path], np.float32)
-  header = {
-    "format": FORMAT_VERSION,
-    "architecture": dict(architecture),
-    "norm_epsilon": norm_epsilon,
-    "layers": {
-      path: [node.kernel_shape, node.spec.channels, node.codebook.shape[-2]]
-      for path, node in layers.items()
-    },
-    "sha256": files.digest_arrays(sorted(buffers.items())),
+  leaves, nodes = structure.take_apart(variables, vq_array.is_vq)
+  kernels = {
+    path: layers.pack(path, leaf)
+    for path, leaf in sorted(leaves.items())
+    if vq_array.is_vq(leaf)
   }
-  return PackedModel(header, buffers)
+  norms = plans.foldable_norms(leaves) if kernels else {}
+  epsilons = _epsilons(norms, norm_epsilon)
+  buffers = {}
+  if kernels:
+    parts = kernels.values()
+    buffers[header.CODES] = np.concatenate([codes for _, codes, _ in parts])
+    buffers[header.CODEBOOKS] = np.concatenate([c.ravel() for _, _, c in parts])
+  for norm, members in norms.items():
+    values = [np.asarray(leaves[path]) for path in members]
+    buffers[norm + header.NORM] = _fold(norm, values, epsilons[norm])
+  folded = {path for members in norms.values() for path in members}
+  for path in leaves.keys() - folded - kernels.keys():
+    buffers[path] = _array(path, leaves[path])
+  common, entries = _share(
+    {path: layers.to_fields(layer) for path, (layer, _, _) in kernels.items()}
+  )
+  fields = {
+    "architecture": _plain(architecture),
+    "common": common,
+    "format": header.VERSION,
+    "layers": entries,
+    "nodes": nodes,
+    "norm_epsilon": _one_if_alike(epsilons),
+  }
+  fields[header.SHA256] = header.digest(fields, buffers)
+  return PackedModel(fields, buffers)
 
 
 def unpack_model(packed: PackedModel) -> PyTree:
-  """Returns the variable tree of a packed model, with float32 codebooks.
+  """Returns the variable tree of a packed model.
 
-  Norms get mean 0 and variance 1 - epsilon, so that the layer divides by 1 and
-  the folded scale and bias apply as they are.
+  Folded norms get mean 0 and variance 1 - epsilon, so that the layer divides by
+  1 and the folded scale and bias apply as they are.
+
+  Raises:
+    InputError: see `packing.header.check`.
   """
-  header, buffers = packed
-  epsilon = header["norm_epsilon"]
-  flat: dict[str, Any] = _unpack_layers(header["layers"], buffers)
-  for name, buffer in buffers.items():
-    path, _, kind = name.rpartition(".")
-    if kind == "norm":
-      scale, bias = buffer
-      flat[f"params/{path}/scale"], flat[f"params/{path}/bias"] = scale, bias
-      flat[f"batch_stats/{path}/mean"] = np.zeros_like(scale)
-      flat[f"batch_stats/{path}/var"] = np.full_like(scale, 1 - epsilon)
-    elif name not in (CODES, CODEBOOKS):
-      flat[name] = buffer
-  return trees.nest(flat)
+  return _build(header.check(*packed))
 
 
 def save(
   path: str | os.PathLike[str],
   variables: PyTree,
   *,
-  norm_epsilon: float = 1e-5,
+  norm_epsilon: float | Mapping[str, float] | None = None,
   architecture: Mapping[str, Any] | None = None,
 ) -> PackedModel:
   """Packs a variable tree (see `pack_model`) and writes the file (`write`)."""
@@ -143,105 +134,207 @@ def save(
 
 def write(path: str | os.PathLike[str], packed: PackedModel) -> None:
   """Writes a packed model into a file, whole or not at all."""
-  metadata = {METADATA_KEY: json.dumps(packed.header, separators=(",", ":"))}
-  data = safetensors.numpy.save(packed.buffers, metadata=metadata)
-  files.write(path, data)
+  files.write(path, to_bytes(packed))
+
+
+def to_bytes(packed: PackedModel) -> bytes:
+  """Returns the bytes of a packed model's file."""
+  metadata = {METADATA_KEY: header.canonical(packed.header)}
+  return container.write(packed.buffers, metadata)
 
 
 def read(path: str | os.PathLike[str]) -> PackedModel:
-  """Reads a packed file and checks it.
+  """Reads a packed file and checks all of it.
 
   Raises:
     InputError: the file is missing, damaged, of another format, or not packed
       by this library.
   """
-  file = files.fetch(path)
-  header = read_header(file)
-  if header is None:
+  return _read(path)[0]
+
+
+def load(path: str | os.PathLike[str]) -> PyTree:
+  """Reads a packed file as variables for `model.apply`; see `read`.
+
+  Takes at most twice the bytes of the file besides the result.
+  """
+  return _build(_read(path)[1])
+
+
+def from_bytes(data: bytes) -> tuple[PackedModel, header.Contents]:
+  """Reads and checks the bytes of a packed file; see `read`."""
+  metadata, buffers = container.read(data)
+  text = metadata.get(METADATA_KEY)
+  if text is None:
     raise errors.InputError(
-      f"{path} is a safetensors file that pqf_jax did not pack; for torch "
-      "weights use --config.weights or pqf_jax.models"
+      "it is a safetensors file that pqf_jax did not pack; for torch weights "
+      "use --config.weights or pqf_jax.models"
     )
-  if header["format"] != FORMAT_VERSION:
-    raise errors.InputError(
-      f"{path} has format {header['format']}, but this version of pqf_jax "
-      f"reads {FORMAT_VERSION}; use the version that wrote it, or pack it again"
-    )
-  buffers = safetensors.numpy.load_file(file)
-  if files.digest_arrays(sorted(buffers.items())) != header["sha256"]:
-    raise errors.InputError(
-      f"{path} is damaged: its content does not match its sha256 "
-      f"{header['sha256'][:12]}...; copy or pack it again"
-    )
-  return PackedModel(header, buffers)
+  fields = header.parse(text)
+  header.check_digest(text, fields, buffers)
+  return PackedModel(fields, buffers), header.check(fields, buffers)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   """Returns the header of a packed file; None for other safetensors files.
 
+  Only the header is read, and of it only the format is checked.
+
   Raises:
-    InputError: the file is missing, truncated, or not safetensors.
+    InputError: the file is missing, truncated, of another format, or not
+      safetensors.
+  """
+  file = pathlib.Path(files.fetch(path))
+  try:
+    with file.open("rb") as stream:
+      size = file.stat().st_size
+      start = stream.read(container.LENGTH_BYTES)
+      text = stream.read(container.header_length(start, size))
+    metadata = container.read_header(text).get(container.METADATA, {})
+    if METADATA_KEY not in metadata:
+      return None
+    return header.parse(metadata[METADATA_KEY])
+  except errors.InputError as error:
+    raise _unreadable(path, error) from error
+
+
+def _read(
+  path: str | os.PathLike[str],
+) -> tuple[PackedModel, header.Contents]:
+  data = pathlib.Path(files.fetch(path)).read_bytes()
+  try:
+    return from_bytes(data)
+  except errors.InputError as error:
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(
+  path: str | os.PathLike[str], error: errors.InputError
+) -> errors.InputError:
+  return errors.InputError(
+    f"{path} is not a packed file that can be read: {error}; copy or pack it "
+    "again"
+  )
+
+
+def _build(contents: header.Contents) -> PyTree:
+  leaves: dict[str, Any] = {
+    path: layers.unpack(*parts) for path, parts in contents.layers.items()
+  }
+  for norm, (epsilon, (scale, bias)) in contents.norms.items():
+    mean, var = np.zeros_like(scale), np.full_like(scale, 1 - epsilon)
+    values = scale.copy(), bias.copy(), mean, var
+    for member, value in zip(header.MEMBERS, values, strict=True):
+      leaves[member.format(norm)] = value
+  # Copies, because a view would keep the bytes of the whole file.
+  leaves |= {path: array.copy() for path, array in contents.dense.items()}
+  return structure.put_together(leaves, contents.nodes)
+
+
+def _epsilons(
+  norms: Mapping[str, Any], given: float | Mapping[str, float] | None
+) -> dict[str, float]:
+  """Returns {norm: its epsilon}.
+
+  Raises:
+    InputError: norms have none, or a pattern matches no norm.
+  """
+  if not isinstance(given, Mapping):
+    given = {} if given is None else {".*": given}
+  for pattern, epsilon in given.items():
+    header.check_epsilon(f"norm_epsilon of {pattern!r}", epsilon)
+    plans.check_pattern("norm_epsilon", pattern)
+  matches = {
+    norm: [p for p in given if re.fullmatch(p, norm)] for norm in norms
+  }
+  without = [norm for norm in norms if not matches[norm]]
+  if without:
+    raise errors.InputError(
+      f"batch norms {', '.join(without[:5])} ({len(without)} of {len(norms)}) "
+      "cannot be folded without their epsilon; pass norm_epsilon=EPSILON, or "
+      "{pattern of the norm's path: EPSILON}"
+    )
+  unused = given.keys() - {first for first, *_ in matches.values()}
+  if norms and unused:
+    raise errors.InputError(
+      f"norm_epsilon has patterns that match no norm, or only norms that an "
+      f"earlier one matches: {sorted(unused)}; fix or remove them (norms: "
+      f"{', '.join(list(norms)[:5])})"
+    )
+  return {norm: float(given[first]) for norm, (first, *_) in matches.items()}
+
+
+def _fold(norm: str, values: list[np.ndarray], epsilon: float) -> np.ndarray:
+  """Returns float32 [scale, bias] of a norm with mean 0 and variance 1."""
+  for value in values:
+    header.check_numbers(norm, value)
+  scale, bias, mean, var = (value.astype(np.float64) for value in values)
+  if (var + epsilon <= 0).any():
+    raise errors.InputError(
+      f"{norm} has a variance of {var.min():g}, and epsilon {epsilon:g} does "
+      "not make it positive; use weights whose variances are"
+    )
+  slope = scale / np.sqrt(var + epsilon)
+  with np.errstate(over="ignore"):
+    folded = np.stack([slope, bias - mean * slope]).astype(np.float32)
+  header.check_numbers(f"{norm}, folded into float32,", folded)
+  return folded
+
+
+def _array(path: str, leaf: Any) -> np.ndarray:
+  """Returns a leaf as an array of a type that a file can hold."""
+  if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+    leaf.dtype, jax.dtypes.prng_key
+  ):
+    raise errors.InputError(
+      f"{path} is a random key of type {leaf.dtype}, which a packed file "
+      "cannot hold; give jax.random.key_data(key)"
+    )
+  array = np.asarray(leaf)
+  if array.dtype not in container.TYPES.values():
+    raise errors.InputError(
+      f"{path} is of type {array.dtype}, which a packed file cannot hold; "
+      f"convert it to one of {', '.join(map(str, container.TYPES.values()))}"
+    )
+  header.check_numbers(path, array)
+  return array
+
+
+def _share(
+  entries: Mapping[str, dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+  """Parts the fields that all layers have alike from the others."""
+  rows = list(entries.values())
+  common = {
+    name: rows[0][name]
+    for name in (layers.FIELDS if rows else ())
+    if all(row[name] == rows[0][name] for row in rows)
+  }
+  return common, {
+    path: {name: row[name] for name in row.keys() - common.keys()}
+    for path, row in entries.items()
+  }
+
+
+def _one_if_alike(
+  values: dict[str, float],
+) -> float | dict[str, float] | None:
+  different = set(values.values())
+  if len(different) > 1:
+    return values
+  return next(iter(different), None)
+
+
+def _plain(architecture: Mapping[str, Any]) -> Any:
+  """Returns JSON data as a file gives it back.
+
+  Raises:
+    InputError: it is not JSON.
   """
   try:
-    with safetensors.safe_open(files.fetch(path), framework="numpy") as content:
-      metadata = content.metadata() or {}
-  except safetensors.SafetensorError as error:
+    return json.loads(header.canonical(architecture))
+  except (TypeError, ValueError) as error:
     raise errors.InputError(
-      f"{path} is truncated or not a safetensors file: {error}"
+      f"architecture is not JSON data ({error}); give text, numbers, lists and "
+      "dicts with text as keys"
     ) from error
-  return json.loads(metadata.get(METADATA_KEY, "null"))
-
-
-def load(path: str | os.PathLike[str]) -> PyTree:
-  """Reads a packed file as variables for `model.apply`; see `read`."""
-  return unpack_model(read(path))
-
-
-def pack_codes(codes: trees.Array, num_codes: int) -> np.ndarray:
-  """Packs codes into uint8 [ceil(N * log2(K) / 8)], lowest bit first."""
-  bits = np.arange(plans.code_bits(num_codes))
-  flat = np.asarray(codes).reshape(-1, 1).astype(np.uint32)
-  return np.packbits((flat >> bits & 1).astype(np.uint8), bitorder="little")
-
-
-def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
-  """Unpacks codes into [count] of the smallest unsigned type."""
-  num_bits = plans.code_bits(num_codes)
-  bits = np.unpackbits(packed, count=count * num_bits, bitorder="little")
-  values = bits.reshape(count, num_bits) @ (1 << np.arange(num_bits))
-  return values.astype(vq_array.code_dtype(num_codes))
-
-
-def _unpack_layers(
-  layers: Mapping[str, list[Any]], buffers: Mapping[str, np.ndarray]
-) -> dict[str, vq_array.VQArray]:
-  nodes, code_start, entry_start = {}, 0, 0
-  for path, (shape, channels, num_codes) in layers.items():
-    spec = blocks.BlockSpec(channels)
-    c_out, m, length = spec.layout(shape)
-    code_end = code_start + plans.code_bytes(c_out * m, num_codes)
-    entry_end = entry_start + num_codes * length
-    packed = buffers[CODES][code_start:code_end]
-    codebook = buffers[CODEBOOKS][entry_start:entry_end].astype(np.float32)
-    nodes[path] = vq_array.VQArray(
-      codebook.reshape(num_codes, length),
-      unpack_codes(packed, num_codes, c_out * m).reshape(c_out, m),
-      tuple(shape),
-      spec,
-    )
-    code_start, entry_start = code_end, entry_end
-  return nodes
-
-
-def _cast(path: str, value: trees.Array, dtype: type) -> np.ndarray:
-  value = np.asarray(value)
-  if not np.issubdtype(value.dtype, np.floating):
-    return value
-  with np.errstate(over="ignore"):
-    cast: np.ndarray = np.ascontiguousarray(value, dtype=dtype)
-  if not np.isfinite(cast).all():
-    raise errors.InputError(
-      f"{path} has values up to {np.abs(value).max():g}, which "
-      f"{np.dtype(dtype)} cannot hold; use a checkpoint of a stable training"
-    )
-  return cast

@@ -89,7 +89,7 @@ class SizeReport(NamedTuple):
 
   Attributes:
     layers: one row for each stored variable.
-    payload_bytes: codes + float16 codebooks + float32 rest.
+    payload_bytes: codes + float16 codebooks + the rest in its own types.
     dense_bytes: the same network in float32, norms folded as well.
   """
 
@@ -170,6 +170,20 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
   }
 
 
+def check_pattern(name: str, pattern: str) -> None:
+  """Refuses what is no regular expression.
+
+  Raises:
+    InputError: names the setting, the pattern and its fault.
+  """
+  try:
+    re.compile(pattern)
+  except (re.error, TypeError) as error:
+    raise errors.InputError(
+      f"{name} {pattern!r} is not a regular expression: {error}"
+    ) from error
+
+
 def check_rule(rule: Rule) -> None:
   """Refuses a rule that no kernel could follow.
 
@@ -177,12 +191,7 @@ def check_rule(rule: Rule) -> None:
     InputError: its pattern is not a regular expression, or a number of it is
       out of range.
   """
-  try:
-    re.compile(rule.pattern)
-  except re.error as error:
-    raise errors.InputError(
-      f"rule {rule.pattern!r} is not a regular expression: {error}"
-    ) from error
+  check_pattern("rule", rule.pattern)
   num_codes = 2 if rule.num_codes is None else rule.num_codes
   values = (num_codes, rule.channels, rule.kmeans_steps)
   whole = all(isinstance(value, numbers.Integral) for value in values)
@@ -220,16 +229,18 @@ def _resolve(path: str, kernel: Any, rule: Rule, num_codes: int) -> LayerPlan:
 
 
 def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
-  """Counts the packed bytes: codes, float16 codebooks, the rest in float32.
+  """Counts the packed bytes: codes, float16 codebooks, the rest as it is.
 
   The variables may be arrays, `jax.ShapeDtypeStruct`s or `VQArray`s. Statistics
-  of norms are not counted: packing folds mean and variance into scale and bias,
-  two vectors a norm, as the published sizes count them.
+  of norms are not counted if the plan has any kernel: packing then folds mean
+  and variance into scale and bias, two vectors a norm, as the published sizes
+  count them.
   """
   flat = trees.flatten(variables, vq_array.is_vq)
-  folded = {path for norm in foldable_norms(flat).values() for path in norm[2:]}
+  norms = foldable_norms(flat).values() if plan else ()
+  folded = {path for norm in norms for path in norm[2:]}
   rows = tuple(
-    _layer_size(path, tuple(leaf.shape), plan.get(path))
+    _layer_size(path, leaf, plan.get(path))
     for path, leaf in flat.items()
     if path not in folded
   )
@@ -241,7 +252,10 @@ def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
 def foldable_norms(
   flat: Mapping[str, Any],
 ) -> dict[str, tuple[str, str, str, str]]:
-  """Returns {foldable norm: paths of its (scale, bias, mean, var)}."""
+  """Returns {foldable norm: paths of its (scale, bias, mean, var)}.
+
+  A norm is folded in float32, so only where all four are.
+  """
   norms = {}
   for path in flat:
     norm = path.removeprefix("batch_stats/").removesuffix("/mean")
@@ -251,7 +265,9 @@ def foldable_norms(
       f"batch_stats/{norm}/mean",
       f"batch_stats/{norm}/var",
     )
-    if path == members[2] and all(member in flat for member in members):
+    if path == members[2] and all(
+      member in flat and flat[member].dtype == jnp.float32 for member in members
+    ):
       norms[norm] = members
   return norms
 
@@ -266,11 +282,11 @@ def code_bytes(num_subvectors: int, num_codes: int) -> int:
   return math.ceil(num_subvectors * code_bits(num_codes) / 8)
 
 
-def _layer_size(
-  path: str, shape: tuple[int, ...], layer: LayerPlan | None
-) -> LayerSize:
+def _layer_size(path: str, leaf: Any, layer: LayerPlan | None) -> LayerSize:
+  shape = tuple(leaf.shape)
   if layer is None:
-    return LayerSize(path, shape, 0, 0, 0, 4 * math.prod(shape))
+    num_bytes = leaf.dtype.itemsize * math.prod(shape)
+    return LayerSize(path, shape, 0, 0, 0, num_bytes)
   c_out, m, length = layer.spec.layout(shape)
   num_bytes = code_bytes(c_out * m, layer.num_codes)
   num_bytes += 2 * layer.num_codes * length

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.core import plan as plans
@@ -83,6 +84,41 @@ def check_norms(name: str, network: Network, template: PyTree) -> None:
     )
 
 
+def check_statistics(
+  network: Network, variables: PyTree, setting: str
+) -> None:
+  """Refuses to train a network whose norms have lost their statistics.
+
+  Where mean and variance are folded into scale and bias, the norm evaluates as
+  before, but with the statistics of a batch it is another function.
+
+  Args:
+    network: that would be trained from the variables.
+    variables: arrays, a tree or {path: array}.
+    setting: the one that names their file.
+
+  Raises:
+    InputError: a norm is folded, and the network trains with batch statistics.
+  """
+  epsilon = norm_epsilon(network)
+  if epsilon is None or not _knows_train(network):
+    return
+  flat = trees.flatten(variables)
+  folded = [
+    norm
+    for norm, (*_, mean, var) in plans.foldable_norms(flat).items()
+    if not np.any(flat[mean])
+    and np.all(np.asarray(flat[var]) == np.float32(1 - epsilon))
+  ]
+  if folded:
+    raise errors.InputError(
+      f"{setting} has {len(folded)} batch norms, {folded[0]} for one, whose "
+      "mean and variance are folded into scale and bias, as compressed files "
+      "store them: training would start from another function; give the "
+      "weights from before the compression, or set config.finetune.epochs=0"
+    )
+
+
 def norm_epsilon(network: Network) -> float | None:
   """Returns the epsilon of the network's norms, or None if it states none."""
   return getattr(network, "norm_epsilon", None)
@@ -135,7 +171,7 @@ def for_training(
 
 def apply_function(network: Network) -> Callable[..., Any]:
   """Returns `network.apply`, which takes `train` whether it is known or not."""
-  if "train" in inspect.signature(type(network).__call__).parameters:
+  if _knows_train(network):
     return network.apply
 
   def apply(*inputs: Any, train: bool = False, **settings: Any) -> Any:
@@ -143,3 +179,7 @@ def apply_function(network: Network) -> Callable[..., Any]:
     return network.apply(*inputs, **settings)
 
   return apply
+
+
+def _knows_train(network: Network) -> bool:
+  return "train" in inspect.signature(type(network).__call__).parameters

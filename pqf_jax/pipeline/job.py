@@ -106,6 +106,9 @@ def prepare(
     if config.backbone
     else {}
   )
+  if config.finetune.epochs:
+    contract.check_statistics(network, variables or {}, "config.weights")
+    contract.check_statistics(network, backbone, "config.backbone")
   loaded = task.load(config, network)
   check_training(config, stages, loaded.num_train)
   inputs = {"data": loaded.fingerprint(), "backbone": digest(backbone)}

@@ -367,7 +367,9 @@ def test_released_files_give_torchs_logits_before_and_after_packing(
     torch_logits(depth, 1000, "imagenet", state_dict, images),
     atol=1e-3,
   )
-  packed = pack.save(tmp_path / "m.safetensors", variables)
+  packed = pack.save(
+    tmp_path / "m.safetensors", variables, norm_epsilon=model.norm_epsilon
+  )
   assert packed.payload_bytes == payload_bytes
   assert os.path.getsize(tmp_path / "m.safetensors") < os.path.getsize(path)
   loaded = pack.load(tmp_path / "m.safetensors")

@@ -235,6 +235,16 @@ def test_evaluate_reads_packed_files(config, undisturbed, finished, tmp_path):
   assert results["images"] == 360
 
 
+def test_training_does_not_start_from_folded_norms(config, finished, tmp_path):
+  config.train.epochs = 0
+  config.weights = str(finished["folder"] / "model.safetensors")
+  with pytest.raises(
+    errors.InputError, match="config.weights has 2 batch norms, bn0 .*folded"
+  ):
+    pipeline.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
 def test_evaluate_without_weights_says_what_is_missing(config):
   config.mode = "evaluate"
   with pytest.raises(errors.InputError, match="--config.weights"):

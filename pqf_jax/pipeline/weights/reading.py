@@ -49,8 +49,7 @@ def read(
   content = pack.load(path) if packed else READERS[suffix](path)
   try:
     if packed:
-      _check_packed(content, template)
-      return content
+      return _fit_packed(content, template)
     model = models.get_model(model_name)
     if not hasattr(model, "load_torch"):
       raise errors.InputError(
@@ -120,8 +119,24 @@ def _locate(source: str) -> tuple[str, str]:
   return path, suffix
 
 
-def _check_packed(variables: PyTree, template: PyTree) -> None:
+def _fit_packed(variables: PyTree, template: PyTree) -> PyTree:
+  """Returns the variables in the template's structure and types."""
+  flat = trees.flatten(variables, vq_array.is_vq)
+  wanted = trees.flatten(template)
   torch_names.check_fit(
-    trees.flatten(variables, vq_array.is_vq),
-    {path: tuple(leaf.shape) for path, leaf in trees.flatten(template).items()},
+    flat,
+    {path: tuple(leaf.shape) for path, leaf in wanted.items()},
+    {
+      path
+      for path, leaf in wanted.items()
+      if not jnp.issubdtype(leaf.dtype, jnp.floating)
+    },
   )
+
+  def cast(path: str) -> Any:
+    leaf, dtype = flat[path], wanted[path].dtype
+    if vq_array.is_vq(leaf):
+      return leaf.replace(codebook=leaf.codebook.astype(dtype))
+    return leaf.astype(dtype)
+
+  return trees.replace(template, {path: cast(path) for path in wanted})

@@ -1,0 +1,53 @@
+"""Codes of b bits each, one after the other, lowest bit first.
+
+Eight codes are b whole bytes: code j of eight begins j * b bits after them, at
+the same byte and bit in every eight. So each of the eight is read, or written,
+for thousands of eights at once.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
+
+# So many eights stay in the cache of a core.
+_CHUNK = 1 << 12
+
+
+def pack_codes(codes: trees.Array, num_codes: int) -> np.ndarray:
+  """Packs codes into uint8 [ceil(N * log2(K) / 8)], lowest bit first."""
+  bits = plans.code_bits(num_codes)
+  flat = np.asarray(codes).reshape(-1)
+  packed = np.zeros((-(-flat.size // 8), bits), np.uint8)
+  for start in range(0, len(packed), _CHUNK):
+    rows = packed[start : start + _CHUNK]
+    eights = np.zeros((len(rows), 8), np.uint32)
+    part = flat[8 * start : 8 * (start + _CHUNK)]
+    eights.reshape(-1)[: part.size] = part
+    for j in range(8):
+      first, shift = divmod(j * bits, 8)
+      shifted = eights[:, j] << np.uint32(shift)
+      for k in range(-(-(shift + bits) // 8)):
+        rows[:, first + k] |= (shifted >> np.uint32(8 * k)).astype(np.uint8)
+  return packed.reshape(-1)[: plans.code_bytes(flat.size, num_codes)]
+
+
+def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
+  """Unpacks codes into [count] of the smallest unsigned type."""
+  bits = plans.code_bits(num_codes)
+  # A code of 9 bits may begin at bit 7 of a byte, and end in the next.
+  word = np.uint16 if bits <= 9 else np.uint32
+  num_eights = -(-count // 8)
+  codes = np.empty((num_eights, 8), vq_array.code_dtype(num_codes))
+  for start in range(0, num_eights, _CHUNK):
+    rows = codes[start : start + _CHUNK]
+    part = packed[start * bits : (start + _CHUNK) * bits]
+    padded = np.zeros(len(rows) * bits + 4, np.uint8)
+    padded[: part.size] = part
+    for j in range(8):
+      first, shift = divmod(j * bits, 8)
+      words: Any = np.ndarray(len(rows), word, padded, first, bits)
+      rows[:, j] = (words >> word(shift)) & word((1 << bits) - 1)
+  return codes.reshape(-1)[:count]

@@ -1,0 +1,252 @@
+"""Compressed kernels: what the header says of each, and their buffers.
+
+A codebook is float16 times a power of two, the largest under which no entry
+overflows: float16 then has 40 binades for what is smaller, whatever the scale
+of the layer. The power costs no bit, because it rounds nothing.
+"""
+
+import math
+import operator
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pqf_jax import errors
+from pqf_jax.core import blocks, trees, vq_array
+from pqf_jax.core import plan as plans
+from pqf_jax.packing import bits
+
+# Types of a codebook in memory.
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
+TYPES = {name: jnp.dtype(name) for name in _FLOATS}
+MAX_CODES = 1 << 16
+CODEBOOK, CODING = "float16", "fixed"
+
+
+class Layer(NamedTuple):
+  """What a file says of a compressed kernel.
+
+  Attributes:
+    shape: dense shape.
+    spec: the layout of its sub-vectors.
+    num_codes: K.
+    dtype: type of the codebook in memory.
+    exponent: the codebook is 2^exponent times what is stored.
+  """
+
+  shape: tuple[int, ...]
+  spec: blocks.BlockSpec
+  num_codes: int
+  dtype: np.dtype[Any]
+  exponent: int
+
+  @property
+  def code_bytes(self) -> int:
+    """Returns the bytes of its codes."""
+    c_out, m, _ = self.spec.layout(self.shape)
+    return plans.code_bytes(c_out * m, self.num_codes)
+
+  @property
+  def codebook_size(self) -> int:
+    """Returns the numbers of its codebook, K * D."""
+    return self.num_codes * self.spec.layout(self.shape)[2]
+
+
+FIELDS = (
+  *("shape", "channels", "in_axis", "out_axis", "num_codes"),
+  *("codebook", "dtype", "exponent", "coding"),
+)
+
+
+def to_fields(layer: Layer) -> dict[str, Any]:
+  """Returns the fields of a layer in the header."""
+  return {
+    "shape": list(layer.shape),
+    "channels": layer.spec.channels,
+    "in_axis": layer.spec.in_axis,
+    "out_axis": layer.spec.out_axis,
+    "num_codes": layer.num_codes,
+    "codebook": CODEBOOK,
+    "dtype": layer.dtype.name,
+    "exponent": layer.exponent,
+    "coding": CODING,
+  }
+
+
+def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
+  """Reads the fields of a layer; undoes `to_fields`.
+
+  Raises:
+    InputError: a field is missing, unknown or has a value that cannot be.
+  """
+  where = f"layers/{path}"
+  check_names(where, fields, FIELDS)
+
+  def take(name: str, valid: bool, expected: str) -> Any:
+    check(valid, f"{where}/{name}", fields[name], expected)
+    return fields[name]
+
+  def take_integer(name: str, low: int, high: int) -> int:
+    valid = type(fields[name]) is int and low <= fields[name] <= high
+    return int(take(name, valid, f"a whole number from {low} to {high}"))
+
+  def take_name(name: str, known: tuple[str, ...]) -> str:
+    text = isinstance(fields[name], str)
+    return str(take(name, text and fields[name] in known, " or ".join(known)))
+
+  shape = fields["shape"]
+  sizes = isinstance(shape, list) and all(
+    type(n) is int and 1 <= n < 1 << 40 for n in shape
+  )
+  take("shape", sizes and 2 <= len(shape) <= 32, "2 to 32 positive sizes")
+  rank = len(shape)
+  spec = blocks.BlockSpec(
+    take_integer("channels", 1, max(shape)),
+    take_integer("in_axis", -rank, rank - 1),
+    take_integer("out_axis", -rank, rank - 1),
+  )
+  other = (spec.in_axis - spec.out_axis) % rank != 0
+  take("out_axis", other, "another axis than in_axis")
+  take_name("codebook", (CODEBOOK,))
+  take_name("coding", (CODING,))
+  layer = Layer(
+    tuple(shape),
+    spec,
+    take_integer("num_codes", 2, MAX_CODES),
+    TYPES[take_name("dtype", tuple(TYPES))],
+    take_integer("exponent", -1100, 1008),
+  )
+  divides = shape[spec.in_axis] % spec.channels == 0
+  take("channels", divides, f"a divisor of {shape[spec.in_axis]}")
+  return layer
+
+
+def check_names(
+  where: str, fields: Mapping[str, Any], names: tuple[str, ...]
+) -> None:
+  """Refuses missing and unknown fields.
+
+  Raises:
+    InputError: names them.
+  """
+  missing = sorted(set(names) - fields.keys())
+  unknown = sorted(fields.keys() - set(names))
+  if missing or unknown:
+    raise errors.InputError(
+      f"{where} has no field {missing[0]!r}"
+      if missing
+      else f"{where} has a field {unknown[0][:40]!r}, which is not known"
+    )
+
+
+def check(valid: bool, field: str, value: Any, expected: str) -> None:
+  """Refuses the value of a field unless it is valid.
+
+  Raises:
+    InputError: names the field, the value and what is expected.
+  """
+  if not valid:
+    raise errors.InputError(
+      f"{field} is {reprlib.repr(value)} where {expected} is expected"
+    )
+
+
+def pack(
+  path: str, node: vq_array.VQArray
+) -> tuple[Layer, np.ndarray, np.ndarray]:
+  """Packs a kernel.
+
+  Returns:
+    What the header says of it, its codes (uint8) and codebook (float16 [K, D]).
+
+  Raises:
+    InputError: the codebook is stacked, not of finite floats, or not of 2 to
+      65,536 codewords; or codes and shapes do not fit each other.
+  """
+  codebook, codes = np.asarray(node.codebook), np.asarray(node.codes)
+  if codebook.ndim != 2:
+    raise errors.InputError(
+      f"{path} has a codebook of shape {codebook.shape}, but a packed file "
+      "holds no stacked layers; give each layer a VQArray of its own, or the "
+      "dense kernel that pqf_jax.decode_params(variables) returns"
+    )
+  num_codes, length = codebook.shape
+  shape = tuple(map(operator.index, node.kernel_shape))
+  layer = Layer(shape, node.spec, num_codes, codebook.dtype, 0)
+  layer = from_fields(path, to_fields(layer))  # whatever cannot be read back
+  if node.spec.layout(shape) != (*codes.shape, length):
+    raise errors.InputError(
+      f"{path} of shape {shape} has codes of shape {codes.shape} and codewords "
+      f"of {length} numbers, but {node.spec} needs {node.spec.layout(shape)}"
+    )
+  integers = np.issubdtype(codes.dtype, np.integer)
+  if not integers or codes.min() < 0 or codes.max() >= num_codes:
+    raise errors.InputError(
+      f"{path} has codes of {codes.dtype} from {codes.min()} to {codes.max()}; "
+      f"its {num_codes} codewords need integers from 0 to {num_codes - 1}"
+    )
+  trees.check_finite(path, codebook)
+  stored, exponent = _scale(codebook)
+  layer = layer._replace(exponent=exponent)
+  return layer, bits.pack_codes(codes, num_codes), stored
+
+
+def unpack(
+  layer: Layer, codes: np.ndarray, codebook: np.ndarray
+) -> vq_array.VQArray:
+  """Unpacks a kernel; undoes `pack`."""
+  c_out, m, length = layer.spec.layout(layer.shape)
+  indices = bits.unpack_codes(codes, layer.num_codes, c_out * m)
+  return vq_array.VQArray(
+    _unscale(layer, codebook).reshape(layer.num_codes, length),
+    indices.reshape(c_out, m),
+    layer.shape,
+    layer.spec,
+  )
+
+
+def check_values(
+  path: str, layer: Layer, codes: np.ndarray, codebook: np.ndarray
+) -> None:
+  """Refuses codes without a codeword, and codebooks that are not finite.
+
+  Raises:
+    InputError: names the kernel.
+  """
+  c_out, m, _ = layer.spec.layout(layer.shape)
+  num_bits = plans.code_bits(layer.num_codes)
+  unused = -c_out * m * num_bits % 8
+  if unused and codes[-1] >> (8 - unused):
+    raise errors.InputError(f"the codes of {path} have bits after the last")
+  if layer.num_codes < 1 << num_bits:
+    largest = int(bits.unpack_codes(codes, layer.num_codes, c_out * m).max())
+    check(
+      largest < layer.num_codes,
+      f"a code of {path}",
+      largest,
+      f"a number below {layer.num_codes}",
+    )
+  largest_entry = math.ldexp(float(np.abs(codebook).max()), layer.exponent)
+  if not largest_entry <= float(jnp.finfo(layer.dtype).max):
+    raise errors.InputError(
+      f"the codebook of {path} is not finite in {layer.dtype}"
+    )
+
+
+def _scale(codebook: np.ndarray) -> tuple[np.ndarray, int]:
+  """Returns the codebook in float16, and the exponent that it lacks."""
+  wide = codebook.astype(np.result_type(codebook.dtype, np.float32))
+  mantissa, exponent = np.frexp(np.abs(wide).max())
+  # A mantissa that float16 rounds up to 1 has the next exponent; 16 bits more
+  # would overflow.
+  exponent = int(exponent) + int(np.float16(mantissa) == 1) - 16
+  return np.ldexp(wide, -exponent).astype(np.float16), exponent
+
+
+def _unscale(layer: Layer, codebook: np.ndarray) -> np.ndarray:
+  """Returns the codebook in its own type; undoes `_scale`."""
+  wide = codebook.astype(np.result_type(layer.dtype, np.float32))
+  return np.ldexp(wide, layer.exponent).astype(layer.dtype)

@@ -1,0 +1,172 @@
+"""Trees as leaves and names, and back: the same containers, the same keys.
+
+A leaf's path joins the keys from the root by '/', as `core.trees` does. Here
+'~' within a key is written '~0', '/' as '~1' and the empty key as '~2', so that
+every path has one meaning. Dicts with text as keys are understood; every other
+container is listed by path and kind.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pqf_jax import errors
+
+PyTree = Any
+# What a node may be besides a dict with text as keys.
+KINDS = ("dict", "integers", "list", "none", "tuple")
+# Deeper trees are no networks, and JAX itself goes through them by recursion.
+MAX_DEPTH = 100
+# Without the halves of characters that no text can hold.
+_KEY = re.compile(r"(?:[^~/\ud800-\udfff]|~[01])+|~2")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
+def take_apart(
+  tree: PyTree, is_leaf: Callable[[Any], bool]
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """Lists the leaves of a tree and its containers.
+
+  Args:
+    tree: dicts, lists, tuples, None and arrays.
+    is_leaf: whether a node counts as a leaf, besides arrays.
+
+  Returns:
+    ({path: leaf}, {path: kind of every node that is not a filled dict of text
+    keys}); see `KINDS`.
+
+  Raises:
+    InputError: a node of another type, named by its path; a key that is
+      neither text nor an integer; or more than `MAX_DEPTH` levels.
+  """
+  leaves: dict[str, Any] = {}
+  nodes: dict[str, str] = {}
+
+  def visit(keys: tuple[str, ...], node: Any) -> None:
+    path = "/".join(keys)
+    if len(keys) > MAX_DEPTH:
+      raise errors.InputError(
+        f"{path[:40]}... is more than {MAX_DEPTH} levels deep; give a flatter "
+        "tree"
+      )
+    if is_leaf(node) or isinstance(node, jax.Array | np.ndarray | np.generic):
+      leaves[path] = node
+      return
+    kind, children = _open(path, node)
+    if kind:
+      nodes[path] = kind
+    for key, child in children.items():
+      visit((*keys, _escape(path, key)), child)
+
+  visit((), tree)
+  return leaves, nodes
+
+
+def put_together(leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> PyTree:
+  """Builds the tree that `take_apart` took apart.
+
+  Raises:
+    InputError: a path is not such as `take_apart` makes them, lies within a
+      leaf, or comes twice; or a container cannot have its children.
+  """
+  top: dict[str, Any] = {}
+  for path in nodes:
+    _branch(top, path, _keys(path))
+  for path, leaf in leaves.items():
+    *parents, name = _keys(path)
+    branch = _branch(top, path, parents)
+    if name in branch:
+      raise errors.InputError(f"{path!r} is the path of two variables")
+    branch[name] = leaf
+  # The innermost first, so that those around them are still dicts.
+  for path in sorted(nodes, key=lambda path: len(_keys(path)), reverse=True):
+    *parents, name = _keys(path)
+    branch = _branch(top, path, parents)
+    branch[name] = _close(path, nodes[path], branch[name])
+  return top.get("", {})
+
+
+def path_of(keys: list[str]) -> str:
+  """Returns the path of keys that are all text."""
+  return "/".join(_escape("", key) for key in keys)
+
+
+def _open(path: str, node: Any) -> tuple[str | None, dict[Any, Any]]:
+  """Returns a container's kind, None for the plain one, and its children."""
+  if node is None:
+    return "none", {}
+  if type(node) in (list, tuple):
+    return type(node).__name__, dict(enumerate(node))
+  if type(node) is dict:
+    kinds = {type(key) for key in node}
+    if kinds <= {str}:
+      return (None if node else "dict"), node
+    if kinds == {int}:
+      return "integers", node
+    raise errors.InputError(
+      f"{path or 'the tree'} has keys of the types "
+      f"{sorted(kind.__name__ for kind in kinds)}; a packed file holds dicts "
+      "whose keys are all text or all integers: rename them"
+    )
+  raise errors.InputError(
+    f"{path or 'the tree'} is of type {type(node).__name__}, which a packed "
+    "file cannot hold; give dicts, lists, tuples, None and arrays, as "
+    "flax.nnx.to_pure_dict(state), flax.core.unfreeze(variables) or "
+    "flax.core.meta.unbox(variables) return them"
+  )
+
+
+def _close(path: str, kind: str, children: Any) -> Any:
+  """Returns the container of a kind; undoes `_open`."""
+  names = set(children) if isinstance(children, dict) else None
+  if kind in ("list", "tuple") and names is not None:
+    order = [str(i) for i in range(len(names))]
+    if names == set(order):
+      items = [children[name] for name in order]
+      return items if kind == "list" else tuple(items)
+  if kind == "integers" and names and all(map(_INTEGER.fullmatch, names)):
+    return {int(name): child for name, child in children.items()}
+  if kind in ("dict", "none") and names == set():
+    return {} if kind == "dict" else None
+  raise errors.InputError(
+    f"nodes/{path} is {kind!r}, which cannot have the children that the file "
+    "lists"
+  )
+
+
+def _branch(top: dict[str, Any], path: str, keys: list[str]) -> dict[str, Any]:
+  """Returns the dict at some keys; makes it where it is missing."""
+  node: Any = top
+  for key in keys:
+    node = node.setdefault(key, {})
+    if not isinstance(node, dict):
+      raise errors.InputError(f"{path!r} lies within another variable")
+  return node
+
+
+def _escape(path: str, key: Any) -> str:
+  text = str(key).replace("~", "~0").replace("/", "~1") or "~2"
+  if not _KEY.fullmatch(text):
+    raise errors.InputError(
+      f"{path or 'the tree'} has a key that is no text, {key!r}; rename it"
+    )
+  return text
+
+
+def _keys(path: str) -> list[str]:
+  """Returns the keys of a path, after '' for the root."""
+  if not path:
+    return [""]
+  parts = path.split("/", MAX_DEPTH + 1)
+  if len(parts) > MAX_DEPTH or not all(map(_KEY.fullmatch, parts)):
+    raise errors.InputError(
+      f"{path[:80]!r} is not a path of at most {MAX_DEPTH} keys"
+    )
+  unescaped = (
+    part.replace("~2", "").replace("~1", "/").replace("~0", "~")
+    for part in parts
+  )
+  return ["", *unescaped]
