@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -11,16 +12,21 @@ from pqf_jax.core import plan as plans
 from pqf_jax.core import trees
 
 
-def planned(variant: str) -> tuple[Any, plans.SizeReport, Any]:
-  config = mask_rcnn.get_config(variant)
-  settings = config.model.to_dict()
-  module = models.get_model(settings.pop("name")).make(**settings)
-  template = jax.eval_shape(
-    module.init,
+@functools.cache
+def traced(name: str, **settings: Any) -> Any:
+  """Returns the variables of a network as shapes."""
+  return jax.eval_shape(
+    models.get_model(name).make(**settings).init,
     jax.random.key(0),
     jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8),
     jax.ShapeDtypeStruct((1, 2), jnp.int32),
   )
+
+
+@functools.cache
+def planned(variant: str) -> tuple[Any, plans.SizeReport, Any]:
+  config = mask_rcnn.get_config(variant)
+  template = traced(**config.model)
   rules = [plans.Rule(*rule) for rule in config.rules]
   plan = plans.make_plan(rules, template)
   return plan, plans.predict_size(plan, template), template
