@@ -1,11 +1,15 @@
 """The command line: bad input gives one message and status 2, no traceback."""
 
+import multiprocessing
 import os
 import pathlib
 import resource
+import runpy
 import subprocess
 import sys
+from typing import NamedTuple
 
+import jax
 import pytest
 
 from pqf_jax.runtime import xla_flags
@@ -13,15 +17,40 @@ from pqf_jax.runtime import xla_flags
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def _run(*arguments, folder=ROOT):
-  return subprocess.run(
-    [sys.executable, str(ROOT / "main.py"), *arguments],
-    cwd=folder,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+class _Done(NamedTuple):
+  returncode: int | None
+  stdout: str
+  stderr: str
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Returns (arguments, folder) -> what `python main.py` says and returns.
+
+  Its processes are forks of one that has imported everything, which takes much
+  longer than what they do.
+  """
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["pqf_jax.cli"])
+  told = tmp_path_factory.mktemp("told")
+
+  def run(*arguments, folder=ROOT):
+    files = told / "stdout", told / "stderr"
+    process = context.Process(target=_main, args=(arguments, folder, files))
+    process.start()
+    process.join()
+    return _Done(process.exitcode, *(file.read_text() for file in files))
+
+  return run
+
+
+def _main(arguments, folder, files):
+  for descriptor, file in enumerate(files, start=1):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+  os.chdir(folder)
+  jax.config.update("jax_platforms", "cpu")
+  sys.argv = [str(ROOT / "main.py"), *arguments]
+  runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -56,8 +85,8 @@ def _run(*arguments, folder=ROOT):
     ),
   ],
 )
-def test_bad_input_is_one_message(arguments, message):
-  done = _run(*arguments)
+def test_bad_input_is_one_message(run, arguments, message):
+  done = run(*arguments)
   assert done.returncode == 2
   errors = done.stderr.strip().splitlines()
   assert errors[-1].startswith("error: ")
@@ -67,11 +96,15 @@ def test_bad_input_is_one_message(arguments, message):
 
 def test_missing_data_is_named_before_any_work(tmp_path):
   workdir = tmp_path / "run"
-  done = _run(
-    "--config=configs/resnet18.py:cifar10",
-    "--config.train.epochs=1",
-    f"--config.data.dir={tmp_path}",
-    f"--workdir={workdir}",
+  done = subprocess.run(
+    [sys.executable, "main.py", "--config=configs/resnet18.py:cifar10"]
+    + ["--config.train.epochs=1", f"--config.data.dir={tmp_path}"]
+    + [f"--workdir={workdir}"],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert done.returncode == 2
   assert str(tmp_path) in done.stderr
@@ -88,9 +121,9 @@ def test_missing_data_is_named_before_any_work(tmp_path):
     ("resnet50.py:imagenet2012,large", 3339872),
   ],
 )
-def test_plan_gives_the_published_sizes(recipe, payload_bytes, tmp_path):
+def test_plan_gives_the_published_sizes(run, recipe, payload_bytes, tmp_path):
   # Elsewhere than in the project's folder: no data, no weights, no workdir.
-  done = _run(
+  done = run(
     f"--config={ROOT}/configs/{recipe}", "--config.mode=plan", folder=tmp_path
   )
   assert done.stdout.splitlines()[-1] == f"payload_bytes={payload_bytes}"
