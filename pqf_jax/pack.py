@@ -10,12 +10,12 @@ the metadata `pqf_jax`; `packing/header.py` describes it. Files of format 2 are
 read as they were. Loading needs no training code and no pickle.
 """
 
+import io
 import json
 import os
-import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from pqf_jax.packing import container, header, layers, structure
 from pqf_jax.runtime import files
 
 PyTree = Any
+T = TypeVar("T")
 METADATA_KEY = "pqf_jax"
 
 
@@ -156,23 +157,17 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
 def load(path: str | os.PathLike[str]) -> PyTree:
   """Reads a packed file as variables for `model.apply`; see `read`.
 
-  Takes at most twice the bytes of the file besides the result.
+  Where kernels are compressed, norms are folded (see `unpack_model`): exact
+  when they use running averages, another function when they are trained on the
+  statistics of batches. Takes at most twice the bytes of the file besides the
+  result.
   """
   return _build(_read(path)[1])
 
 
 def from_bytes(data: bytes) -> tuple[PackedModel, header.Contents]:
   """Reads and checks the bytes of a packed file; see `read`."""
-  metadata, buffers = container.read(data)
-  text = metadata.get(METADATA_KEY)
-  if text is None:
-    raise errors.InputError(
-      "it is a safetensors file that pqf_jax did not pack; for torch weights "
-      "use --config.weights or pqf_jax.models"
-    )
-  fields = header.parse(text)
-  header.check_digest(text, fields, buffers)
-  return PackedModel(fields, buffers), header.check(fields, buffers)
+  return _read_stream(io.BytesIO(data), len(data))
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -184,37 +179,50 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     InputError: the file is missing, truncated, of another format, or not
       safetensors.
   """
-  file = pathlib.Path(files.fetch(path))
-  try:
-    with file.open("rb") as stream:
-      size = file.stat().st_size
-      start = stream.read(container.LENGTH_BYTES)
-      text = stream.read(container.header_length(start, size))
-    metadata = container.read_header(text).get(container.METADATA, {})
-    if METADATA_KEY not in metadata:
-      return None
-    return header.parse(metadata[METADATA_KEY])
-  except errors.InputError as error:
-    raise _unreadable(path, error) from error
+
+  def parse(stream: BinaryIO, size: int) -> dict[str, Any] | None:
+    text = container.read_metadata(stream, size).get(METADATA_KEY)
+    return None if text is None else header.parse(text)
+
+  return _open(path, parse)
 
 
 def _read(
   path: str | os.PathLike[str],
 ) -> tuple[PackedModel, header.Contents]:
-  data = pathlib.Path(files.fetch(path)).read_bytes()
+  return _open(path, _read_stream)
+
+
+def _read_stream(
+  stream: BinaryIO, size: int
+) -> tuple[PackedModel, header.Contents]:
+  metadata, buffers = container.read(stream, size)
+  text = metadata.get(METADATA_KEY)
+  if text is None:
+    raise errors.InputError(
+      "it is a safetensors file that pqf_jax did not pack; for torch weights "
+      "use --config.weights or pqf_jax.models"
+    )
+  fields = header.parse(text)
+  header.check_digest(text, fields, buffers)
+  return PackedModel(fields, buffers), header.check(fields, buffers)
+
+
+def _open(
+  path: str | os.PathLike[str], read_from: Callable[[BinaryIO, int], T]
+) -> T:
+  """Calls a function with a file and its size; errors name the file."""
+  file = files.fetch(path)
+  if not os.path.isfile(file):  # a pipe, or a device without an end
+    raise errors.InputError(f"{path} is not a regular file; give one that is")
   try:
-    return from_bytes(data)
+    with open(file, "rb") as stream:
+      return read_from(stream, os.path.getsize(file))
   except errors.InputError as error:
-    raise _unreadable(path, error) from error
-
-
-def _unreadable(
-  path: str | os.PathLike[str], error: errors.InputError
-) -> errors.InputError:
-  return errors.InputError(
-    f"{path} is not a packed file that can be read: {error}; copy or pack it "
-    "again"
-  )
+    raise errors.InputError(
+      f"{path} is not a packed file that can be read: {error}; copy or pack it "
+      "again"
+    ) from error
 
 
 def _build(contents: header.Contents) -> PyTree:

@@ -351,6 +351,14 @@ def test_bad_files_are_named(compressed, tmp_path):
     pack.load(path)
 
 
+def test_what_is_no_regular_file_is_refused(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  for path in (tmp_path / "pipe", "/dev/zero"):
+    for read in (pack.load, pack.read_header):
+      with pytest.raises(errors.InputError, match="not a regular file"):
+        read(path)
+
+
 @pytest.fixture(scope="module")
 def file(compressed):
   variables, _ = compressed

@@ -10,7 +10,7 @@ import json
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,65 +77,57 @@ def write(buffers: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
   return b"".join([len(text).to_bytes(LENGTH_BYTES, "little"), text, *content])
 
 
-def read(data: bytes) -> Content:
-  """Reads a safetensors file from its bytes.
+def read(stream: BinaryIO, size: int) -> Content:
+  """Reads a safetensors file; its content only when its header fits.
+
+  Args:
+    stream: at the beginning of the file.
+    size: bytes of the file.
 
   Raises:
     InputError: it is cut off, longer than its header says, or not safetensors.
   """
-  length = header_length(data, len(data))
-  start = LENGTH_BYTES + length
-  entries = read_header(data[LENGTH_BYTES:start])
-  metadata = entries.pop(METADATA, {})
+  metadata, entries, size = _read_header(stream, size)
   buffers = {name: _Entry.parse(name, entries[name]) for name in entries}
   end = 0
   for name, entry in sorted(buffers.items(), key=lambda item: item[1].span):
     if entry.span[0] != end:
       raise _refusal(f"buffer {name!r} does not begin where another ends")
     end = entry.span[1]
-  if end != len(data) - start:
-    raise _refusal(
-      f"its buffers take {end:,} bytes, but {len(data) - start:,} follow"
-    )
-  return Content(
-    metadata, {name: entry.view(data, start) for name, entry in buffers.items()}
-  )
+  if end != size:
+    raise _refusal(f"its buffers take {end:,} bytes, but {size:,} follow")
+  data = stream.read(size)
+  if len(data) != size:
+    raise _refusal(f"only {len(data):,} of {size:,} bytes could be read")
+  views = {name: entry.view(data) for name, entry in buffers.items()}
+  return Content(metadata, views)
 
 
-def header_length(data: bytes, size: int) -> int:
-  """Returns the bytes of the JSON header.
+def read_metadata(stream: BinaryIO, size: int) -> dict[str, str]:
+  """Reads only the metadata of a safetensors file; see `read`."""
+  return _read_header(stream, size)[0]
 
-  Args:
-    data: the first bytes of the file, or all.
-    size: bytes of the whole file.
 
-  Raises:
-    InputError: the file cannot be so long, or the header is too large.
-  """
-  length = int.from_bytes(data[:LENGTH_BYTES], "little")
-  if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, MAX_HEADER):
+def _read_header(
+  stream: BinaryIO, size: int
+) -> tuple[dict[str, str], dict[str, Any], int]:
+  """Returns metadata, what it says of each buffer, and the bytes after it."""
+  length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+  rest = size - LENGTH_BYTES - length
+  if rest < 0 or length > MAX_HEADER:
     raise _refusal(f"{size:,} bytes cannot have a header of {length:,}")
-  return length
-
-
-def read_header(text: bytes) -> dict[str, Any]:
-  """Parses the JSON header of a file.
-
-  Raises:
-    InputError: it is not an object of objects, or its metadata are not strings.
-  """
   try:
-    entries = read_json(text.decode())
+    entries = read_json(stream.read(length).decode())
     # JSON can spell halves of characters, which no text can hold.
     "".join(entries).encode()
   except (ValueError, TypeError) as error:
     raise _refusal(f"its header is not JSON ({error})") from error
-  metadata = entries.get(METADATA, {}) if isinstance(entries, dict) else None
+  metadata = entries.pop(METADATA, {}) if isinstance(entries, dict) else None
   if not isinstance(metadata, dict) or not all(
     isinstance(value, str) for value in metadata.values()
   ):
     raise _refusal("its header is not an object with strings in __metadata__")
-  return dict(entries)
+  return metadata, entries, rest
 
 
 def read_json(text: str) -> Any:
@@ -197,7 +189,7 @@ class _Entry(NamedTuple):
       raise _refusal(f"{where} needs {needed:,} bytes, but has other offsets")
     return cls(dtype, tuple(shape), (span[0], span[1]))
 
-  def view(self, data: bytes, start: int) -> np.ndarray:
+  def view(self, data: bytes) -> np.ndarray:
     count = math.prod(self.shape)
-    flat = np.frombuffer(data, self.dtype, count, start + self.span[0])
+    flat = np.frombuffer(data, self.dtype, count, self.span[0])
     return flat.reshape(self.shape)

@@ -1,5 +1,6 @@
 """The library `safetensors` is the oracle of the container."""
 
+import io
 import json
 
 import jax.numpy as jnp
@@ -25,22 +26,24 @@ def assert_equal(left, right):
     np.testing.assert_array_equal(array, right[name])
 
 
+def read(data):
+  return container.read(io.BytesIO(data), len(data))
+
+
 def test_files_are_those_of_the_library():
   data = container.write(BUFFERS, {"x": "y"})
   assert_equal(safetensors.numpy.load(data), BUFFERS)
-  metadata, buffers = container.read(
-    safetensors.numpy.save(BUFFERS, {"x": "y"})
-  )
+  metadata, buffers = read(safetensors.numpy.save(BUFFERS, {"x": "y"}))
   assert metadata == {"x": "y"}
   assert_equal(buffers, BUFFERS)
-  assert_equal(container.read(data).buffers, BUFFERS)
+  assert_equal(read(data).buffers, BUFFERS)
 
 
 def test_buffers_begin_at_multiples_of_their_type():
   data = container.write(BUFFERS, {})
-  length = container.header_length(data, len(data))
+  length = int.from_bytes(data[:8], "little")
   assert length % 8 == 0
-  for name, entry in container.read_header(data[8 : 8 + length]).items():
+  for name, entry in json.loads(data[8 : 8 + length]).items():
     if name != container.METADATA:
       assert entry["data_offsets"][0] % BUFFERS[name].itemsize == 0
 
@@ -48,7 +51,7 @@ def test_buffers_begin_at_multiples_of_their_type():
 def test_types_that_numpy_lacks_come_back():
   # Not contiguous either.
   buffers = {"a": np.arange(4).astype(jnp.bfloat16)[::-1]}
-  assert_equal(container.read(container.write(buffers, {})).buffers, buffers)
+  assert_equal(read(container.write(buffers, {})).buffers, buffers)
 
 
 def file(header, content=bytes(8)):
@@ -100,4 +103,14 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 )
 def test_what_is_no_such_file_is_refused(data, message):
   with pytest.raises(errors.InputError, match=message):
-    container.read(data)
+    read(data)
+
+
+def test_the_content_is_read_only_if_the_header_fits():
+  stream = io.BytesIO(file({"a": entry()}))
+  with pytest.raises(errors.InputError, match="take 8 bytes, but 1,0"):
+    container.read(stream, 1 << 40)
+  assert stream.tell() < len(stream.getvalue())
+  with pytest.raises(errors.InputError, match="only 3 of 8 bytes"):
+    cut = file({"a": entry()})
+    container.read(io.BytesIO(cut[:-5]), len(cut))
