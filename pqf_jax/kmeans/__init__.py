@@ -13,6 +13,7 @@ The modules, in the order of reading:
 - `assignment`: nearest centroids, and the second door.
 - `hartigan`: the rule that assigns where clusters are small.
 - `empty_clusters`: the rule for centroids of clusters without sub-vectors.
+- `outliers`: sub-vectors far from all others, with codewords of their own.
 - `batching`: several layers in one set of tiles.
 - `backends`: kernels and sums of each platform.
 """

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from pqf_jax.numerics import segments
 
@@ -48,6 +49,31 @@ class Batch(NamedTuple):
 
   tiles: jax.Array
   layout: Layout
+
+
+def _devices(vectors: jax.Array) -> set[jax.Device]:
+  """Returns the devices that hold `vectors`; none while jax traces."""
+  if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
+    return set()
+  return vectors.sharding.device_set
+
+
+def on_one_device(vectors: jax.Array) -> jax.Array:
+  """Returns one copy, if every device of several has all of `vectors`."""
+  if len(_devices(vectors)) > 1 and vectors.is_fully_replicated:
+    return vectors.addressable_data(0)
+  return vectors
+
+
+def mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
+  """Returns the devices over which the layers are spread, if several.
+
+  The compiler cannot divide a kernel among devices.
+  """
+  devices = set().union(*map(_devices, layers))
+  if len(devices) < 2:
+    return None
+  return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
 
 
 def make_batch(layers: Sequence[jax.Array], *, num_shards: int = 1) -> Batch:

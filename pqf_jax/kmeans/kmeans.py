@@ -26,6 +26,9 @@ less (docs/kmeans_quality.md):
   that a sub-vector has in its own centroid.
 - The last steps are Hartigan's, with full weight and without noise.
 
+A few sub-vectors far from all others get codewords of their own, and all this
+runs on the rest (`pqf_jax.kmeans.outliers`).
+
 Assignment is exact float32 without N x K memory (`pqf_jax.kmeans.assignment`),
 sums are exact (`pqf_jax.numerics.segments`): a result is the same at every run,
 on any number of devices of one kind, and whichever layers share a call.
@@ -43,10 +46,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pqf_jax import errors
-from pqf_jax.kmeans import annealing, batching, loop
-
-LARGEST = 1e15
-"""Squared distances of larger sub-vectors could overflow float32."""
+from pqf_jax.kmeans import annealing, batching, loop, outliers
 
 
 class KMeansResult(NamedTuple):
@@ -81,7 +81,7 @@ def annealed_kmeans(
   `empty_clusters.split_worst` places the centroids of empty clusters. The
   result depends only on the arguments; one compilation serves all calls with
   the same N, D, `num_codes` and `num_steps`. Works under `jit` and `vmap`, then
-  without the check for NaN.
+  without the check for NaN and the care for outliers.
 
   Args:
     key: PRNG key, consumed.
@@ -160,8 +160,37 @@ def kmeans_of_layers(
     One result for each set.
   """
   if mesh is None:
-    layers = [_on_one_device(vectors) for vectors in layers]
-    mesh = _mesh_of(layers)
+    layers = [batching.on_one_device(vectors) for vectors in layers]
+    mesh = batching.mesh_of(layers)
+  run = functools.partial(
+    _run_all, num_steps=num_steps, annealed=annealed, mesh=mesh
+  )
+  results: dict[int, KMeansResult] = {}
+  for i, found in enumerate(outliers.find(layers, num_codes)):
+    if found is not None:
+      most = min(num_codes - len(found.centroids), len(found.rest))
+      rest = jnp.asarray(layers[i])[found.rest]
+      fitted = run(keys[i : i + 1], [rest], num_codes=most)[0]
+      joined = outliers.join(found, layers[i], num_codes, fitted[:3])
+      results[i] = KMeansResult(*joined)
+  usual = [i for i in range(len(layers)) if i not in results]
+  if usual:
+    chosen = [layers[i] for i in usual]
+    fits = run(keys[np.array(usual)], chosen, num_codes=num_codes)
+    results.update(zip(usual, fits, strict=True))
+  return [results[i] for i in range(len(layers))]
+
+
+def _run_all(
+  keys: jax.Array,
+  layers: Sequence[jax.Array],
+  *,
+  num_codes: int,
+  num_steps: int,
+  annealed: bool,
+  mesh: Mesh | None,
+) -> list[KMeansResult]:
+  """Runs k-means on layers without outliers."""
   methods = [annealing.LLOYD] * len(layers)
   if annealed:
     length = layers[0].shape[1]
@@ -254,31 +283,6 @@ def draw_normals(
   return jax.vmap(draw, out_axes=1)(keys)
 
 
-def _devices(vectors: jax.Array) -> set[jax.Device]:
-  """Returns the devices that hold `vectors`; none while jax traces."""
-  if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
-    return set()
-  return vectors.sharding.device_set
-
-
-def _on_one_device(vectors: jax.Array) -> jax.Array:
-  """Returns one copy, if every device of several has all of `vectors`."""
-  if len(_devices(vectors)) > 1 and vectors.is_fully_replicated:
-    return vectors.addressable_data(0)
-  return vectors
-
-
-def _mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
-  """Returns the devices over which the layers are spread, if several.
-
-  The compiler cannot divide a kernel among devices.
-  """
-  devices = set().union(*map(_devices, layers))
-  if len(devices) < 2:
-    return None
-  return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
-
-
 @functools.partial(jax.jit, static_argnames=("num_codes", "num_shards"))
 def _batch_and_starts(
   keys: jax.Array,
@@ -328,11 +332,11 @@ def _checked(vectors: jax.Array, num_codes: int, num_steps: int) -> jax.Array:
   vectors = jnp.asarray(vectors).astype(jnp.float32)
   if isinstance(vectors, jax.core.Tracer) or not vectors.is_fully_addressable:
     return vectors
-  bad_rows = np.flatnonzero(~(np.abs(vectors) < LARGEST).all(axis=1))
+  bad_rows = np.flatnonzero(~(np.abs(vectors) < outliers.LARGEST).all(axis=1))
   if bad_rows.size:
     raise errors.InputError(
       f"k-means: {bad_rows.size} of {shape[0]} sub-vectors hold NaN or values"
-      f" beyond {LARGEST:g}, the first at row {bad_rows[0]}; take weights of"
-      " a training run that did not diverge."
+      f" beyond {outliers.LARGEST:g}, the first at row {bad_rows[0]}; take"
+      " weights of a training run that did not diverge."
     )
   return vectors
