@@ -219,9 +219,11 @@ def _open(
     with open(file, "rb") as stream:
       return read_from(stream, os.path.getsize(file))
   except errors.InputError as error:
+    # A name in the file may be as long as the file, or of several lines.
+    reason = " ".join(str(error).split())[:500]
     raise errors.InputError(
-      f"{path} is not a packed file that can be read: {error}; copy or pack it "
-      "again"
+      f"{path} is not a packed file that can be read: {reason}; copy or pack "
+      "it again"
     ) from error
 
 
@@ -232,7 +234,7 @@ def _build(contents: header.Contents) -> PyTree:
   for norm, (epsilon, (scale, bias)) in contents.norms.items():
     mean, var = np.zeros_like(scale), np.full_like(scale, 1 - epsilon)
     values = scale.copy(), bias.copy(), mean, var
-    for member, value in zip(header.MEMBERS, values, strict=True):
+    for member, value in zip(plans.NORM, values, strict=True):
       leaves[member.format(norm)] = value
   # Copies, because a view would keep the bytes of the whole file.
   leaves |= {path: array.copy() for path, array in contents.dense.items()}

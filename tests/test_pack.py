@@ -259,6 +259,13 @@ def test_folding_without_the_right_epsilons_is_refused(
     pack.pack_model(two_norms, norm_epsilon=epsilon, architecture={})
 
 
+def test_epsilons_may_be_of_numpy(two_norms):
+  packed = pack.pack_model(
+    two_norms, norm_epsilon=np.float32(0.25), architecture={}
+  )
+  assert packed.header["norm_epsilon"] == 0.25
+
+
 def test_a_negative_variance_is_named(two_norms):
   bad = trees.replace(
     two_norms, {"batch_stats/first/var": jnp.full((8,), -1.0)}
@@ -491,7 +498,7 @@ def test_fields_of_format_2_are_checked_as_well(fields, message):
     ({"format": [[[[[[[[1]]]]]]]]}, "format is "),
     ({"layers": 5}, "layers is 5"),
     ({"layers": {"x": 5}}, "layers/x is 5"),
-    ({"layers": {}}, "buffer '~codes' is uint8"),
+    ({"layers": {}}, "buffer '~codes' is uint8|common is .* without a layer"),
     ({"norm_epsilon": None}, "norm_epsilon is None"),
     ({"norm_epsilon": "0.1"}, "norm_epsilon is '0.1'"),
     ({"norm_epsilon": 9.001}, "norm_epsilon is 9.001"),
@@ -537,6 +544,17 @@ def test_missing_fields_of_the_header_are_named(file, version):
 def test_wrong_fields_of_format_3_are_named(file, fields, message):
   with pytest.raises(errors.InputError, match=message):
     pack.from_bytes(seal(file.header | fields, file.buffers))
+
+
+def test_errors_take_one_short_line(tmp_path):
+  packed = pack.pack_model({"a": KERNEL}, norm_epsilon=None, architecture={})
+  layers = {"b\n" + "c" * 10_000: {"residual": 1}}
+  data = seal(packed.header | {"layers": layers}, packed.buffers)
+  (tmp_path / "m").write_bytes(data)
+  with pytest.raises(errors.InputError, match="m is not a packed") as caught:
+    pack.load(tmp_path / "m")
+  assert "\n" not in str(caught.value)
+  assert len(str(caught.value)) < 1000
 
 
 def test_fields_in_common_come_once(file):

@@ -20,6 +20,13 @@ from pqf_jax.core import blocks, trees, vq_array
 
 PyTree = Any
 _MIN_VECTORS_PER_CODE = 4
+# Paths of a norm's scale, bias, mean and variance.
+NORM = (
+  "params/{}/scale",
+  "params/{}/bias",
+  "batch_stats/{}/mean",
+  "batch_stats/{}/var",
+)
 _KERNEL = re.compile(r"(.*/)?(kernel|embedding)")
 
 
@@ -90,7 +97,7 @@ class SizeReport(NamedTuple):
   Attributes:
     layers: one row for each stored variable.
     payload_bytes: codes + float16 codebooks + the rest in its own types.
-    dense_bytes: the same network in float32, norms folded as well.
+    dense_bytes: the same variables in float32, norms folded as well.
   """
 
   layers: tuple[LayerSize, ...]
@@ -195,11 +202,13 @@ def check_rule(rule: Rule) -> None:
   num_codes = 2 if rule.num_codes is None else rule.num_codes
   values = (num_codes, rule.channels, rule.kmeans_steps)
   whole = all(isinstance(value, numbers.Integral) for value in values)
-  if not whole or min(values) < 1 or not 2 <= num_codes <= 65536:
+  in_range = whole and min(values) >= 1 and max(values) < 2**31
+  if not in_range or not 2 <= num_codes <= 65536:
     raise errors.InputError(
       f"rule {rule.pattern!r} has num_codes={rule.num_codes!r}, "
       f"channels={rule.channels!r}, kmeans_steps={rule.kmeans_steps!r}; "
-      "num_codes must be 2 to 65536 or None, the others at least 1, all whole"
+      "num_codes must be 2 to 65536 or None, the others 1 to 2147483647, all "
+      "whole"
     )
 
 
@@ -259,12 +268,8 @@ def foldable_norms(
   norms = {}
   for path in flat:
     norm = path.removeprefix("batch_stats/").removesuffix("/mean")
-    members = (
-      f"params/{norm}/scale",
-      f"params/{norm}/bias",
-      f"batch_stats/{norm}/mean",
-      f"batch_stats/{norm}/var",
-    )
+    scale, bias, mean, var = (member.format(norm) for member in NORM)
+    members = scale, bias, mean, var
     if path == members[2] and all(
       member in flat and flat[member].dtype == jnp.float32 for member in members
     ):

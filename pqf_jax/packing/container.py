@@ -57,7 +57,11 @@ class Content(NamedTuple):
 
 
 def write(buffers: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-  """Returns the bytes of a safetensors file."""
+  """Returns the bytes of a safetensors file.
+
+  Raises:
+    InputError: the names of all buffers are too long together.
+  """
   # The widest type first, so that every buffer begins at a multiple of its own.
   names = sorted(buffers, key=lambda name: (-buffers[name].itemsize, name))
   header: dict[str, Any] = {METADATA: metadata}
@@ -71,6 +75,11 @@ def write(buffers: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
       "data_offsets": [begin, end],
     }
   text = json.dumps(header, separators=(",", ":")).encode()
+  if len(text) > MAX_HEADER:
+    raise errors.InputError(
+      f"the names of {len(buffers):,} variables take {len(text):,} bytes; a "
+      f"packed file holds {MAX_HEADER:,}: join variables, or shorten names"
+    )
   text += b" " * (-len(text) % LENGTH_BYTES)
   contiguous = (np.ascontiguousarray(buffers[name]) for name in names)
   content = (array.reshape(-1).view(np.uint8).data for array in contiguous)

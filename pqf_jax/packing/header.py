@@ -16,6 +16,7 @@ which no path can be, see `structure`.
 
 import hashlib
 import json
+import numbers
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
+from pqf_jax.core import plan as plans
 from pqf_jax.packing import container, layers, structure
 from pqf_jax.runtime import files
 
@@ -34,10 +36,6 @@ CODES, CODEBOOKS, NORM = "~codes", "~codebooks", "~norm"
 FIELDS = (
   *("architecture", "common", "format", "layers", "nodes", "norm_epsilon"),
   SHA256,
-)
-MEMBERS = (
-  *("params/{}/scale", "params/{}/bias"),
-  *("batch_stats/{}/mean", "batch_stats/{}/var"),
 )
 
 Header = dict[str, Any]
@@ -153,7 +151,7 @@ def check(header: Header, buffers: Buffers) -> Contents:
   for path, array in contents.dense.items():
     check_numbers(path, array)
   paths = [*contents.layers, *contents.dense]
-  paths += [name.format(norm) for norm in contents.norms for name in MEMBERS]
+  paths += [name.format(norm) for norm in contents.norms for name in plans.NORM]
   if len(set(paths)) != len(paths):
     raise errors.InputError("a variable comes twice: as a layer and as it is")
   structure.put_together(dict.fromkeys(paths, ()), contents.nodes)
@@ -182,6 +180,8 @@ def _check_layers(
   common: dict[str, Any], entries: dict[str, Any], buffers: Buffers
 ) -> dict[str, tuple[layers.Layer, np.ndarray, np.ndarray]]:
   found = {}
+  shared = bool(entries) or not common
+  layers.check(shared, "common", common, "no field without a layer")
   for path, fields in entries.items():
     where = f"layers/{path}"
     layers.check(isinstance(fields, dict), where, fields, "an object")
@@ -246,8 +246,8 @@ def check_epsilon(name: str, value: Any) -> None:
   Raises:
     InputError: it is not a number from 0 to 1.
   """
-  number = type(value) in (int, float) and 0 <= value < 1
-  layers.check(number, name, value, "a number from 0 to 1")
+  number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  layers.check(number and 0 <= value < 1, name, value, "a number from 0 to 1")
 
 
 def _upgrade(header: Header, buffers: Buffers) -> tuple[Header, Buffers]:
@@ -286,7 +286,7 @@ def _upgrade(header: Header, buffers: Buffers) -> tuple[Header, Buffers]:
   check_epsilon("norm_epsilon", epsilon)
   return header | {
     "format": VERSION,
-    "common": common,
+    "common": common if upgraded else {},
     "layers": upgraded,
     "nodes": {},
   }, {_upgrade_name(name): array for name, array in buffers.items()}

@@ -47,11 +47,26 @@ def test_statistics_that_fold_into_a_norm_are_not_counted():
   affine = {"scale": struct, "bias": struct}
   stats = {"mean": struct, "var": struct}
   tree = {
-    "params": {"bn": affine, "bare": {"bias": struct}},
+    "params": {
+      "bn": affine,
+      "bare": {"bias": struct},
+      "fc": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+    },
     "batch_stats": {"bn": stats, "bare": stats},
   }
   # bn: 2 vectors; bare has no scale to fold into: bias, mean and var stay.
-  assert plans.predict_size({}, tree).payload_bytes == (2 + 3) * 8 * 4
+  plan = plans.make_plan([plans.Rule(".*", 4)], tree)
+  size = plans.predict_size(plan, tree)
+  rows = {row.path: row.payload_bytes for row in size.layers}
+  kernel = rows.pop("params/fc/kernel")
+  assert kernel == 64 * 2 // 8 + 4 * 2
+  assert rows.keys() == {
+    *("params/bn/scale", "params/bn/bias", "params/bare/bias"),
+    *("batch_stats/bare/mean", "batch_stats/bare/var"),
+  }
+  assert size.payload_bytes == (2 + 3) * 8 * 4 + kernel
+  # Without a compressed kernel nothing is folded.
+  assert plans.predict_size({}, tree).payload_bytes == (4 + 3) * 8 * 4 + 256
 
 
 def test_compressed_shapes_fit_the_plan():
