@@ -40,6 +40,7 @@ METADATA = "__metadata__"
 LENGTH_BYTES = 8
 # 16 MiB describe 100,000 variables; a larger header is no header.
 MAX_HEADER = 1 << 24
+MAX_RANK = 64  # of NumPy
 # JAX addresses no more entries of one array.
 MAX_SIZE = 1 << 40
 
@@ -191,7 +192,7 @@ class _Entry(NamedTuple):
         type(n) is int and 0 <= n <= MAX_SIZE for n in numbers
       ):
         raise _refusal(f"{where} has a shape or offsets that are no sizes")
-    if len(shape) > 32 or math.prod(max(n, 1) for n in shape) > MAX_SIZE:
+    if len(shape) > MAX_RANK or math.prod(max(n, 1) for n in shape) > MAX_SIZE:
       raise _refusal(f"{where} has a shape that no array can have")
     needed = math.prod(shape) * dtype.itemsize
     if len(span) != 2 or span[1] - span[0] != needed:

@@ -14,6 +14,7 @@ in its own type, but for
 which no path can be, see `structure`.
 """
 
+import collections
 import hashlib
 import json
 import numbers
@@ -152,8 +153,8 @@ def check(header: Header, buffers: Buffers) -> Contents:
     check_numbers(path, array)
   paths = [*contents.layers, *contents.dense]
   paths += [name.format(norm) for norm in contents.norms for name in plans.NORM]
-  if len(set(paths)) != len(paths):
-    raise errors.InputError("a variable comes twice: as a layer and as it is")
+  twice = [path for path, n in collections.Counter(paths).items() if n > 1]
+  layers.check(not twice, "the list of variables", twice, "each path once")
   structure.put_together(dict.fromkeys(paths, ()), contents.nodes)
   return contents
 

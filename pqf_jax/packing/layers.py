@@ -5,7 +5,6 @@ overflows: float16 then has 40 binades for what is smaller, whatever the scale
 of the layer. The power costs no bit, because it rounds nothing.
 """
 
-import math
 import operator
 import reprlib
 from collections.abc import Mapping
@@ -191,7 +190,9 @@ def pack(
   trees.check_finite(path, codebook)
   stored, exponent = _scale(codebook)
   layer = layer._replace(exponent=exponent)
-  return layer, bits.pack_codes(codes, num_codes), stored
+  packed = bits.pack_codes(codes, num_codes)
+  check_values(path, layer, packed, stored)
+  return layer, packed, stored
 
 
 def unpack(
@@ -222,15 +223,16 @@ def check_values(
   if unused and codes[-1] >> (8 - unused):
     raise errors.InputError(f"the codes of {path} have bits after the last")
   if layer.num_codes < 1 << num_bits:
-    largest = int(bits.unpack_codes(codes, layer.num_codes, c_out * m).max())
+    last = int(bits.unpack_codes(codes, layer.num_codes, c_out * m).max())
     check(
-      largest < layer.num_codes,
+      last < layer.num_codes,
       f"a code of {path}",
-      largest,
+      last,
       f"a number below {layer.num_codes}",
     )
-  largest_entry = math.ldexp(float(np.abs(codebook).max()), layer.exponent)
-  if not largest_entry <= float(jnp.finfo(layer.dtype).max):
+  with np.errstate(over="ignore"):
+    largest = np.ldexp(np.float64(np.abs(codebook).max()), layer.exponent)
+  if not largest <= float(jnp.finfo(layer.dtype).max):
     raise errors.InputError(
       f"the codebook of {path} is not finite in {layer.dtype}"
     )

@@ -22,6 +22,7 @@ KINDS = ("dict", "integers", "list", "none", "tuple")
 MAX_DEPTH = 100
 # Without the halves of characters that no text can hold.
 _KEY = re.compile(r"(?:[^~/\ud800-\udfff]|~[01])+|~2")
+# Of 18 digits at most, so that a file cannot ask for more.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
@@ -104,12 +105,13 @@ def _open(path: str, node: Any) -> tuple[str | None, dict[Any, Any]]:
     kinds = {type(key) for key in node}
     if kinds <= {str}:
       return (None if node else "dict"), node
-    if kinds == {int}:
+    if kinds == {int} and all(_INTEGER.fullmatch(str(key)) for key in node):
       return "integers", node
     raise errors.InputError(
       f"{path or 'the tree'} has keys of the types "
       f"{sorted(kind.__name__ for kind in kinds)}; a packed file holds dicts "
-      "whose keys are all text or all integers: rename them"
+      "whose keys are all text, or all integers of up to 18 digits: rename "
+      "them"
     )
   raise errors.InputError(
     f"{path or 'the tree'} is of type {type(node).__name__}, which a packed "

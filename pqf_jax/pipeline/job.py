@@ -108,6 +108,7 @@ def prepare(
   )
   if config.finetune.epochs:
     contract.check_statistics(network, variables or {}, "config.weights")
+  if stages:
     contract.check_statistics(network, backbone, "config.backbone")
   loaded = task.load(config, network)
   check_training(config, stages, loaded.num_train)
@@ -156,6 +157,12 @@ def check_training(
     schedule = training.Schedule(
       config[stage], num_train, config.checkpoint_steps
     )
+    if schedule.num_steps > settings.MOST:
+      raise errors.InputError(
+        f"config.{stage}.epochs is {config[stage].epochs}, which are "
+        f"{schedule.num_steps} steps; choose at most "
+        f"{settings.MOST // schedule.steps_per_epoch}"
+      )
     try:
       schedule.make_optimizer()
     except errors.InputError as error:

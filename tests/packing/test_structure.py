@@ -80,6 +80,7 @@ Pair = collections.namedtuple("Pair", "a b")
     ({"a": {"b": "text"}}, "a/b is of type str"),
     ({"a": jax.ShapeDtypeStruct((1,), jnp.float32)}, "a is of type ShapeDtype"),
     ({"a": {1: 1, "b": 2}}, r"a has keys of the types \['int', 'str'\]"),
+    ({10**18: np.ones(1)}, "integers of up to 18 digits"),
     ({True: np.ones(1)}, r"the tree has keys of the types \['bool'\]"),
     ({"\ud800": np.ones(1)}, "a key that is no text"),
     (nested(101), "more than 100 levels deep"),
