@@ -91,9 +91,14 @@ def sync_tree(folder: epath.Path) -> None:
 
 
 def digest_tree(folder: epath.Path) -> str:
-  """Returns the sha256 of the names and bytes of all files in a folder."""
+  """Returns the sha256 of the names and bytes of all files in a folder.
+
+  Raises:
+    InputError: see `check_regular`.
+  """
   total = hashlib.sha256()
   for path in _walk(folder):
+    check_regular(path)
     total.update(os.fspath(path).removeprefix(os.fspath(folder)).encode())
     total.update(hashlib.sha256(path.read_bytes()).digest())
   return total.hexdigest()
@@ -123,6 +128,7 @@ def read_json(
   Raises:
     InputError: the file is empty, cut off, or anything else.
   """
+  check_regular(path)
   data = epath.Path(path).read_bytes()
   try:
     value = json.loads(data)
@@ -137,6 +143,16 @@ def read_json(
       f"object; {advice}"
     )
   return value
+
+
+def check_regular(path: epath.PathLike) -> None:
+  """Refuses pipes, devices and folders, which could be read for ever.
+
+  Raises:
+    InputError: the path exists, on this machine, and is no regular file.
+  """
+  if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+    raise errors.InputError(f"{path} is not a regular file; give one that is")
 
 
 def lock(path: epath.PathLike) -> IO[str] | None:
@@ -200,7 +216,7 @@ def fetch(path: epath.PathLike) -> str:
     path: of a file. The copy of a remote file is deleted when the program ends.
 
   Raises:
-    InputError: the file does not exist, or is a folder.
+    InputError: the file does not exist, or is a folder, a pipe or a device.
   """
   source = absolute(path) if is_remote(path) else epath.Path(path).expanduser()
   if source.is_dir():
@@ -210,6 +226,7 @@ def fetch(path: epath.PathLike) -> str:
       f"no weights file {path} (looked in {os.getcwd()}); check the path"
     )
   if not is_remote(source):
+    check_regular(source)
     return os.fspath(source)
   folder = tempfile.mkdtemp(dir=_download_folder().name)
   copy = epath.Path(folder) / source.name

@@ -14,6 +14,7 @@ from etils import epath
 
 from pqf_jax import errors
 from pqf_jax.data.coco import masks
+from pqf_jax.runtime import files
 
 JsonObject = dict[str, Any]
 Check = Callable[[Any], bool]
@@ -126,6 +127,7 @@ def _content(path: epath.Path) -> dict[str, list[Any]]:
       f"{path} is missing; data_dir must be a folder in COCO's layout, with "
       "annotations/instances_SPLIT2017.json and the images in SPLIT2017/"
     )
+  files.check_regular(path)
   try:
     # From bytes, JSON may be in UTF-8, 16 or 32, with a byte order mark or not.
     content = json.loads(path.read_bytes(), parse_int=_integer)

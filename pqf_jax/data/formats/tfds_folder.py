@@ -17,6 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from pqf_jax import errors
 from pqf_jax.data import decoding
 from pqf_jax.data.formats import array_records, tfds_info, tfrecords
+from pqf_jax.runtime import files
 
 Reader = Callable[[Sequence[str], Sequence[int]], decoding.Stored[bytes]]
 """(paths, number of records of each) -> serialized examples by number."""
@@ -110,6 +111,7 @@ class Folder(decoding.EncodedDataset):
         raise errors.InputError(
           f"{path} is missing: copy this file again, or {self._advice}"
         )
+      files.check_regular(path)
     lengths = self._info.splits[name].shard_lengths
     return Examples(READERS[self._format], paths, lengths)
 
