@@ -231,9 +231,10 @@ def _build(contents: header.Contents) -> PyTree:
   leaves: dict[str, Any] = {
     path: layers.unpack(*parts) for path, parts in contents.layers.items()
   }
-  for norm, (epsilon, (scale, bias)) in contents.norms.items():
+  for norm, (epsilon, folded) in contents.norms.items():
+    scale, bias = map(np.array, folded)
     mean, var = np.zeros_like(scale), np.full_like(scale, 1 - epsilon)
-    values = scale.copy(), bias.copy(), mean, var
+    values = scale, bias, mean, var
     for member, value in zip(plans.NORM, values, strict=True):
       leaves[member.format(norm)] = value
   # Copies, because a view would keep the bytes of the whole file.

@@ -67,6 +67,9 @@ def quantized(shape, num_codes, spec, dtype=np.float32, scale=1.0):
   )
 
 
+KERNEL = quantized((4, 6), 4, blocks.BlockSpec(2))
+
+
 @pytest.fixture(scope="module")
 def dense():
   images = jnp.ones((2, 6, 6, 4))
@@ -259,6 +262,44 @@ def test_folding_without_the_right_epsilons_is_refused(
     pack.pack_model(two_norms, norm_epsilon=epsilon, architecture={})
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_norms_of_any_shape_and_place_are_folded(shape):
+  rng = np.random.default_rng(0)
+  values = rng.uniform(0.5, 1, (4, *shape)).astype(np.float32)
+  scale, bias, mean, var = map(np.array, values)
+  tree = {
+    "params": {"blocks": [{}, {7: {"scale": scale, "bias": bias}}]},
+    "batch_stats": {"blocks": [None, {7: {"mean": mean, "var": var}}]},
+    "kernel": KERNEL,
+  }
+  packed = pack.pack_model(tree, norm_epsilon=0.25, architecture={})
+  assert "blocks/1/7~norm" in packed.buffers
+  loaded = pack.unpack_model(packed)
+  assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+  affine = loaded["params"]["blocks"][1][7]
+  stats = loaded["batch_stats"]["blocks"][1][7]
+  assert all(np.shape(x) == shape for x in (*affine.values(), *stats.values()))
+  x = 0.7
+  np.testing.assert_allclose(
+    (x - stats["mean"]) / np.sqrt(stats["var"] + 0.25) * affine["scale"]
+    + affine["bias"],
+    (x - mean) / np.sqrt(var + 0.25) * scale + bias,
+    rtol=1e-6,
+  )
+
+
+def test_what_is_no_whole_norm_stays_as_it_is():
+  tree = {
+    "params": {
+      "bn": {"scale": np.ones((1, 3), "f4"), "bias": np.ones(3, "f4")}
+    },
+    "batch_stats": {"bn": {"mean": np.ones(3, "f4"), "var": np.ones(3, "f4")}},
+    "kernel": KERNEL,
+  }
+  packed = pack.pack_model(tree, norm_epsilon=None, architecture={})
+  assert digest(pack.unpack_model(packed)["params"]) == digest(tree["params"])
+
+
 def test_epsilons_may_be_of_numpy(two_norms):
   packed = pack.pack_model(
     two_norms, norm_epsilon=np.float32(0.25), architecture={}
@@ -286,8 +327,6 @@ def test_norms_of_other_types_keep_their_statistics(two_norms):
 
 # ---- what a file cannot hold ------------------------------------------------
 
-KERNEL = quantized((4, 6), 4, blocks.BlockSpec(2))
-
 
 @pytest.mark.parametrize(
   ("tree", "message"),
@@ -300,6 +339,10 @@ KERNEL = quantized((4, 6), 4, blocks.BlockSpec(2))
     ({"a": np.array([1, np.nan])}, "a has values up to nan"),
     ({"a": np.array([1, -np.inf], np.float16)}, "a has values up to inf"),
     ({"k": KERNEL.replace(codebook=np.ones((3, 4, 2)))}, "k has.*stacked"),
+    (
+      {"k": jax.eval_shape(lambda: KERNEL)},
+      "k, leaf 'codebook', is of type Sh",
+    ),
     ({"k": KERNEL.replace(codebook=np.ones((1, 2)))}, "k/num_codes is 1 "),
     ({"k": KERNEL.replace(codebook=np.ones((4, 2), int))}, "k/dtype is 'int"),
     ({"k": KERNEL.replace(codebook=np.full((4, 2), np.nan))}, "k has 8 NaN"),
@@ -582,6 +625,7 @@ CODES = np.zeros(17, np.uint8)
     ({"~codebooks": FULL(80, np.float16(np.inf))}, "conv.* is not finite"),
     ({"bn~norm": np.ones((2, 8))}, "'bn~norm' is float64"),
     ({"bn~norm": np.ones((3, 8), np.float32)}, "'bn~norm' is float32"),
+    ({"bn~norm": np.array(np.float32(1))}, "'bn~norm' is float32"),
     ({"bn~norm": FULL((2, 8), np.float32(np.nan))}, "bn has values up to nan"),
     ({"params/fc/bias": FULL(8, np.float32(np.inf))}, "bias has values up to"),
     ({"params/bn/scale": np.ones(8)}, "list of variables is .*each path once"),

@@ -263,7 +263,7 @@ def foldable_norms(
 ) -> dict[str, tuple[str, str, str, str]]:
   """Returns {foldable norm: paths of its (scale, bias, mean, var)}.
 
-  A norm is folded in float32, so only where all four are.
+  A norm is folded in float32, so only where all four are, and of one shape.
   """
   norms = {}
   for path in flat:
@@ -271,7 +271,10 @@ def foldable_norms(
     scale, bias, mean, var = (member.format(norm) for member in NORM)
     members = scale, bias, mean, var
     if path == members[2] and all(
-      member in flat and flat[member].dtype == jnp.float32 for member in members
+      member in flat
+      and flat[member].dtype == jnp.float32
+      and flat[member].shape == flat[path].shape
+      for member in members
     ):
       norms[norm] = members
   return norms

@@ -232,10 +232,10 @@ def _check_norms(
   for norm, value in given.items():
     check_epsilon(f"norm_epsilon/{norm}", value)
     buffer = norms[norm]
-    if buffer.dtype != np.float32 or buffer.ndim != 2 or len(buffer) != 2:
+    if buffer.dtype != np.float32 or buffer.shape[:1] != (2,):
       raise errors.InputError(
         f"buffer {norm + NORM!r} is {buffer.dtype} {buffer.shape} where "
-        "float32 (2, channels) is expected"
+        "float32 (2, ...) is expected"
       )
     check_numbers(norm, buffer)
   return {norm: (given[norm], norms[norm]) for norm in norms}

@@ -63,10 +63,10 @@ FIELDS = (
 def to_fields(layer: Layer) -> dict[str, Any]:
   """Returns the fields of a layer in the header."""
   return {
-    "shape": list(layer.shape),
-    "channels": layer.spec.channels,
-    "in_axis": layer.spec.in_axis,
-    "out_axis": layer.spec.out_axis,
+    "shape": list(map(operator.index, layer.shape)),
+    "channels": operator.index(layer.spec.channels),
+    "in_axis": operator.index(layer.spec.in_axis),
+    "out_axis": operator.index(layer.spec.out_axis),
     "num_codes": layer.num_codes,
     "codebook": CODEBOOK,
     "dtype": layer.dtype.name,
@@ -165,6 +165,7 @@ def pack(
     InputError: the codebook is stacked, not of finite floats, or not of 2 to
       65,536 codewords; or codes and shapes do not fit each other.
   """
+  trees.check_arrays(path, node)
   codebook, codes = np.asarray(node.codebook), np.asarray(node.codes)
   if codebook.ndim != 2:
     raise errors.InputError(
@@ -173,9 +174,9 @@ def pack(
       "dense kernel that pqf_jax.decode_params(variables) returns"
     )
   num_codes, length = codebook.shape
-  shape = tuple(map(operator.index, node.kernel_shape))
-  layer = Layer(shape, node.spec, num_codes, codebook.dtype, 0)
+  layer = Layer(node.kernel_shape, node.spec, num_codes, codebook.dtype, 0)
   layer = from_fields(path, to_fields(layer))  # whatever cannot be read back
+  shape = layer.shape
   if node.spec.layout(shape) != (*codes.shape, length):
     raise errors.InputError(
       f"{path} of shape {shape} has codes of shape {codes.shape} and codewords "

@@ -53,7 +53,10 @@ def take_apart(
         f"{path[:40]}... is more than {MAX_DEPTH} levels deep; give a flatter "
         "tree"
       )
-    if is_leaf(node) or isinstance(node, jax.Array | np.ndarray | np.generic):
+    # What a mask hides would come back as numbers.
+    masked = isinstance(node, np.ma.MaskedArray)
+    arrays = jax.Array | np.ndarray | np.generic
+    if is_leaf(node) or (isinstance(node, arrays) and not masked):
       leaves[path] = node
       return
     kind, children = _open(path, node)

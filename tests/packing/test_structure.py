@@ -74,6 +74,7 @@ Pair = collections.namedtuple("Pair", "a b")
   [
     ({"a": nnx.State({"b": jnp.ones(2)})}, "a is of type State.*to_pure_dict"),
     ({"a": FrozenDict(b=jnp.ones(2))}, "a is of type FrozenDict.*unfreeze"),
+    ({"a": np.ma.ones(2)}, "a is of type MaskedArray"),
     ({"a": Pair(1, 2)}, "a is of type Pair"),
     ({"a": [collections.OrderedDict(b=1)]}, "a/0 is of type OrderedDict"),
     ({"a": {"b": 1.5}}, "a/b is of type float"),
