@@ -213,8 +213,6 @@ def _open(
 ) -> T:
   """Calls a function with a file and its size; errors name the file."""
   file = files.fetch(path)
-  if not os.path.isfile(file):  # a pipe, or a device without an end
-    raise errors.InputError(f"{path} is not a regular file; give one that is")
   try:
     with open(file, "rb") as stream:
       return read_from(stream, os.path.getsize(file))
