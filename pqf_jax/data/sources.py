@@ -1,11 +1,16 @@
 """Labelled images by number, whatever their files look like."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pqf_jax import errors
 from pqf_jax.data import batching
+
+# Of all images of a data set that is held in memory.
+MOST_BYTES = 2**34
 
 Record = dict[str, Any]
 """`image` uint8 [H, W, 3] and `label` int."""
@@ -62,3 +67,22 @@ class ImageDataset(NamedTuple):
     """Returns `image` uint8 [S, S, 3] and `label` int32."""
     record = self.test[index]
     return {"image": record["image"], "label": np.int32(record["label"])}
+
+
+def check_memory(name: str, num_images: int, size: int) -> None:
+  """Refuses to hold so many images in memory.
+
+  Args:
+    name: of the data set.
+    num_images: of all splits.
+    size: their side in pixels.
+
+  Raises:
+    InputError: they take more than `MOST_BYTES`.
+  """
+  most = math.isqrt(MOST_BYTES // (3 * num_images))
+  if size > most:
+    raise errors.InputError(
+      f"config.data.image_size is {size}, but {name} is held in memory, where "
+      f"its {num_images} images may have at most {most} pixels a side"
+    )

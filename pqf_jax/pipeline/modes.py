@@ -26,6 +26,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     InputError: bad input, found before any long work wherever that can be.
   """
   settings.check(config)
+  if not (workdir or config.name):
+    raise errors.InputError(
+      "config.name is empty, but names the default workdir, runs/NAME; give "
+      "--config.name or --workdir"
+    )
   if config.mode == "preflight":
     # Before any device is used: it brings its own, and no other processes.
     importlib.import_module("pqf_jax.preflight").run(config)

@@ -51,11 +51,12 @@ TRAINING = {
 LIMITS: Mapping[str, tuple[float, float]] = {
   "seed": (0, 2**32 - 1),
   "distributed_timeout": (1, MOST),
+  "model.num_classes": (1, 2**20),
   "data.image_size": (0, 2**14),
   "data.num_objects": (0, 2**14),
   "permute.kmeans_steps": (0, MOST),
   "distillation": (0, 1),
-  "eval_batch_size": (1, MOST),
+  "eval_batch_size": (1, 2**16),  # the last batch is padded to it
   "checkpoint_steps": (1, MOST),
 } | {
   f"{stage}.{name}": limits
@@ -77,9 +78,10 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{name} is {values[name]!r}; it must be one of {choices}"
       )
   for name, (least, most) in LIMITS.items():
-    if not least <= values[name] <= most:  # NaN is refused too
+    value = values.get(name, least)  # a recipe may lack settings of a model
+    if not least <= value <= most:  # NaN is refused too
       raise errors.InputError(
-        f"config.{name} is {values[name]!r}; give {least:g} to {most:g}"
+        f"config.{name} is {value!r}; give {least:g} to {most:g}"
       )
   tasks.get(config.task)
   _check_channel_values("mean", config.data.mean, 0)
@@ -88,7 +90,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for pattern in config.frozen:
     try:
       re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
       raise errors.InputError(
         f"config.frozen has {pattern!r}, which is not a regular expression: "
         f"{error}"
@@ -103,14 +105,13 @@ def make_rules(config: ml_collections.ConfigDict) -> list[plans.Rule]:
   """
   rules = []
   for number, values in enumerate(config.rules):
-    try:
-      rules.append(plans.Rule(*values))
-      plans.check_rule(rules[-1])
-    except TypeError as error:
+    if not isinstance(values, (tuple, list)) or not 2 <= len(values) <= 4:
       raise errors.InputError(
         f"config.rules[{number}] is {values!r}; a rule is (pattern, num_codes "
         "or None, channels a sub-vector, k-means steps)"
-      ) from error
+      )
+    rules.append(plans.Rule(*values))
+    plans.check_rule(rules[-1])
   return rules
 
 

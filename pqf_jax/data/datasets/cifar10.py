@@ -5,6 +5,7 @@ import functools
 from pqf_jax.data import decoding, locate, sources, transforms
 
 IMAGE_SIZE = 32
+NUM_IMAGES = 60_000
 PREPARE_COMMAND = (
   "where tensorflow is installed too, run "
   'python -c "import tensorflow_datasets as tfds; '
@@ -16,6 +17,7 @@ PREPARE_COMMAND = (
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   """Opens CIFAR-10; all images are decoded at the first read, in 8 s."""
   size = image_size or IMAGE_SIZE
+  sources.check_memory("cifar10", NUM_IMAGES, size)
   copy = locate.open_copy("cifar10", data_dir, prepare_command=PREPARE_COMMAND)
   resize = functools.partial(transforms.resize, size=size)
   train, test = (

@@ -23,6 +23,7 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   del data_dir
   size = image_size or IMAGE_SIZE
   ink, labels = datasets.load_digits(return_X_y=True)
+  sources.check_memory("digits", len(labels), size)
   pixels = np.rint(ink * (255 / MAX_INK)).astype(np.uint8).reshape(-1, 8, 8)
   images = (Image.fromarray(image).convert("RGB") for image in pixels)
   records = [

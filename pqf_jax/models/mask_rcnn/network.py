@@ -31,6 +31,7 @@ FEATURES = 256
 BOX_FEATURES = 1024
 ANCHOR_SIZES = ((32,), (64,), (128,), (256,), (512,))
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
+MOST = 2**14  # sides in pixels, and boxes of an image
 # {order of the rows of the first dense layer: name of the layer}.
 FC6_LAYOUTS = {"chw": "fc6", "hwc": "fc6_hwc"}
 
@@ -300,6 +301,17 @@ def make(
   Raises:
     InputError: a setting has an unsupported value.
   """
+  for name, count in {
+    "min_size": min_size,
+    "max_size": max_size,
+    "num_proposals": num_proposals,
+    "num_training_proposals": num_training_proposals,
+    "num_detections": num_detections,
+  }.items():
+    if not isinstance(count, int) or not 1 <= count <= MOST:
+      raise errors.InputError(
+        f"Mask R-CNN does not support {name}={count!r}; choose 1 to {MOST}"
+      )
   side = fpn.round_up(max(min_size, max_size))
   shape = (side, side) if canvas is None else tuple(canvas)
   sizes = tuple(tuple(row) for row in anchor_sizes)
