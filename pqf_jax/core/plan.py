@@ -20,6 +20,7 @@ from pqf_jax.core import blocks, trees, vq_array
 
 PyTree = Any
 _MIN_VECTORS_PER_CODE = 4
+MOST = 10**6  # of k-means steps, and of channels that share a sub-vector
 # Paths of a norm's scale, bias, mean and variance.
 NORM = (
   "params/{}/scale",
@@ -202,13 +203,13 @@ def check_rule(rule: Rule) -> None:
   num_codes = 2 if rule.num_codes is None else rule.num_codes
   values = (num_codes, rule.channels, rule.kmeans_steps)
   whole = all(isinstance(value, numbers.Integral) for value in values)
-  in_range = whole and min(values) >= 1 and max(values) < 2**31
+  in_range = whole and min(values) >= 1 and max(values) <= MOST
   if not in_range or not 2 <= num_codes <= 65536:
     raise errors.InputError(
       f"rule {rule.pattern!r} has num_codes={rule.num_codes!r}, "
       f"channels={rule.channels!r}, kmeans_steps={rule.kmeans_steps!r}; "
-      "num_codes must be 2 to 65536 or None, the others 1 to 2147483647, all "
-      "whole"
+      "num_codes must be 2 to 65536 or None, the others 1 to "
+      f"{MOST}, all whole"
     )
 
 

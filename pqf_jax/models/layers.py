@@ -130,6 +130,25 @@ def check_choice(
     )
 
 
+def check_range(
+  network: str, name: str, values: Sequence[float], least: float, most: float
+) -> None:
+  """Refuses a setting of one or more numbers that one of them makes useless.
+
+  Raises:
+    InputError: there is no number, or one is out of range or not a number.
+  """
+  if not values or not all(
+    isinstance(value, (int, float)) and least <= value <= most
+    for value in values
+  ):
+    shown = values[0] if len(values) == 1 else tuple(values)
+    raise errors.InputError(
+      f"{network} does not support {name}={shown!r}; choose {least:g} to "
+      f"{most:g}"
+    )
+
+
 def check_settings(network: str, num_classes: int, dtype: DTypeLike) -> None:
   """Refuses values that no network supports.
 

@@ -54,7 +54,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "model.num_classes": (1, 2**20),
   "data.image_size": (0, 2**14),
   "data.num_objects": (0, 2**14),
-  "permute.kmeans_steps": (0, MOST),
+  "permute.kmeans_steps": (0, plans.MOST),
   "distillation": (0, 1),
   "eval_batch_size": (1, 2**16),  # the last batch is padded to it
   "checkpoint_steps": (1, MOST),

@@ -301,30 +301,33 @@ def make(
   Raises:
     InputError: a setting has an unsupported value.
   """
-  for name, count in {
+  counts = {
     "min_size": min_size,
     "max_size": max_size,
     "num_proposals": num_proposals,
     "num_training_proposals": num_training_proposals,
     "num_detections": num_detections,
-  }.items():
-    if not isinstance(count, int) or not 1 <= count <= MOST:
-      raise errors.InputError(
-        f"Mask R-CNN does not support {name}={count!r}; choose 1 to {MOST}"
-      )
+  }
+  for name, count in counts.items():
+    layers.check_range("Mask R-CNN", name, [count], 1, MOST)
+  layers.check_range("Mask R-CNN", "norm_epsilon", [norm_epsilon], 0, 1)
+  layers.check_range("Mask R-CNN", "score_threshold", [score_threshold], 0, 1)
+  layers.check_range("Mask R-CNN", "anchor_ratios", anchor_ratios, 0.01, 100)
   side = fpn.round_up(max(min_size, max_size))
   shape = (side, side) if canvas is None else tuple(canvas)
-  sizes = tuple(tuple(row) for row in anchor_sizes)
   if len(shape) != 2 or any(n < 1 or n % fpn.STRIDE for n in shape):
     raise errors.InputError(
       f"Mask R-CNN does not support canvas={shape}; give height and width as "
       f"multiples of {fpn.STRIDE}, such as ({side}, {side})"
     )
-  if len(sizes) != len(ANCHOR_SIZES) or len({len(row) for row in sizes}) != 1:
+  rows = [row if isinstance(row, Sequence) else () for row in anchor_sizes]
+  if len(rows) != len(ANCHOR_SIZES) or len(set(map(len, rows))) != 1:
     raise errors.InputError(
-      f"Mask R-CNN does not support anchor_sizes={sizes}; give "
+      f"Mask R-CNN does not support anchor_sizes={anchor_sizes}; give "
       f"{len(ANCHOR_SIZES)} rows of one length, such as {ANCHOR_SIZES}"
     )
+  for row in rows:
+    layers.check_range("Mask R-CNN", "anchor_sizes", row, 1, MOST)
   layers.check_choice("Mask R-CNN", "depth", depth, tuple(resnet.DEPTHS))
   layers.check_choice(
     "Mask R-CNN", "fc6_layout", fc6_layout, tuple(FC6_LAYOUTS)
@@ -339,7 +342,7 @@ def make(
     depth,
     norm_epsilon,
     FC6_LAYOUTS[fc6_layout],
-    sizes,
+    tuple(map(tuple, rows)),
     tuple(anchor_ratios),
     num_proposals,
     num_training_proposals,
