@@ -82,7 +82,7 @@ def read(folder: epath.Path, advice: str) -> Info:
   for name, split in info.splits.items():
     first = pathlib.PurePosixPath(*info.file_names(name, info.formats[0])[:1])
     if first.is_absolute() or ".." in first.parts:
-      raise _damaged(path, f"a file of {name!r} is {first}", advice)
+      raise _damaged(path, f"a file of {name!r} is {str(first)!r}", advice)
     if not split.shard_lengths or min(split.shard_lengths) < 0:
       lengths = list(split.shard_lengths)
       raise _damaged(path, f"shardLengths of {name!r} are {lengths}", advice)
@@ -121,7 +121,8 @@ def _parse(
   try:
     return json_format.ParseDict(content, empty, ignore_unknown_fields=True)
   except json_format.ParseError as error:
-    raise _damaged(path, str(error)[:200], advice) from error
+    reason = " ".join(str(error).split())  # it quotes the file
+    raise _damaged(path, reason[:200], advice) from error
 
 
 def _damaged(path: epath.Path, why: str, advice: str) -> errors.InputError:
