@@ -231,7 +231,7 @@ def check_values(
       last,
       f"a number below {layer.num_codes}",
     )
-  with np.errstate(over="ignore"):
+  with np.errstate(over="ignore", invalid="ignore"):
     largest = np.ldexp(np.float64(np.abs(codebook).max()), layer.exponent)
   if not largest <= float(jnp.finfo(layer.dtype).max):
     raise errors.InputError(
