@@ -84,9 +84,7 @@ def check_norms(name: str, network: Network, template: PyTree) -> None:
     )
 
 
-def check_statistics(
-  network: Network, variables: PyTree, setting: str
-) -> None:
+def check_statistics(network: Network, variables: PyTree, setting: str) -> None:
   """Refuses to train a network whose norms have lost their statistics.
 
   Where mean and variance are folded into scale and bias, the norm evaluates as
