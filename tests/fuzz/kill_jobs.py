@@ -25,7 +25,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-STAGES = ("dense", "permute", "quantize", "finetune")
+# What a job does one after the other; the middle ones save a checkpoint.
+STAGES = ("start", "dense", "permute", "quantize", "finetune", "pack", "done")
+# Between looks at what a job is doing.
+WINK = 0.003
 # Of a job that hangs; by far more than any takes.
 TIMEOUT = 3600
 # What tells runs apart that are otherwise equal.
@@ -58,7 +61,7 @@ def where(workdir: pathlib.Path) -> str:
   """Returns the stage in which a job is, as far as its workdir tells."""
   if not (workdir / "config.json").exists():
     return "start"
-  for stage in STAGES:
+  for stage in STAGES[1:-2]:
     if not (workdir / "checkpoints" / f"{stage}.json").exists():
       return stage
   return "done" if (workdir / "results.json").exists() else "pack"
@@ -97,24 +100,47 @@ class Jobs:
     process.stdout.readline()  # its first line follows the imports
     return process
 
-  def seconds(self, workdir: pathlib.Path) -> float:
-    """Runs it to its end; returns for how long it worked."""
+  def seconds(self, workdir: pathlib.Path) -> dict[str, float]:
+    """Runs it to its end; returns {stage: how long it took}."""
     process = self.start(workdir)
-    start = time.monotonic()
-    _finish(process)
-    return time.monotonic() - start
+    seconds = dict.fromkeys(STAGES, 0.0)
 
-  def kill_once(self, workdir: pathlib.Path, seconds: float) -> str | None:
-    """Kills it after so many seconds of work.
+    def look() -> None:
+      last = time.monotonic()
+      while process.poll() is None:
+        time.sleep(WINK)
+        now = time.monotonic()
+        seconds[where(workdir)] += now - last
+        last = now
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    _finish(process)
+    watcher.join()
+    return seconds
+
+  def kill_once(
+    self, workdir: pathlib.Path, stage: str, seconds: float
+  ) -> str | None:
+    """Kills it so many seconds after it came to a stage.
 
     Returns:
       The stage that was killed; None if the job ended before.
     """
     process = self.start(workdir)
-    killer = threading.Timer(seconds, process.send_signal, [signal.SIGKILL])
+
+    def kill() -> None:
+      while STAGES.index(where(workdir)) < STAGES.index(stage):
+        if process.poll() is not None:
+          return
+        time.sleep(WINK)
+      time.sleep(seconds)
+      process.kill()
+
+    killer = threading.Thread(target=kill)
     killer.start()
     _finish(process, signal.SIGKILL)
-    killer.cancel()
+    killer.join()
     return where(workdir) if process.returncode else None
 
 
@@ -126,7 +152,7 @@ def kills(
   Args:
     folder: an empty one.
     count: kills; the last chain then goes on undisturbed.
-    seed: of their moments, in seconds since the first line that a job prints.
+    seed: of their moments: a stage, and a part of the time that it takes.
     recipe: path of one that `main.py` takes; None: the tests' tiny job.
 
   Yields:
@@ -135,7 +161,7 @@ def kills(
   Raises:
     AssertionError: a job failed, or its outcome is another.
   """
-  moments = random.Random(seed)
+  draws = random.Random(seed)
   jobs = Jobs(folder, recipe)
   jobs.seconds(folder / "first")
   # Not that of the first, which compiles: the programs are there now.
@@ -145,12 +171,15 @@ def kills(
   chain = done = 0
   while done < count:
     workdir = folder / f"chain{chain}"
-    while done < count:
-      stage = jobs.kill_once(workdir, moments.uniform(0, longest))
-      if stage is None:
+    while done < count and where(workdir) != "done":
+      # Not one that is over in this workdir.
+      stage = draws.choice(STAGES[STAGES.index(where(workdir)) :])
+      part = draws.uniform(0, longest[stage])
+      killed = jobs.kill_once(workdir, stage, part)
+      if killed is None:
         break
       done += 1
-      yield stage
+      yield killed
     jobs.seconds(workdir)  # it goes on, or says that all is done
     found = outcome(workdir)
     for name, value, wanted in zip(
