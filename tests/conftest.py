@@ -37,12 +37,15 @@ def pytest_xdist_auto_num_workers() -> int:
   return max(1, min(os.cpu_count() or 1, memory // WORKER_BYTES))
 
 
-# Rooms and modules whose laws are about bits: their programs are the user's.
-EXACT = (
-  "core",
-  "kmeans",
-  "numerics",
-  "packing",
+# Compiled as for users: where laws are about bits, and where jobs run so often
+# that slow programs would cost more than their compilation.
+OPTIMIZED = (
+  "core/",
+  "kmeans/",
+  "numerics/",
+  "packing/",
+  "pipeline/test_stages.py",
+  "pipeline/test_workspace.py",
   "test_pack.py",
   "test_quantize.py",
 )
@@ -57,13 +60,16 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs(request):
-  """Compiles cheaply where no law is about bits, and drops what it compiled.
+  """Compiles cheaply but for `OPTIMIZED`, and drops what was compiled.
 
   A worker would grow to 5 GB by the programs of all modules.
   """
-  room = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
-  jax.config.update("jax_disable_most_optimizations", room not in EXACT)
-  yield
+  module = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
+  is_cheap = not module.startswith(OPTIMIZED)
+  jax.config.update("jax_disable_most_optimizations", is_cheap)
+  with pytest.MonkeyPatch.context() as patch:  # of processes that tests start
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(is_cheap))
+    yield
   jax.clear_caches()
   gc.collect()
   libc = ctypes.CDLL(None)

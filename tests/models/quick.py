@@ -18,6 +18,7 @@ def jit(
   """
   options = {
     "xla_backend_optimization_level": 3 if optimize else 0,
+    "xla_llvm_disable_expensive_passes": not optimize,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
   }
