@@ -38,7 +38,7 @@ def config():
   config = tiny.get_config()
   config.train.epochs = config.finetune.epochs = 1
   # One kernel of one shape, whose k-means is compiled once for all.
-  config.rules = (("params/fc/kernel", 16, 4, 5), ("params/.*", None))
+  config.rules = (("params/fc/kernel", 16, 4, 10), ("params/.*", None))
   return config
 
 
@@ -117,7 +117,7 @@ def test_a_data_set(config, tmp_path):
     records = [
       {
         "image": rng.integers(0, 256, (size, size, 3), np.uint8),
-        "label": i % 3,
+        "label": i % 10,
       }
       for i in range(160)
     ]
@@ -125,7 +125,7 @@ def test_a_data_set(config, tmp_path):
       name="noise",
       train=records[:128],
       test=records[128:],
-      num_classes=3,
+      num_classes=10,
       mean=(0.5,) * 3,
       std=(0.3,) * 3,
       augment=lambda image, rng: image,
@@ -133,7 +133,6 @@ def test_a_data_set(config, tmp_path):
 
   data.register("noise", load)
   config.data.name = "noise"
-  config.model.num_classes = 3
   assert _run(config, tmp_path)["images"] == 32
 
 

@@ -6,6 +6,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pqf_jax import pack
 from pqf_jax.models import resnet
@@ -35,7 +36,8 @@ def test_two_lines_set_everything_up():
 def test_a_packed_network_is_used_as_described(tmp_path, monkeypatch):
   model = resnet.make(depth=18, num_classes=10)
   images = jnp.ones((1, 32, 32, 3))
-  variables = model.init(jax.random.key(0), images)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
   monkeypatch.chdir(tmp_path)
   pack.save("runs/resnet18_digits/model.safetensors", variables)
   names = {"images": images}

@@ -91,7 +91,7 @@ def config(config, tmp_path):
   """Seconds of fine-tuning, from weights in a file."""
   config.weights = str(tmp_path / "weights.safetensors")
   config.train.epochs, config.finetune.epochs = 0, 1
-  config.rules = (("params/fc/kernel", 16, 4, 5), ("params/.*", None))
+  config.rules = (("params/fc/kernel", 16, 4, 10), ("params/.*", None))
   _write_weights(config.weights, 0)
   return config
 
