@@ -17,6 +17,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
+  from pqf_jax.calibrate import LayerError as LayerError
+  from pqf_jax.calibrate import calibrate_params as calibrate_params
   from pqf_jax.compression import Compressed as Compressed
   from pqf_jax.compression import compress as compress
   from pqf_jax.core.blocks import BlockSpec as BlockSpec
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
 __version__ = "0.1.0"
 
 _NAMES = {  # by module
+  "calibrate": "LayerError calibrate_params",
   "compression": "Compressed compress",
   "core.blocks": "BlockSpec",
   "core.channels": "ChannelAxis apply_permutations",

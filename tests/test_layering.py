@@ -25,6 +25,8 @@ ALLOWED = {
   "kmeans": ("numerics",),
   "permute": ("core", "permutation", "kmeans", "runtime.threads"),
   "quantize": ("core", "kmeans"),
+  "calibration": ("core", "discovery.tracing", "numerics"),
+  "calibrate": ("calibration", "core", "discovery.tracing"),
   "finetune": ("core",),
   "packing": ("core",),
   "pack": ("core", "packing"),

@@ -1,0 +1,247 @@
+"""Stage between quantize and fine-tune: repairs a network without training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pqf_jax import errors
+from pqf_jax.calibration import layers, moments, reconstruction, streams
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
+from pqf_jax.discovery import tracing
+
+PyTree = Any
+
+# Input rows of a layer that its moments are taken of: so many for each of the n
+# entries of a row, and never fewer than this. Of the rows of large maps a part
+# is as good, since neighbours are alike.
+_ROWS_PER_ENTRY = 16
+_LEAST_ROWS = 1 << 14
+
+
+class LayerError(NamedTuple):
+  """Squared error of one layer's outputs over their square.
+
+  Attributes:
+    path: of the kernel.
+    before: with the codes and the codebook of k-means.
+    after: with those that were chosen.
+  """
+
+  path: str
+  before: float
+  after: float
+
+
+def calibrate_params(
+  apply_fn: Callable[..., PyTree],
+  dense: PyTree,
+  quantized: PyTree,
+  batches: Sequence[tuple[PyTree, ...]],
+  *,
+  reconstruct: bool = True,
+  rounds: int = 2,
+  damping: float = 1e-3,
+  on_layer: Callable[[LayerError], None] = lambda layer: None,
+) -> tuple[PyTree, dict[str, LayerError]]:
+  """Makes a quantized network follow the dense one, layer by layer.
+
+  No labels, no gradients, no training: both networks run side by side on some
+  samples. Each compressed kernel that a convolution or matrix product reads
+  gets the codes and the codebook whose outputs, from inputs as the layers
+  before really give them, come nearest to the dense network's; see
+  `calibration.reconstruction`. Then each batch norm's statistics and each bias
+  give its outputs the mean and the variance that they have in the dense
+  network. Kernels in loops (`lax.scan`), with groups in other layouts or read
+  twice keep their codes. An unchanged network is returned as it is.
+
+  Args:
+    apply_fn: `apply_fn(variables, *inputs)`, a network in inference mode.
+    dense: its variables before quantization, in the same order of channels.
+    quantized: the same with `VQArray`s.
+    batches: inputs of `apply_fn`, all of the same shapes; about 1,000 samples,
+      with the augmentation that the network was trained with. All activations
+      of one layer are in memory at a time.
+    reconstruct: False keeps codes and codebooks, and repairs only norms and
+      biases.
+    rounds: how often codes are improved, see `reconstruction.reconstruct`.
+    damping: see there.
+    on_layer: called for each reconstructed layer, for progress.
+
+  Returns:
+    (variables like `quantized`, {path: LayerError} of what was reconstructed).
+
+  Raises:
+    InputError: there are no batches, their shapes differ, the two trees do not
+      fit, or `apply_fn` cannot be traced.
+  """
+  run = _Calibration(apply_fn, dense, quantized, batches)
+  found = {}
+  for operation in run.streams.operations:
+    read = run.reads.get(operation.results[0])
+    if read is not None:
+      if vq_array.is_vq(run.leaves[read.path]):
+        layer = (
+          _rebuild(run, operation, read, rounds=rounds, damping=damping)
+          if reconstruct
+          else None
+        )
+        if layer is not None:
+          found[layer.path] = layer
+          on_layer(layer)
+      else:
+        _match(run, operation, read)
+    run.streams.run(operation)
+  return trees.replace(dense, run.leaves), found
+
+
+class _Calibration:
+  """The two networks, and the leaves of the quantized one so far."""
+
+  def __init__(
+    self,
+    apply_fn: Callable[..., PyTree],
+    dense: PyTree,
+    quantized: PyTree,
+    batches: Sequence[tuple[PyTree, ...]],
+  ):
+    _check_batches(batches)
+    self.dense = trees.flatten(dense)
+    self.leaves = trees.flatten(quantized, vq_array.is_vq)
+    _check_alike(self.dense, self.leaves)
+    program = streams.write_out(
+      tracing.trace_program(apply_fn, dense, tuple(batches[0]))
+    )
+    self._numbers = dict(zip(self.dense, program.arguments, strict=False))
+    self.reads = layers.find_reads(
+      program, {number: path for path, number in self._numbers.items()}
+    )
+    norms = plans.foldable_norms(self.dense).values()
+    self.norms = {members[2]: members[3] for members in norms}
+    pairs = [
+      streams.Pair(self.dense[path], _to_array(leaf))
+      for path, leaf in self.leaves.items()
+    ]
+    self.streams = streams.Streams(
+      program, pairs, [jax.tree.leaves(batch) for batch in batches]
+    )
+
+  def replace(self, path: str, leaf: Any) -> None:
+    """Gives the quantized network another leaf."""
+    self.leaves[path] = leaf
+    self.streams.replace(self._numbers[path], _to_array(leaf))
+
+
+def _to_array(leaf: Any) -> Any:
+  return leaf.decode() if vq_array.is_vq(leaf) else leaf
+
+
+def _match(
+  run: _Calibration, operation: streams.Operation, read: layers.Read
+) -> None:
+  """Corrects the statistics or the bias that an operation reads."""
+  name, axis = operation.eqn.primitive.name, read.axis
+  inputs = operation.operands[1 - read.operand] if name in ("add", "sub") else 0
+  leaf = run.dense[read.path]
+  if axis is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    return
+  if name == "sub" and read.operand == 1 and read.path in run.norms:
+    var_path = run.norms[read.path]
+    mean, var = moments.match_norm(
+      run.streams.values(inputs), axis, leaf, run.dense[var_path]
+    )
+    run.replace(read.path, mean)
+    run.replace(var_path, var)
+  elif name == "add":
+    run.replace(
+      read.path, moments.match_bias(run.streams.values(inputs), axis, leaf)
+    )
+
+
+def _rebuild(
+  run: _Calibration,
+  operation: streams.Operation,
+  read: layers.Read,
+  *,
+  rounds: int,
+  damping: float,
+) -> LayerError | None:
+  """Chooses codes and codebook of a kernel; None where the layer is unknown."""
+  node, kernel = run.leaves[read.path], jnp.asarray(run.dense[read.path])
+  ends = node.spec.in_axis % kernel.ndim, node.spec.out_axis % kernel.ndim
+  if read.operand != 1 or ends != (kernel.ndim - 2, kernel.ndim - 1):
+    return None
+  gathered = _input_moments(
+    operation, run.streams.values(operation.operands[0])
+  )
+  if gathered is None:
+    return None
+  groups = gathered.gram.shape[0]
+  vectors = node.spec.to_blocks(kernel.astype(jnp.float32))
+  result = reconstruction.reconstruct(
+    gathered,
+    vectors.reshape(groups, vectors.shape[0] // groups, -1),
+    jnp.asarray(node.codebook, jnp.float32),
+    node.codes.astype(jnp.int32).reshape(groups, -1, vectors.shape[1]),
+    rounds=rounds,
+    damping=damping,
+  )
+  before, after = float(result.error_before), float(result.error)
+  # No better, or not a number: the layer keeps what k-means chose.
+  if after < before:
+    codebook = result.codebook.astype(node.codebook.dtype)
+    codes = result.codes.reshape(node.codes.shape).astype(node.codes.dtype)
+    run.replace(read.path, node.replace(codebook=codebook, codes=codes))
+  return LayerError(read.path, before, min(before, after))
+
+
+def _input_moments(
+  operation: streams.Operation, pairs: Sequence[streams.Pair]
+) -> reconstruction.InputMoments | None:
+  """Adds up the moments of a layer's inputs over the batches."""
+  total, key = None, jax.random.key(0)
+  for i, pair in enumerate(pairs):
+    rows = layers.input_rows(operation.eqn, pair.quantized)
+    others = layers.input_rows(operation.eqn, pair.dense)
+    if rows is None or others is None:
+      return None
+    wanted = max(_ROWS_PER_ENTRY * rows.shape[2], _LEAST_ROWS) // len(pairs)
+    if wanted < len(rows):
+      chosen = jax.random.choice(
+        jax.random.fold_in(key, i), len(rows), (wanted,), replace=False
+      )
+      rows, others = rows[chosen], others[chosen]
+    part = reconstruction.input_moments(
+      rows.astype(jnp.float32), others.astype(jnp.float32)
+    )
+    total = part if total is None else jax.tree.map(jnp.add, total, part)
+  return total
+
+
+def _check_batches(batches: Sequence[tuple[PyTree, ...]]) -> None:
+  if not batches:
+    raise errors.InputError("calibration got no batches; give some samples")
+  shapes = [str(trees.shapes(batch)) for batch in batches]
+  for i, shape in enumerate(shapes):
+    if shape != shapes[0]:
+      raise errors.InputError(
+        f"batch {i} of the calibration has other shapes than the first: "
+        f"{shape}, not {shapes[0]}; make all batches alike"
+      )
+
+
+def _check_alike(dense: trees.FlatTree, quantized: trees.FlatTree) -> None:
+  for path in dense.keys() | quantized.keys():
+    shapes = [
+      np.shape(flat[path]) if path in flat else None
+      for flat in (dense, quantized)
+    ]
+    if shapes[0] != shapes[1]:
+      raise errors.InputError(
+        f"{path} has shape {shapes[0]} in the dense variables and {shapes[1]} "
+        "in the quantized ones; give those that were quantized, after the "
+        "permutation"
+      )

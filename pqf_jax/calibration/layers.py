@@ -1,0 +1,159 @@
+"""Recognizes the equations of a program that read kernels, norms and biases."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pqf_jax.calibration import streams
+from pqf_jax.discovery import tracing
+
+# Equations that hand on the numbers of a variable in their order.
+CASTS = frozenset(["convert_element_type", "copy", "copy_p"])
+
+
+class Read(NamedTuple):
+  """An operand of an equation that is a variable, maybe cast or broadcast.
+
+  Attributes:
+    path: of the variable.
+    operand: the position of the operand.
+    axis: for a variable of one axis, the axis of the operand that it lies
+      along; None for others.
+  """
+
+  path: str
+  operand: int
+  axis: int | None
+
+
+class _Source(NamedTuple):
+  path: str
+  axis: int | None
+
+
+def find_reads(
+  program: streams.Program, paths: Mapping[int, str]
+) -> dict[int, Read]:
+  """Returns {number of an equation's first result: the variable it reads}.
+
+  Only variables that a single equation reads are listed: others would have to
+  suit several layers.
+
+  Args:
+    program: the program.
+    paths: {number of an argument: path of the variable}.
+  """
+  ranks = {
+    number: len(tracing.shape_of(variable))
+    for number, variable in zip(
+      program.arguments, program.variables, strict=True
+    )
+  }
+  sources = {
+    number: _Source(path, 0 if ranks[number] == 1 else None)
+    for number, path in paths.items()
+  }
+  reads: dict[str, list[tuple[int, Read]]] = {}
+  for operation in program.operations:
+    for position, atom in enumerate(operation.operands):
+      if not isinstance(atom, int) or atom not in sources:
+        continue
+      source = sources[atom]
+      handed_on = _hand_on(operation.eqn, source)
+      if handed_on is not None:
+        sources[operation.results[0]] = handed_on
+      else:
+        read = Read(source.path, position, source.axis)
+        reads.setdefault(source.path, []).append((operation.results[0], read))
+  return {
+    found[0][0]: found[0][1] for found in reads.values() if len(found) == 1
+  }
+
+
+def _hand_on(eqn: tracing.Equation, source: _Source) -> _Source | None:
+  """Returns what a result is, if it is the same numbers in the same order."""
+  name = eqn.primitive.name
+  if name in CASTS:
+    return source
+  if source.axis is None or name not in ("broadcast_in_dim", "reshape"):
+    return None
+  shape = tracing.shape_of(eqn.outvars[0])
+  size = tracing.shape_of(eqn.invars[0])[source.axis]
+  if name == "broadcast_in_dim":
+    return _Source(source.path, eqn.params["broadcast_dimensions"][source.axis])
+  # A reshape that only adds axes of size 1.
+  if [length for length in shape if length != 1] == [size]:
+    return _Source(source.path, shape.index(size))
+  return None
+
+
+def input_rows(eqn: tracing.Equation, inputs: jax.Array) -> jax.Array | None:
+  """Returns the inputs of a convolution or matrix product as rows.
+
+  Args:
+    eqn: an equation whose second operand is a kernel [..., in, out].
+    inputs: its first operand.
+
+  Returns:
+    [positions, G, n] with n ordered (input channel, taps), such that the
+    outputs are these rows times the kernel [G, n, O] of each of the G groups of
+    the convolution. None: the equation is of another kind.
+  """
+  params, kernel = eqn.params, eqn.invars[1]
+  if eqn.primitive.name == "dot_general":
+    (contracted, of_kernel), batch = params["dimension_numbers"]
+    if any(map(len, batch)) or len(contracted) != 1 or tuple(of_kernel) != (0,):
+      return None
+    if len(tracing.shape_of(kernel)) != 2:
+      return None
+    rows = jnp.moveaxis(inputs, contracted[0], -1)
+    return rows.reshape(-1, 1, rows.shape[-1])
+  if eqn.primitive.name != "conv_general_dilated":
+    return None
+  shape = tracing.shape_of(kernel)
+  rank = len(shape)
+  numbers = params["dimension_numbers"]
+  layout = (rank - 1, rank - 2, *range(rank - 2))
+  if numbers.rhs_spec != layout or params["batch_group_count"] != 1:
+    return None
+  x = jnp.transpose(inputs, numbers.lhs_spec)  # [images, channels, ...]
+  windows = _windows(x, shape[: rank - 2], params)
+  rows = jnp.moveaxis(windows, (1, 2), (-2, -1))
+  groups = params["feature_group_count"]
+  return rows.reshape(-1, groups, x.shape[1] // groups * windows.shape[2])
+
+
+def _windows(
+  x: jax.Array, sizes: Sequence[int], params: Mapping[str, Any]
+) -> jax.Array:
+  """Returns what each tap sees, [images, channels, taps, ...], by slices."""
+  gaps, strides = params["rhs_dilation"], params["window_strides"]
+  spread = [dilation - 1 for dilation in params["lhs_dilation"]]
+  padding = [
+    (low, high, inner)
+    for (low, high), inner in zip(params["padding"], spread, strict=True)
+  ]
+  zero = jnp.zeros((), x.dtype)
+  x = lax.pad(x, zero, [(0, 0, 0), (0, 0, 0), *padding])
+  # Of a tap at 0: the end of what it sees along each axis.
+  reach = [
+    length - (size - 1) * gap
+    for length, size, gap in zip(x.shape[2:], sizes, gaps, strict=True)
+  ]
+  offsets = itertools.product(
+    *(range(0, size * gap, gap) for size, gap in zip(sizes, gaps, strict=True))
+  )
+  taps = [
+    lax.slice(
+      x,
+      (0, 0, *starts),
+      (*x.shape[:2], *map(sum, zip(starts, reach, strict=True))),
+      (1, 1, *strides),
+    )
+    for starts in offsets
+  ]
+  return jnp.stack(taps, 2)

@@ -1,0 +1,73 @@
+"""Matches mean and variance of a layer's values to those of the dense network.
+
+Each channel is matched over all images and positions. A network that was not
+changed keeps its variables.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pqf_jax.calibration import streams
+
+# Against a division by zero, as a share of the norm's own variance.
+_TINY = 1e-6
+
+
+def match_norm(
+  pairs: Sequence[streams.Pair], axis: int, mean: jax.Array, var: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the statistics of a norm for the inputs of the quantized network.
+
+  Args:
+    pairs: inputs of the norm, one pair a batch.
+    axis: of the channels.
+    mean: [C], the norm's statistics in the dense network.
+    var: [C].
+
+  Returns:
+    (mean, var) with which the norm's outputs have the mean and the variance
+    that they have in the dense network.
+  """
+  of_dense = _mean_and_variance([pair.dense for pair in pairs], axis)
+  of_quantized = _mean_and_variance([pair.quantized for pair in pairs], axis)
+  floor = _TINY * (var + jnp.finfo(jnp.float32).tiny)
+  ratio = (of_quantized[1] + floor) / (of_dense[1] + floor)
+  scale = jnp.sqrt(ratio)
+  matched = mean * scale + (of_quantized[0] - of_dense[0] * scale)
+  return matched.astype(mean.dtype), (var * ratio).astype(var.dtype)
+
+
+def match_bias(
+  pairs: Sequence[streams.Pair], axis: int, bias: jax.Array
+) -> jax.Array:
+  """Returns the bias with which the sums keep their means.
+
+  Args:
+    pairs: what the bias is added to, one pair a batch.
+    axis: of the channels.
+    bias: [C].
+  """
+  of_dense, _ = _mean_and_variance([pair.dense for pair in pairs], axis)
+  of_quantized, _ = _mean_and_variance([pair.quantized for pair in pairs], axis)
+  return (bias + (of_dense - of_quantized)).astype(bias.dtype)
+
+
+def _mean_and_variance(
+  arrays: Sequence[jax.Array], axis: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns [C] each, over batches of equal size."""
+  sums = [_of_batch(array, axis) for array in arrays]
+  means, variances = map(jnp.stack, zip(*sums, strict=True))
+  mean = means.mean(0)
+  return mean, (variances + jnp.square(means - mean[None])).mean(0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _of_batch(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  rows = jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+  rows = rows.astype(jnp.float32)
+  mean = rows.mean(0)
+  return mean, jnp.square(rows - mean[None]).mean(0)

@@ -1,0 +1,224 @@
+"""Chooses codes and codebook of a kernel by the error of the layer's outputs.
+
+The outputs of a layer are X W with its inputs X. With H = X^T X the squared
+error of a quantized kernel Q is tr((W - Q)^T H (W - Q)), in which errors of
+different sub-vectors can cancel. Codes are chosen block after block, so that
+the blocks after it make up for the error of each (GPTQ, arXiv 2210.17323; with
+vectors, arXiv 2402.15319). Then codebook and codes are improved in turns, as in
+k-means, but by this error.
+
+Axis letters beyond those of `core.blocks`: G groups of a grouped convolution (1
+for other layers), O = C_out / G output channels of a group, n = M * D.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy import linalg
+from jax.scipy.sparse import linalg as iterative
+
+from pqf_jax.numerics import segments
+
+_SUM = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+# Of the conjugate gradients for a codebook, which start from the one before.
+_ITERATIONS = 12
+
+
+class InputMoments(NamedTuple):
+  """Second moments of a layer's inputs.
+
+  Attributes:
+    gram: [G, n, n], X^T X with the inputs X of the quantized network.
+    cross: [G, n, n], X^T Z with the inputs Z of the dense network.
+  """
+
+  gram: jax.Array
+  cross: jax.Array
+
+
+class Reconstruction(NamedTuple):
+  """Result of `reconstruct`.
+
+  Attributes:
+    codebook: [K, D].
+    codes: int32 [G, O, M].
+    error_before: squared error of the layer's outputs over their square, with
+      the codebook and the codes that were given.
+    error: the same with the new ones.
+  """
+
+  codebook: jax.Array
+  codes: jax.Array
+  error_before: jax.Array
+  error: jax.Array
+
+
+@jax.jit
+def input_moments(quantized: jax.Array, dense: jax.Array) -> InputMoments:
+  """Returns the moments of input rows [positions, G, n] of both networks."""
+  return InputMoments(
+    _SUM("pgi,pgj->gij", quantized, quantized),
+    _SUM("pgi,pgj->gij", quantized, dense),
+  )
+
+
+def reconstruct(
+  moments: InputMoments,
+  kernel: jax.Array,
+  codebook: jax.Array,
+  codes: jax.Array,
+  *,
+  rounds: int,
+  damping: float,
+) -> Reconstruction:
+  """Chooses the codes and the codebook of one kernel.
+
+  Args:
+    moments: of the layer's inputs.
+    kernel: [G, O, n], the dense kernel as sub-vectors in a row.
+    codebook: [K, D], where the search begins.
+    codes: [G, O, M] integer, for `error_before`.
+    rounds: how often the codes are improved after their first choice.
+    damping: share of the mean of H's diagonal that is added to it.
+  """
+  gram, target, upper = _prepare(moments, kernel, damping)
+  error_before = _error(gram, target, codebook, codes)
+  codes = _assign_in_order(upper, target, codebook)
+  codebook = _fit_codebook(gram, target, codebook, codes)
+  for _ in range(rounds):
+    codes = _improve_codes(gram, target, codebook, codes)
+    codebook = _fit_codebook(gram, target, codebook, codes)
+  error = _error(gram, target, codebook, codes)
+  return Reconstruction(codebook, codes, error_before, error)
+
+
+@jax.jit
+def _prepare(
+  moments: InputMoments, kernel: jax.Array, damping: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns H with damping, the kernel to quantize, and U, H^-1 = U^T U."""
+  size = kernel.shape[2]
+  mean = jnp.trace(moments.gram, axis1=1, axis2=2) / size
+  # A layer whose inputs are all 0 may have any kernel.
+  ridge = jnp.where(mean > 0, damping * mean, 1.0)
+  eye = jnp.eye(size)[None]
+  gram = moments.gram + ridge[:, None, None] * eye
+  factor = jax.vmap(jnp.linalg.cholesky)(gram)
+  solve = jax.vmap(lambda lower, b: linalg.cho_solve((lower, True), b))
+  # The kernel whose outputs, from the inputs of the quantized network, come
+  # nearest to those of the dense one.
+  missing = _SUM("gij,goj->gio", moments.cross - moments.gram, kernel)
+  target = kernel + jnp.swapaxes(solve(factor, missing), 1, 2)
+  inverse = solve(factor, jnp.broadcast_to(eye, gram.shape))
+  upper = jnp.swapaxes(jax.vmap(jnp.linalg.cholesky)(inverse), 1, 2)
+  return gram, target, upper
+
+
+@jax.jit
+def _error(
+  gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
+) -> jax.Array:
+  def square(kernel: jax.Array) -> jax.Array:
+    return jnp.sum(_SUM("goi,gij->goj", kernel, gram) * kernel)
+
+  return square(target - _decode(codebook, codes)) / square(target)
+
+
+@jax.jit
+def _assign_in_order(
+  upper: jax.Array, target: jax.Array, codebook: jax.Array
+) -> jax.Array:
+  """Chooses the codes block after block; later blocks take up each error."""
+  groups, outputs, size = target.shape
+  length = codebook.shape[1]
+  books = jnp.broadcast_to(codebook, (groups, *codebook.shape))
+
+  def step(m: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    rest, codes = carry
+    rows = lax.dynamic_slice_in_dim(upper, m * length, length, 1)  # [G, D, n]
+    own = lax.dynamic_slice_in_dim(rows, m * length, length, 2)
+    block = lax.dynamic_slice_in_dim(rest, m * length, length, 2)
+    # Distances in the metric that is left when later blocks do their best.
+    points, centroids = _whiten(own, block), _whiten(own, books)
+    scores = _SUM("gkd,gkd->gk", centroids, centroids)[:, None] / 2
+    chosen = jnp.argmin(scores - _SUM("god,gkd->gok", points, centroids), 2)
+    missed = _whiten(own, block - codebook[chosen])
+    rest = rest - _SUM("god,gdn->gon", missed, rows)
+    return rest, lax.dynamic_update_index_in_dim(codes, chosen, m, 2)
+
+  codes = jnp.zeros((groups, outputs, size // length), jnp.int32)
+  return lax.fori_loop(0, size // length, step, (target, codes))[1]
+
+
+def _whiten(upper: jax.Array, rows: jax.Array) -> jax.Array:
+  """Multiplies rows [G, ., D] by the inverses of triangles [G, D, D]."""
+  return jax.vmap(
+    lambda triangle, x: linalg.solve_triangular(triangle, x.T, trans="T").T
+  )(upper, rows)
+
+
+@jax.jit
+def _improve_codes(
+  gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
+) -> jax.Array:
+  """Chooses each code again, given all others of its output channel."""
+  length = codebook.shape[1]
+
+  def step(m: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    missing, codes = carry
+    rows = lax.dynamic_slice_in_dim(gram, m * length, length, 1)  # [G, D, n]
+    own = lax.dynamic_slice_in_dim(rows, m * length, length, 2)
+    before = codebook[lax.dynamic_index_in_dim(codes, m, 2, keepdims=False)]
+    # With codeword c the error is c' own c - 2 c' pull, and a constant.
+    pull = _SUM("gdn,gon->god", rows, missing) + _SUM(
+      "gde,goe->god", own, before
+    )
+    squares = _SUM("gkd,kd->gk", _SUM("kd,gde->gke", codebook, own), codebook)
+    chosen = jnp.argmin(
+      squares[:, None] - 2 * _SUM("god,kd->gok", pull, codebook), 2
+    )
+    block = lax.dynamic_slice_in_dim(missing, m * length, length, 2)
+    missing = lax.dynamic_update_slice_in_dim(
+      missing, block + before - codebook[chosen], m * length, 2
+    )
+    return missing, lax.dynamic_update_index_in_dim(codes, chosen, m, 2)
+
+  missing = target - _decode(codebook, codes)
+  return lax.fori_loop(0, codes.shape[2], step, (missing, codes))[1]
+
+
+@jax.jit
+def _fit_codebook(
+  gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
+) -> jax.Array:
+  """Lowers the error over the codebook alone, a linear least-squares problem.
+
+  Codewords that no code uses stay as they are.
+  """
+  num_codes, length = codebook.shape
+
+  def collect(kernel: jax.Array) -> jax.Array:
+    vectors = kernel.reshape(-1, length)
+    return segments.segment_sum(vectors, codes.reshape(-1), num_codes)
+
+  def curvature(codebook: jax.Array) -> jax.Array:
+    return collect(_SUM("goi,gij->goj", _decode(codebook, codes), gram))
+
+  # Its diagonal, but for products of two sub-vectors with the same code.
+  diagonal = jnp.diagonal(gram, axis1=1, axis2=2)[:, None]
+  scale = collect(jnp.broadcast_to(diagonal, target.shape))
+  fitted, _ = iterative.cg(
+    curvature,
+    collect(_SUM("goi,gij->goj", target, gram)),
+    x0=codebook,
+    maxiter=_ITERATIONS,
+    M=lambda gradient: gradient / jnp.where(scale > 0, scale, 1.0),
+  )
+  return fitted
+
+
+def _decode(codebook: jax.Array, codes: jax.Array) -> jax.Array:
+  return codebook[codes].reshape(*codes.shape[:2], -1)

@@ -1,0 +1,181 @@
+"""Runs a program for two sets of variables, equation by equation."""
+
+import collections
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jax_core
+
+from pqf_jax.discovery import tracing
+
+# Equations that choose, such as the boxes that a detector keeps. Both networks
+# follow the choice of the dense one, so that their values stay comparable.
+CHOICES = frozenset(
+  ["approx_top_k", "argmax", "argmin", "sort", "top_k", "while"]
+)
+
+
+class Operation(NamedTuple):
+  """An equation that calls no other program.
+
+  Attributes:
+    eqn: the equation.
+    operands: numbers of values, and literals.
+    results: numbers of values.
+  """
+
+  eqn: tracing.Equation
+  operands: tuple[Any, ...]
+  results: tuple[int, ...]
+
+  @property
+  def reads(self) -> list[int]:
+    """Returns the operands that are not literals."""
+    return [atom for atom in self.operands if isinstance(atom, int)]
+
+
+class Program(NamedTuple):
+  """A program whose calls are written out.
+
+  Attributes:
+    variables: the arguments, as the program declares them.
+    arguments: their numbers.
+    constants: {number: value}.
+    operations: in the order of the program.
+  """
+
+  variables: tuple[Any, ...]
+  arguments: tuple[int, ...]
+  constants: dict[int, Any]
+  operations: tuple[Operation, ...]
+
+
+def write_out(program: tracing.Jaxpr) -> Program:
+  """Numbers the values of a program, and writes out what it calls."""
+  constants: dict[int, Any] = {}
+  operations: list[Operation] = []
+  counter = itertools.count()
+
+  def walk(program: tracing.Jaxpr, operands: Sequence[Any]) -> list[Any]:
+    body = tracing.program_body(program)
+    numbers = dict(zip(body.invars, operands, strict=True))
+    # In JAX before 0.12 only closed programs have the attribute.
+    values = getattr(program, "consts", ())
+    for variable, value in zip(body.constvars, values, strict=True):
+      numbers[variable] = next(counter)
+      constants[numbers[variable]] = value
+
+    def read(atom: Any) -> Any:
+      return atom if isinstance(atom, jax_core.Literal) else numbers[atom]
+
+    for eqn in body.eqns:
+      atoms = tuple(read(atom) for atom in eqn.invars)
+      called = tracing.called_program(eqn)
+      if called is not None:
+        results = walk(called, atoms)
+      else:
+        results = [next(counter) for _ in eqn.outvars]
+        operations.append(Operation(eqn, atoms, tuple(results)))
+      numbers.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in body.outvars]
+
+  variables = tuple(tracing.program_body(program).invars)
+  arguments = tuple(next(counter) for _ in variables)
+  walk(program, arguments)
+  return Program(variables, arguments, constants, tuple(operations))
+
+
+class Pair(NamedTuple):
+  """A value in the dense network, and in the quantized one."""
+
+  dense: Any
+  quantized: Any
+
+
+class Streams:
+  """The values of both networks on some batches, while a program runs.
+
+  What depends on variables alone is computed when it is first read. So a
+  variable may be replaced before the layer that reads it.
+
+  Attributes:
+    operations: those that depend on the inputs, in their order.
+  """
+
+  def __init__(
+    self,
+    program: Program,
+    leaves: Sequence[Pair],
+    batches: Sequence[Sequence[Any]],
+  ):
+    inputs = program.arguments[len(leaves) :]
+    self._fixed = dict(zip(program.arguments, leaves, strict=False))
+    self._fixed |= {n: Pair(v, v) for n, v in program.constants.items()}
+    self._batches = [
+      {n: Pair(x, x) for n, x in zip(inputs, batch, strict=True)}
+      for batch in batches
+    ]
+    self._makers: dict[int, Operation] = {}
+    self.operations: list[Operation] = []
+    moving = set(inputs)
+    for operation in program.operations:
+      if moving.isdisjoint(operation.reads):
+        self._makers |= dict.fromkeys(operation.results, operation)
+      else:
+        moving.update(operation.results)
+        self.operations.append(operation)
+    self._unread = collections.Counter(
+      atom for operation in self.operations for atom in operation.reads
+    )
+
+  def replace(self, leaf: int, value: Any) -> None:
+    """Gives the quantized network another value of a variable."""
+    self._fixed[leaf] = Pair(self._fixed[leaf].dense, value)
+
+  def values(self, atom: Any) -> list[Pair]:
+    """Returns a value on every batch."""
+    return [self._read(atom, batch) for batch in self._batches]
+
+  def run(self, operation: Operation) -> None:
+    """Computes an operation on every batch, and forgets what is done with."""
+    self._unread.subtract(operation.reads)
+    done = [
+      atom
+      for atom in {*operation.reads, *operation.results}
+      if not self._unread[atom]
+    ]
+    for batch in self._batches:
+      results = self._evaluate(operation, batch)
+      batch.update(zip(operation.results, results, strict=True))
+      for atom in done:
+        batch.pop(atom, None)
+
+  def _read(self, atom: Any, batch: Mapping[int, Pair]) -> Pair:
+    if not isinstance(atom, int):
+      return Pair(atom.val, atom.val)
+    if atom in batch:
+      return batch[atom]
+    if atom not in self._fixed:
+      operation = self._makers[atom]
+      results = self._evaluate(operation, {})
+      self._fixed |= dict(zip(operation.results, results, strict=True))
+    return self._fixed[atom]
+
+  def _evaluate(
+    self, operation: Operation, batch: Mapping[int, Pair]
+  ) -> list[Pair]:
+    pairs = [self._read(atom, batch) for atom in operation.operands]
+    dense = _evaluate(operation.eqn, [pair.dense for pair in pairs])
+    if operation.eqn.primitive.name in CHOICES:
+      return [Pair(value, value) for value in dense]
+    quantized = _evaluate(operation.eqn, [pair.quantized for pair in pairs])
+    return list(map(Pair, dense, quantized))
+
+
+def _evaluate(
+  eqn: tracing.Equation, operands: Sequence[Any]
+) -> Sequence[jax.Array]:
+  results = eqn.primitive.bind(*operands, **eqn.params)
+  return results if eqn.primitive.multiple_results else [results]

@@ -1,0 +1,127 @@
+"""Rows of inputs against the convolutions and products themselves."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pqf_jax.calibration import layers, streams
+from pqf_jax.discovery import tracing
+
+
+def _only_equation(function, *arguments):
+  program = tracing.trace_program(function, arguments[0], arguments[1:])
+  (operation,) = streams.write_out(program).operations
+  return operation.eqn
+
+
+@pytest.mark.parametrize(
+  ("kernel", "groups", "options"),
+  [
+    ((3, 3, 4, 6), 1, {"padding": ((1, 1), (1, 1))}),
+    ((1, 1, 4, 6), 1, {"window_strides": (2, 2)}),
+    ((7, 5, 4, 6), 1, {"window_strides": (2, 1), "padding": ((3, 2), (0, 4))}),
+    ((3, 2, 4, 6), 1, {"rhs_dilation": (2, 3), "lhs_dilation": (1, 2)}),
+    ((3, 3, 2, 6), 2, {"padding": ((0, 1), (0, 1)), "window_strides": (2, 2)}),
+    ((3, 3, 1, 8), 4, {}),
+  ],
+)
+def test_rows_times_kernel_is_the_convolution(kernel, groups, options):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 9, 11, 4)), jnp.float32)
+  w = jnp.asarray(rng.normal(size=kernel), jnp.float32)
+  options = {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))} | options
+
+  def convolve(x, w):
+    return lax.conv_general_dilated(
+      x,
+      w,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=groups,
+      **options,
+    )
+
+  rows = layers.input_rows(_only_equation(convolve, x, w), x)
+  by_group = np.moveaxis(np.asarray(w), (-1, -2), (0, 1))
+  by_group = by_group.reshape(groups, kernel[-1] // groups, -1)
+  outputs = np.einsum("pgn,gon->pgo", rows, by_group)
+  expected = convolve(x, w)
+  np.testing.assert_allclose(
+    outputs.reshape(expected.shape), expected, atol=1e-4
+  )
+
+
+def test_rows_times_kernel_is_the_product():
+  x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+  assert layers.input_rows(_only_equation(jnp.dot, x, w), x).shape == (6, 1, 4)
+
+
+@pytest.mark.parametrize(
+  "product",
+  ["bij,bjk->bik", "ij,kj->ik"],
+  ids=["batched", "kernel_out_in"],
+)
+def test_products_in_other_layouts_are_unknown(product):
+  letters = dict(b=2, i=3, j=4, k=5)
+  x, w = (
+    jnp.ones([letters[c] for c in part])
+    for part in product.partition("->")[0].split(",")
+  )
+  program = tracing.trace_program(
+    lambda x, w: jnp.einsum(product, x, w), x, (w,)
+  )
+  for operation in streams.write_out(program).operations:
+    if operation.eqn.primitive.name == "dot_general":
+      assert layers.input_rows(operation.eqn, x) is None
+
+
+def test_reads_follow_casts_and_axes():
+  def network(variables, x):
+    x = x @ variables["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+    x = x + variables["bias"][None]
+    x = x.T - variables["mean"].reshape(-1, 1)
+    return x * variables["twice"][:, None] + variables["twice"][:, None]
+
+  variables = {
+    "kernel": jnp.ones((3, 5)),
+    "bias": jnp.ones(5),
+    "mean": jnp.ones(5),
+    "twice": jnp.ones(5),
+  }
+  program = streams.write_out(
+    tracing.trace_program(network, variables, (jnp.ones((2, 3)),))
+  )
+  paths = dict(zip(program.arguments, sorted(variables), strict=False))
+  found = layers.find_reads(program, paths)
+  names = {op.results[0]: op.eqn.primitive.name for op in program.operations}
+  assert {
+    (names[result], read.path, read.operand, read.axis)
+    for result, read in found.items()
+  } == {
+    ("dot_general", "kernel", 1, None),
+    ("add", "bias", 1, 1),
+    ("sub", "mean", 1, 0),
+  }
+
+
+def test_streams_compute_both_networks():
+  def network(scale, x):
+    return jnp.cumsum(jnp.sort(jnp.tanh(x * jnp.exp(scale))))
+
+  x, dense, quantized = jnp.array([3.0, -1.0]), jnp.array(2.0), jnp.array(-1.0)
+  program = streams.write_out(tracing.trace_program(network, dense, (x,)))
+  run = streams.Streams(program, [streams.Pair(dense, dense)], [[x], [2 * x]])
+  run.replace(program.arguments[0], quantized)
+  inputs = {}
+  for operation in run.operations:
+    inputs[operation.eqn.primitive.name] = run.values(operation.operands[0])
+    run.run(operation)
+  batches = x, 2 * x
+  for pair, batch in zip(inputs["sort"], batches, strict=True):
+    np.testing.assert_allclose(pair.dense, np.tanh(batch * np.exp(2.0)))
+    np.testing.assert_allclose(
+      pair.quantized, np.tanh(batch * np.exp(-1.0)), rtol=1e-6
+    )
+  # The order is the dense network's choice.
+  for pair in inputs["cumsum"]:
+    np.testing.assert_array_equal(pair.quantized, pair.dense)

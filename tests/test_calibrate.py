@@ -1,0 +1,155 @@
+"""Calibration of whole networks: laws that the outputs must obey."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pqf_jax import calibrate, errors, quantize
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees
+
+RULES = [
+  plans.Rule("params/stem/kernel", None),
+  plans.Rule(".*/kernel", 16, 2, 5),
+]
+
+
+class Network(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.relu(nn.Conv(8, (3, 3), name="stem")(x))
+    x = nn.Conv(16, (3, 3), strides=2, use_bias=False, name="conv")(x)
+    x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+    return nn.Dense(6, name="fc")(nn.relu(x).mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def case():
+  """A network, its quantized variables, and batches of smooth images."""
+  model = Network()
+  noise = jax.random.normal(jax.random.key(0), (4, 8, 4, 4, 3))
+  images = jax.image.resize(noise, (4, 8, 8, 8, 3), "linear")
+  variables = model.init(jax.random.key(1), images[0])
+  # Statistics that fit the images.
+  _, updates = model.apply(
+    variables, images.reshape(-1, 8, 8, 3), True, mutable=["batch_stats"]
+  )
+  variables = jax.tree.map(lambda x: x, variables | dict(updates))
+  plan = plans.make_plan(RULES, variables)
+  quantized, _ = quantize.quantize_params(jax.random.key(2), variables, plan)
+  return model, variables, quantized, [(batch,) for batch in images]
+
+
+def _error(model, variables, others, batches):
+  wanted, given = (
+    np.concatenate([model.apply(v, *batch) for batch in batches])
+    for v in (variables, others)
+  )
+  return np.sum((wanted - given) ** 2) / np.sum((wanted - wanted.mean(0)) ** 2)
+
+
+@pytest.fixture(scope="module")
+def calibrated(case):
+  model, variables, quantized, batches = case
+  return calibrate.calibrate_params(model.apply, variables, quantized, batches)
+
+
+def test_outputs_come_near_those_of_the_dense_network(case, calibrated):
+  model, variables, quantized, batches = case
+  before = _error(model, variables, quantized, batches)
+  after = _error(model, variables, calibrated[0], batches)
+  assert after < 0.3 * before
+
+
+def test_every_layer_improves_and_is_named(case, calibrated):
+  _, _, quantized, _ = case
+  variables, layers = calibrated
+  assert set(layers) == {"params/conv/kernel", "params/fc/kernel"}
+  assert all(layer.after < layer.before for layer in layers.values())
+  assert jax.tree.structure(variables) == jax.tree.structure(quantized)
+  types = [
+    [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    for tree in (variables, quantized)
+  ]
+  assert types[0] == types[1]
+
+
+def test_an_unchanged_network_stays_as_it_is(case):
+  model, variables, _, batches = case
+  same, layers = calibrate.calibrate_params(
+    model.apply, variables, variables, batches
+  )
+  assert not layers
+  jax.tree.map(np.testing.assert_array_equal, same, variables)
+
+
+def test_norms_and_biases_alone_keep_the_codes(case):
+  model, variables, quantized, batches = case
+  matched, layers = calibrate.calibrate_params(
+    model.apply, variables, quantized, batches, reconstruct=False
+  )
+  assert not layers
+  for path, leaf in trees.flatten(quantized).items():
+    if path.endswith(("codes", "codebook")):
+      np.testing.assert_array_equal(trees.flatten(matched)[path], leaf)
+  # Outputs of the norm and of the last bias have the dense network's moments.
+  for layer in ("norm", "fc"):
+    values = [
+      np.concatenate(
+        [
+          model.apply(v, *batch, capture_intermediates=True)[1][
+            "intermediates"
+          ][layer]["__call__"][0].reshape(-1, size)
+          for batch in batches
+        ]
+      )
+      for v in (variables, matched)
+      for size in [16 if layer == "norm" else 6]
+    ]
+    means = [value.mean(0) for value in values]
+    np.testing.assert_allclose(*means, atol=2e-5)
+    if layer == "norm":
+      np.testing.assert_allclose(*(v.std(0) for v in values), rtol=1e-3)
+
+
+def test_kernels_of_loops_and_tied_ones_keep_their_codes():
+  def network(variables, x):
+    params = variables["params"]
+    x = x @ params["tied"]["kernel"][...]
+    x = x @ params["tied"]["kernel"][...]
+    looped = params["looped"]["kernel"][...]
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ looped), None), x, length=2)[
+      0
+    ]
+
+  kernels = jax.random.normal(jax.random.key(0), (2, 8, 8))
+  variables = {
+    "params": {
+      "tied": {"kernel": kernels[0]},
+      "looped": {"kernel": kernels[1]},
+    }
+  }
+  plan = plans.make_plan([plans.Rule(".*", 4, 2, 3)], variables)
+  quantized, _ = quantize.quantize_params(jax.random.key(0), variables, plan)
+  x = jax.random.normal(jax.random.key(1), (16, 8))
+  same, layers = calibrate.calibrate_params(
+    network, variables, quantized, [(x,)]
+  )
+  assert not layers
+  jax.tree.map(np.testing.assert_array_equal, same, quantized)
+
+
+def test_bad_input_is_refused(case):
+  model, variables, quantized, batches = case
+  with pytest.raises(errors.InputError, match="no batches"):
+    calibrate.calibrate_params(model.apply, variables, quantized, [])
+  other = (batches[0][0][:2],)
+  with pytest.raises(errors.InputError, match="batch 1 .* other shapes"):
+    calibrate.calibrate_params(
+      model.apply, variables, quantized, [batches[0], other]
+    )
+  smaller = trees.replace(variables, {"params/fc/bias": jnp.zeros(5)})
+  with pytest.raises(errors.InputError, match="params/fc/bias has shape"):
+    calibrate.calibrate_params(model.apply, smaller, quantized, batches)
