@@ -127,15 +127,17 @@ def save(
 ) -> PackedModel:
   """Packs a variable tree (see `pack_model`) and writes the file (`write`)."""
   packed = pack_model(
-    variables, norm_epsilon=norm_epsilon, architecture=architecture or {}
+    variables,
+    norm_epsilon=norm_epsilon,
+    architecture={} if architecture is None else architecture,
   )
   write(path, packed)
   return packed
 
 
 def write(path: str | os.PathLike[str], packed: PackedModel) -> None:
-  """Writes a packed model into a file, whole or not at all."""
-  files.write(path, to_bytes(packed))
+  """Writes a packed model into a file, whole or not at all; ~ is expanded."""
+  files.write(files.absolute(path), to_bytes(packed))
 
 
 def to_bytes(packed: PackedModel) -> bytes:
@@ -338,8 +340,11 @@ def _plain(architecture: Mapping[str, Any]) -> Any:
   """Returns JSON data as a file gives it back.
 
   Raises:
-    InputError: it is not JSON.
+    InputError: it is not JSON, or not an object.
   """
+  layers.check(
+    isinstance(architecture, Mapping), "architecture", architecture, "a dict"
+  )
   try:
     return json.loads(header.canonical(architecture))
   except (TypeError, ValueError) as error:

@@ -325,6 +325,16 @@ def test_norms_of_other_types_keep_their_statistics(two_norms):
   assert digest(loaded["batch_stats"]) == digest(half["batch_stats"])
 
 
+def test_the_home_folder_is_the_same_for_writing_and_reading(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  pack.save("~/net.safetensors", {"a": np.ones(2)})
+  assert (tmp_path / "home" / "net.safetensors").exists()
+  np.testing.assert_array_equal(pack.load("~/net.safetensors")["a"], [1, 1])
+
+
 # ---- what a file cannot hold ------------------------------------------------
 
 
@@ -354,6 +364,8 @@ def test_norms_of_other_types_keep_their_statistics(two_norms):
     ({"k": KERNEL.replace(kernel_shape=(0, 6))}, "k/shape is"),
     ({"k": KERNEL.replace(spec=blocks.BlockSpec(2, 1, 1))}, "k/out_axis is 1"),
     ({"k": KERNEL.replace(spec=blocks.BlockSpec(3))}, "k/channels is 3"),
+    ({"k": KERNEL.replace(spec=blocks.BlockSpec(2.0))}, "k/channels is 2.0"),
+    ({"k": KERNEL.replace(kernel_shape=(8.5, 6))}, r"k/shape is \[8.5, 6\]"),
   ],
 )
 def test_what_a_file_cannot_hold_is_named(tree, message):
@@ -361,9 +373,17 @@ def test_what_a_file_cannot_hold_is_named(tree, message):
     pack.pack_model(tree, norm_epsilon=None, architecture={})
 
 
-@pytest.mark.parametrize("value", [{"a": {1, 2}}, {"a": float("nan")}])
-def test_an_architecture_is_json(value):
-  with pytest.raises(errors.InputError, match="architecture is not JSON"):
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    ({"a": {1, 2}}, "not JSON"),
+    ({"a": float("nan")}, "not JSON"),
+    (["resnet"], r"\['resnet'\] where a dict"),
+    ("resnet", "'resnet' where a dict"),
+  ],
+)
+def test_an_architecture_is_a_json_object(value, message):
+  with pytest.raises(errors.InputError, match=f"architecture is {message}"):
     pack.pack_model({}, norm_epsilon=None, architecture=value)
 
 

@@ -5,7 +5,7 @@ overflows: float16 then has 40 binades for what is smaller, whatever the scale
 of the layer. The power costs no bit, because it rounds nothing.
 """
 
-import operator
+import numbers
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -63,16 +63,21 @@ FIELDS = (
 def to_fields(layer: Layer) -> dict[str, Any]:
   """Returns the fields of a layer in the header."""
   return {
-    "shape": list(map(operator.index, layer.shape)),
-    "channels": operator.index(layer.spec.channels),
-    "in_axis": operator.index(layer.spec.in_axis),
-    "out_axis": operator.index(layer.spec.out_axis),
+    "shape": list(map(_plain, layer.shape)),
+    "channels": _plain(layer.spec.channels),
+    "in_axis": _plain(layer.spec.in_axis),
+    "out_axis": _plain(layer.spec.out_axis),
     "num_codes": layer.num_codes,
     "codebook": CODEBOOK,
     "dtype": layer.dtype.name,
     "exponent": layer.exponent,
     "coding": CODING,
   }
+
+
+def _plain(number: Any) -> Any:
+  """Returns an integer of NumPy as one of Python, all else as it is."""
+  return int(number) if isinstance(number, numbers.Integral) else number
 
 
 def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:

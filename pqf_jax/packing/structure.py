@@ -2,7 +2,8 @@
 
 A leaf's path joins the keys from the root by '/', as `core.trees` does. Here
 '~' within a key is written '~0', '/' as '~1' and the empty key as '~2', so that
-every path has one meaning. Dicts with text as keys are understood; every other
+every path has one meaning; and '__metadata__', a name that safetensors files
+have for themselves, as '~3'. Dicts with text as keys are understood; every other
 container is listed by path and kind.
 """
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from pqf_jax import errors
+from pqf_jax.packing import container
 
 PyTree = Any
 # What a node may be besides a dict with text as keys.
@@ -21,7 +23,10 @@ KINDS = ("dict", "integers", "list", "none", "tuple")
 # Deeper trees are no networks, and JAX itself goes through them by recursion.
 MAX_DEPTH = 100
 # Without the halves of characters that no text can hold.
-_KEY = re.compile(r"(?:[^~/\ud800-\udfff]|~[01])+|~2")
+_KEY = re.compile(r"(?:[^~/\ud800-\udfff]|~[01])+|~[23]")
+# Whole keys that are written in another way.
+_WRITTEN = {"": "~2", container.METADATA: "~3"}
+_MEANT = {text: key for key, text in _WRITTEN.items()}
 # Of 18 digits at most, so that a file cannot ask for more.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
@@ -153,7 +158,8 @@ def _branch(top: dict[str, Any], path: str, keys: list[str]) -> dict[str, Any]:
 
 
 def _escape(path: str, key: Any) -> str:
-  text = str(key).replace("~", "~0").replace("/", "~1") or "~2"
+  name = str(key)
+  text = _WRITTEN.get(name, name.replace("~", "~0").replace("/", "~1"))
   if not _KEY.fullmatch(text):
     raise errors.InputError(
       f"{path or 'the tree'} has a key that is no text, {key!r}; rename it"
@@ -170,8 +176,8 @@ def _keys(path: str) -> list[str]:
     raise errors.InputError(
       f"{path[:80]!r} is not a path of at most {MAX_DEPTH} keys"
     )
-  unescaped = (
-    part.replace("~2", "").replace("~1", "/").replace("~0", "~")
+  keys = (
+    _MEANT.get(part, part.replace("~1", "/").replace("~0", "~"))
     for part in parts
   )
-  return ["", *unescaped]
+  return ["", *keys]
