@@ -124,19 +124,20 @@ def measure(
   num_annealed = method.num_steps - num_last
   shape = num_annealed, num_codes, length
   normals = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1]]
+  options = loop.Options(
+    most_rows=batch.tiles[:, :, 0].size // num_seeds,
+    num_hartigan_steps=num_last,
+    num_hartigan_tiles=(
+      len(batch.tiles) if annealed.assigns_by_hartigan else 0
+    ),
+    empty_rule=method.empty_rule,
+  )
   fitted = loop.fit(
-    batch,
+    loop.prepare(batch, options=options),
     jnp.stack(starts),
     annealing.make_schedule(num_annealed, [annealed] * num_seeds),
     jnp.stack(normals, axis=1),
-    options=loop.Options(
-      most_rows=batch.tiles[:, :, 0].size // num_seeds,
-      num_hartigan_steps=num_last,
-      num_hartigan_tiles=(
-        len(batch.tiles) if annealed.assigns_by_hartigan else 0
-      ),
-      empty_rule=method.empty_rule,
-    ),
+    options=options,
   )
   return np.asarray(fitted.distortion[:, -1])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,11 @@ from pqf_jax.numerics import segments
 
 TILE = 1024
 """Sub-vectors of a tile."""
+
+# A part, whose words are stored at a time, has at least so many tiles; there
+# are at most so many parts, because each costs a GPU several launches.
+_LEAST_TILES = 64
+_MOST_PARTS = 16
 
 
 class Layout(NamedTuple):
@@ -154,25 +159,90 @@ def mask(layout: Layout) -> jax.Array:
   return place[None] < layout.filled[:, None]
 
 
+Sums = tuple[jax.Array, jax.Array]
+"""low and high, as of `segments.integer_sums`."""
+
+Cut = Callable[[jax.Array], jax.Array]
+"""Returns the rows of an array [B, ...] that belong to some of the tiles."""
+
+
+def sums_by_parts(
+  words_of_some: Callable[[Cut], tuple[jax.Array, jax.Array]],
+  num_tiles: int,
+  num_segments: int,
+  most_rows: int,
+) -> Sums:
+  """Sums words by segment; only those of some tiles are stored at a time.
+
+  The words of all tiles would take more than twice as much memory as the
+  sub-vectors.
+
+  Args:
+    words_of_some: returns the words of some tiles, [b, 1024, W] int32 as for
+      `segments.integer_sums`, and the segments of their rows, [b, 1024] int32.
+    num_tiles: B.
+    num_segments: K.
+    most_rows: rows within which those of a segment lie.
+
+  Returns:
+    low and high, [K, W] int32, as of `segments.integer_sums`.
+  """
+  size = min(num_tiles, max(_LEAST_TILES, -(-num_tiles // _MOST_PARTS)))
+
+  def sums_of_part(first: jax.Array) -> Sums:
+    # The last part begins among tiles that were added before.
+    start = jnp.minimum(first, num_tiles - size)
+    words, owners = words_of_some(
+      lambda array: lax.dynamic_slice_in_dim(array, start, size)
+    )
+    is_new = start + jnp.arange(size, dtype=jnp.int32) >= first
+    return segments.integer_sums(
+      words.reshape(-1, words.shape[2]),
+      jnp.where(is_new[:, None], owners, num_segments).reshape(-1),
+      num_segments,
+      most_added=min(most_rows, size * TILE),
+    )
+
+  firsts = jnp.arange(0, num_tiles, size, dtype=jnp.int32)
+  zeros = jax.tree.map(
+    lambda some: jnp.zeros(some.shape, some.dtype),
+    jax.eval_shape(sums_of_part, firsts[0]),
+  )
+
+  def add(sums: Sums, first: jax.Array) -> tuple[Sums, None]:
+    return jax.tree.map(jnp.add, sums, sums_of_part(first)), None
+
+  return lax.scan(add, zeros, firsts)[0]
+
+
 def layer_sums(
-  layout: Layout, values: jax.Array, most_rows: int, axis_name: str | None
+  layout: Layout,
+  columns: Sequence[jax.Array],
+  most_rows: int,
+  axis_name: str | None,
+  *,
+  power: int = 1,
 ) -> jax.Array:
-  """Sums values [B, 1024, C] over each layer, exactly: [L, C].
+  """Sums columns, or their squares, over each layer, exactly: [L, C].
 
   Args:
     layout: says which layer a tile belongs to.
-    values: float32, 0 where there is no sub-vector.
+    columns: C arrays [B, 1024] float32, 0 where there is no sub-vector.
     most_rows: rows of the largest layer on one device, padding included.
     axis_name: name of the `shard_map` axis over which the tiles are spread, or
       None.
+    power: 1, or 2 for sums of squares.
   """
-  scale = layer_scales(layout, values, axis_name)
-  words = segments.to_words(values / scale[layout.layers][:, None])
-  sums = segments.integer_sums(
-    words.reshape(-1, words.shape[2]),
-    jnp.repeat(layout.layers, TILE),
-    scale.shape[0],
-    most_added=most_rows,
+  scale = segments.power_of_two(_largest(layout, columns, axis_name) ** power)
+
+  def words_of_some(cut: Cut) -> tuple[jax.Array, jax.Array]:
+    layers = cut(layout.layers)
+    values = jnp.stack([cut(column) for column in columns], 2) ** power
+    words = segments.to_words(values / scale[layers][:, None])
+    return words, jnp.broadcast_to(layers[:, None], words.shape[:2])
+
+  sums = sums_by_parts(
+    words_of_some, len(layout.layers), scale.shape[0], most_rows
   )
   if axis_name is not None:
     sums = lax.psum(sums, axis_name)
@@ -180,12 +250,18 @@ def layer_sums(
 
 
 def layer_scales(
-  layout: Layout, values: jax.Array, axis_name: str | None
+  layout: Layout, columns: Sequence[jax.Array], axis_name: str | None
 ) -> jax.Array:
   """Returns the power of two above each layer's largest entries, [L, C]."""
+  return segments.power_of_two(_largest(layout, columns, axis_name))
+
+
+def _largest(
+  layout: Layout, columns: Sequence[jax.Array], axis_name: str | None
+) -> jax.Array:
+  """Returns the largest absolute value of each layer's columns, [L, C]."""
+  of_tiles = [jnp.abs(column).max(axis=1) for column in columns]
   largest = jax.ops.segment_max(
-    jnp.abs(values).max(axis=1), layout.layers, layout.sizes.size
+    jnp.stack(of_tiles, 1), layout.layers, layout.sizes.size
   )
-  if axis_name is not None:
-    largest = lax.pmax(largest, axis_name)
-  return segments.power_of_two(largest)
+  return largest if axis_name is None else lax.pmax(largest, axis_name)

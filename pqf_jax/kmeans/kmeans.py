@@ -219,19 +219,22 @@ def _run(
   num_shards = 1 if mesh is None else mesh.size
   counts = tuple(vectors.shape[0] for vectors in layers)
   bounds = batching.tile_bounds(counts, num_shards)
-  batch, starts = _batch_and_starts(keys, tuple(layers), num_codes, num_shards)
   num_last = methods[0].num_hartigan_steps(num_steps)
   num_annealed = num_steps - num_last
+  options = loop.Options(
+    most_rows=int(np.diff(bounds).max()) * batching.TILE,
+    num_hartigan_steps=num_last,
+    num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
+  )
+  batch, starts = _batch_and_starts(keys, tuple(layers), num_codes, num_shards)
+  prepared = loop.prepare(batch, options=options, mesh=mesh)
+  del batch
   fitted = loop.fit(
-    batch,
+    prepared,
     starts,
     annealing.make_schedule(num_annealed, methods),
     draw_normals(keys, num_annealed, num_codes, layers[0].shape[1]),
-    options=loop.Options(
-      most_rows=int(np.diff(bounds).max()) * batching.TILE,
-      num_hartigan_steps=num_last,
-      num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
-    ),
+    options=options,
     mesh=mesh,
   )
   return _results(fitted, counts, num_shards)

@@ -86,8 +86,24 @@ class Fitted(NamedTuple):
   variance: jax.Array
 
 
+def prepare(
+  batch: batching.Batch, *, options: Options, mesh: Mesh | None = None
+) -> Prepared:
+  """Returns the data of `fit`, which has the same options and mesh.
+
+  Apart from `fit`, so that the memory of the batch is free while it runs.
+
+  Args:
+    batch: the sub-vectors.
+    options: the settings that are compiled into the programs.
+    mesh: devices over which the tiles of each layer are spread, or None.
+  """
+  means, centre, _ = _programs(mesh, options)
+  return centre(batch, means(batch))
+
+
 def fit(
-  batch: batching.Batch,
+  prepared: Prepared,
   starts: jax.Array,
   schedule: annealing.Schedule,
   normals: jax.Array,
@@ -100,7 +116,7 @@ def fit(
   Deterministic; all randomness is in `starts` and `normals`.
 
   Args:
-    batch: the sub-vectors.
+    prepared: the sub-vectors.
     starts: [L, K, D] float32, the first centroids.
     schedule: of T steps.
     normals: [T, L, K, D] bfloat16 draws of a standard normal.
@@ -110,8 +126,7 @@ def fit(
   Returns:
     Codebooks, codes that match them, and the error of every step.
   """
-  means, prepare, run = _programs(mesh, options)
-  prepared = prepare(batch, means(batch))
+  _, _, run = _programs(mesh, options)
   return run(prepared, starts, schedule, normals)
 
 
@@ -119,33 +134,35 @@ def fit(
 def layer_means(batch: batching.Batch, *, options: Options) -> jax.Array:
   """Returns the means of the layers, [L, D]."""
   sums = batching.layer_sums(
-    batch.layout, batch.tiles, options.most_rows, options.axis_name
+    batch.layout,
+    batching.split_columns(batch.tiles),
+    options.most_rows,
+    options.axis_name,
   )
   return sums / batch.layout.sizes[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def prepare(
+def centre(
   batch: batching.Batch, offset: jax.Array, *, options: Options
 ) -> Prepared:
   """Centres the sub-vectors, because scores near 0 cancel less."""
   layout, axis_name = batch.layout, options.axis_name
   vectors = batch.tiles - offset[layout.layers][:, None]
   vectors = jnp.where(batching.mask(layout)[:, :, None], vectors, 0)
-  norms = exact.dot(vectors, vectors)[:, :, None]
-  squares = batching.layer_sums(
-    layout, jnp.square(vectors), options.most_rows, axis_name
-  )
+  columns, norms = batching.split_columns(vectors), exact.dot(vectors, vectors)
   return Prepared(
     points=base.Points(
-      columns=batching.split_columns(vectors),
-      norms=norms[:, :, 0],
+      columns=columns,
+      norms=norms,
       layout=layout,
-      scale=batching.layer_scales(layout, vectors, axis_name),
-      norm_scale=batching.layer_scales(layout, norms, axis_name),
+      scale=batching.layer_scales(layout, columns, axis_name),
+      norm_scale=batching.layer_scales(layout, [norms], axis_name),
     ),
     offset=offset,
-    squares=squares,
+    squares=batching.layer_sums(
+      layout, columns, options.most_rows, axis_name, power=2
+    ),
   )
 
 
@@ -391,7 +408,7 @@ def _fitted(
   error = jnp.square(jnp.where(inside, residual, 0))
   error = batching.layer_sums(
     points.layout,
-    error.sum(axis=2, keepdims=True),
+    [error.sum(axis=2)],
     loop.options.most_rows,
     loop.options.axis_name,
   )
@@ -418,7 +435,7 @@ _FITTED = Fitted._make((_SAME, _SPREAD, _SAME, _SAME))
 
 _PROGRAMS: tuple[tuple[Callable[..., Any], Any, Any], ...] = (
   (layer_means, (_BATCH,), _SAME),
-  (prepare, (_BATCH, _SAME), _PREPARED),
+  (centre, (_BATCH, _SAME), _PREPARED),
   (run_steps, (_PREPARED, _SAME, (_SAME, _SAME), _SAME), _FITTED),
 )
 """(program, specs of its arguments, specs of its results)."""

@@ -218,7 +218,9 @@ def _sums(
   slots = segments.astype(jnp.int32) * num_copies + copies
   sums = add(words, slots, num_segments * num_copies)
   sums = sums.reshape(num_segments, num_copies, words.shape[1])
-  return (sums & 0x7FFF).sum(axis=1), (sums >> 15).sum(axis=1)
+  parts = sums & 0x7FFF, sums >> 15
+  low, high = (part.sum(axis=1, dtype=jnp.int32) for part in parts)
+  return low, high
 
 
 def _column_products(
@@ -241,7 +243,7 @@ def _column_products(
     preferred_element_type=jnp.float32,
   )
   low, high = from_digits(sums.astype(jnp.int32), axis=2)
-  return low.sum(axis=0), high.sum(axis=0)
+  return low.sum(axis=0, dtype=jnp.int32), high.sum(axis=0, dtype=jnp.int32)
 
 
 def _add(words: jax.Array, slots: jax.Array, num_slots: int) -> jax.Array:

@@ -38,16 +38,17 @@ def fit(vectors, start, normals, method):
   num_last = method.num_hartigan_steps(T)
   batch = batching.make_batch([jnp.asarray(vectors)])
   num_tiles = len(batch.tiles)
+  options = loop.Options(
+    most_rows=num_tiles * batching.TILE,
+    num_hartigan_steps=num_last,
+    num_hartigan_tiles=num_tiles if method.assigns_by_hartigan else 0,
+  )
   fitted = loop.fit(
-    batch,
+    loop.prepare(batch, options=options),
     jnp.asarray(start)[None],
     annealing.make_schedule(T - num_last, [method]),
     jnp.asarray(normals, jnp.bfloat16)[:, None],
-    options=loop.Options(
-      most_rows=num_tiles * batching.TILE,
-      num_hartigan_steps=num_last,
-      num_hartigan_tiles=num_tiles if method.assigns_by_hartigan else 0,
-    ),
+    options=options,
   )
   return kmeans.KMeansResult(
     fitted.codebooks[0],

@@ -1,26 +1,51 @@
+"""Memory of the programs of k-means, as the compiler plans it."""
+
 import jax
 import jax.numpy as jnp
+import pytest
 
 from pqf_jax.kmeans import annealing, batching, loop
 
 
-def test_no_matrix_of_all_pairs_is_stored():
-  count, length, num_codes = 16384, 4, 2048
+def _temporary(function, *arguments, **settings):
+  compiled = function.lower(*arguments, **settings).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+  "count, length, num_codes", [(16384, 4, 2048), (1 << 20, 4, 16)]
+)
+def test_temporaries_are_few_arrays_of_the_size_of_the_sub_vectors(
+  count, length, num_codes
+):
   method = annealing.method(count, length, num_codes)
-  assert method.assigns_by_hartigan
+  assert method.assigns_by_hartigan == (num_codes == 2048)
   batch = jax.eval_shape(
     lambda vectors: batching.make_batch([vectors]),
     jax.ShapeDtypeStruct((count, length), jnp.float32),
   )
-  lowered = jax.jit(loop.fit, static_argnames="options").lower(
-    batch,
+  num_tiles = len(batch.tiles)
+  options = loop.Options(
+    count,
+    num_hartigan_steps=2,
+    num_hartigan_tiles=num_tiles if method.assigns_by_hartigan else 0,
+  )
+  means = jax.ShapeDtypeStruct((1, length), jnp.float32)
+  prepared = jax.eval_shape(
+    lambda *data: loop.centre(*data, options=options), batch, means
+  )
+  steps = (
+    prepared,
     jax.ShapeDtypeStruct((1, num_codes, length), jnp.float32),
     annealing.make_schedule(3, [method]),
     jax.ShapeDtypeStruct((3, 1, num_codes, length), jnp.bfloat16),
-    options=loop.Options(
-      count, num_hartigan_steps=2, num_hartigan_tiles=len(batch.tiles)
-    ),
   )
-  temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-  assert temporary < 4 * count * (10 * length + 20) + 100 * num_codes * length
-  assert temporary < 4 * count * num_codes / 2
+  size = 4 * count * length
+  # Of [N, 2 D + 2] words, those of 64 tiles.
+  some = 4 * 64 * batching.TILE * (2 * length + 2) * 2
+  rest = some + 200 * num_codes * length
+  assert _temporary(loop.layer_means, batch, options=options) < size + rest
+  assert (
+    _temporary(loop.centre, batch, means, options=options) < size / 2 + rest
+  )
+  assert _temporary(loop.run_steps, *steps, options=options) < 2 * size + rest

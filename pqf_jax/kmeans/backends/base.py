@@ -32,12 +32,15 @@ class Points(NamedTuple):
 
   def first(self, num_tiles: int) -> Points:
     """Returns the points of the first tiles."""
+    return self.cut(lambda array: array[:num_tiles])
+
+  def cut(self, cut: batching.Cut) -> Points:
+    """Returns the points of some of the tiles."""
     return self._replace(
-      columns=tuple(column[:num_tiles] for column in self.columns),
-      norms=self.norms[:num_tiles],
+      columns=tuple(map(cut, self.columns)),
+      norms=cut(self.norms),
       layout=self.layout._replace(
-        layers=self.layout.layers[:num_tiles],
-        filled=self.layout.filled[:num_tiles],
+        layers=cut(self.layout.layers), filled=cut(self.layout.filled)
       ),
     )
 

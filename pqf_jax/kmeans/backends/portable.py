@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -12,18 +10,12 @@ from pqf_jax.kmeans.backends import base
 from pqf_jax.numerics import segments
 
 
-class _Prepared(NamedTuple):
-  """The points, and [B * 1024, 2 D + 2] int32 words of x, |x|^2 and 1."""
-
-  points: base.Points
-  words: jax.Array
-
-
-def _prepare(points: base.Points) -> _Prepared:
+def _words(points: base.Points) -> jax.Array:
+  """Returns the words of x, |x|^2 and 1, [B, 1024, 2 D + 2] int32."""
   layers = points.layout.layers
   fractions = jnp.stack(points.columns, 2) / points.scale[layers][:, None]
   norm_fractions = points.norms / points.norm_scale[layers]
-  words = jnp.concatenate(
+  return jnp.concatenate(
     [
       segments.to_words(fractions),
       segments.to_word(norm_fractions)[:, :, None].astype(jnp.int32),
@@ -31,34 +23,34 @@ def _prepare(points: base.Points) -> _Prepared:
     ],
     axis=2,
   )
-  return _Prepared(points, words.reshape(-1, words.shape[2]))
 
 
-def _codes(prepared: _Prepared, codebooks: jax.Array) -> jax.Array:
-  columns, layers = prepared.points.columns, prepared.points.layout.layers
-  return assignment.nearest_centroid(columns, codebooks, layers)
+def _codes(points: base.Points, codebooks: jax.Array) -> jax.Array:
+  return assignment.nearest_centroid(
+    points.columns, codebooks, points.layout.layers
+  )
 
 
 def _sums(
-  prepared: _Prepared, codes: jax.Array, num_codes: int, most_rows: int
+  points: base.Points, codes: jax.Array, num_codes: int, most_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-  layout = prepared.points.layout
-  owners = codes + layout.layers[:, None] * num_codes
-  return segments.integer_sums(
-    prepared.words,
-    owners.reshape(-1),
-    layout.sizes.size * num_codes,
-    most_added=most_rows,
+  def words_of_some(cut: batching.Cut) -> tuple[jax.Array, jax.Array]:
+    some = points.cut(cut)
+    owners = cut(codes) + some.layout.layers[:, None] * num_codes
+    return _words(some), owners
+
+  num_segments = points.layout.sizes.size * num_codes
+  return batching.sums_by_parts(
+    words_of_some, len(codes), num_segments, most_rows
   )
 
 
 def _totals(
-  prepared: _Prepared, integers: tuple[jax.Array, jax.Array]
+  points: base.Points, integers: tuple[jax.Array, jax.Array]
 ) -> base.Totals:
-  points = prepared.points
   sums = segments.merge(*integers)
   num_layers, num_words = points.scale.shape[0], sums.shape[1]
   return base.totals_of_words(points, sums.reshape(num_layers, -1, num_words))
 
 
-BACKEND = base.Backend(_prepare, _codes, _sums, _totals)
+BACKEND = base.Backend(lambda points: points, _codes, _sums, _totals)

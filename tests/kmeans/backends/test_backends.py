@@ -19,8 +19,7 @@ def points():
     for count in (1500, 700, 3000)
   ]
   batch, options = batching.make_batch(layers), loop.Options(MOST_ROWS)
-  means = loop.layer_means(batch, options=options)
-  return loop.prepare(batch, means, options=options).points
+  return loop.prepare(batch, options=options).points
 
 
 # The kernels for a TPU take 256 centroids at a time.

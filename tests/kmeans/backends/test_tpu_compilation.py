@@ -53,9 +53,10 @@ def test_nothing_is_stored_that_grows_with_all_pairs_or_is_padded(
   )
   options = loop.Options(count // num_devices, 2, num_hartigan_tiles)
 
-  def fit(*arguments):
+  def fit(batch, *arguments):
     some = mesh if num_devices > 1 else None
-    return loop.fit(*arguments, options=options, mesh=some)
+    prepared = loop.prepare(batch, options=options, mesh=some)
+    return loop.fit(prepared, *arguments, options=options, mesh=some)
 
   arguments = (
     batch,
