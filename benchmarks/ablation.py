@@ -166,6 +166,7 @@ def run_one(
     f"--config.weights={weights[STUDIES[study].weights]}",
     f"--config.permute.search={order}",
     f"--config.quantize.annealed={annealed}",
+    "--config.calibrate.images=0",
     f"--config.seed={seed}",
   ]
   results = studies.run_main(flags, workdir, environment)

@@ -42,5 +42,7 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
     ("params/(blocks/.*/conv_pwl?|conv_head)/kernel", 256, channels, steps),
     ("params/classifier/kernel", 1024, channels, steps),
   )
+  # The activations of these images are in memory, layer by layer.
+  config.calibrate.images = 256
   config.finetune.batch_size = 64
   return config

@@ -82,6 +82,7 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
   config.data.name = "coco"  # the layout of the folder in both variants
   config.rules = RULES
   config.frozen = FROZEN[norms]
+  config.calibrate.images = 0  # was not measured on detectors
   config.finetune.epochs = 4
   config.finetune.batch_size = 2
   config.finetune.learning_rate = 5e-5

@@ -56,5 +56,7 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
     ("params/features/.*/kernel", 256, channels, steps),
     ("params/classifier/1/kernel", 1024, 4 if uniform else channels, steps),
   )
+  # The activations of these images are in memory, layer by layer.
+  config.calibrate.images = 256
   config.finetune.batch_size = 64
   return config

@@ -49,11 +49,16 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
   )
   if dataset == "imagenet2012":
     config.weights = "hf://timm/resnet18.tv_in1k"
+    # The activations of these images are in memory, layer by layer.
+    config.calibrate.images = 256
   if dataset == "digits":
     # A small problem on a small machine: few epochs suffice, and k-means
     # converges long before the paper's 1,000 steps.
     config.rules = tuple((*rule[:3], 50) for rule in config.rules)
     config.train.epochs = 7
+    config.finetune_from = "calibrated"
+    config.finetune.epochs = 2
+    config.finetune.learning_rate = 2e-4
     config.train.batch_size = 64
     config.finetune.batch_size = 64
   return config

@@ -44,5 +44,7 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
     channels1x1=8 if large else 4,
     fc_codes=1024,
   )
+  # The activations of these images are in memory, layer by layer.
+  config.calibrate.images = 256
   config.finetune.batch_size = 64
   return config

@@ -32,6 +32,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
   "permute.search": tuple(SEARCHES),
   "norm_statistics": ("batch", "device"),
   "dtype": ("float32", "bfloat16"),  # float16 would need its losses scaled
+  "finetune_from": ("calibrated", "quantized"),
   "pack": ("last", "best"),
 }
 MOST = 2**31 - 1
@@ -55,6 +56,9 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "data.image_size": (0, 2**14),
   "data.num_objects": (0, 2**14),
   "permute.kmeans_steps": (0, plans.MOST),
+  "calibrate.images": (0, 2**16),  # all are in memory
+  "calibrate.rounds": (0, 1000),
+  "calibrate.damping": (1e-9, 1),
   "distillation": (0, 1),
   "eval_batch_size": (1, 2**16),  # the last batch is padded to it
   "checkpoint_steps": (1, MOST),

@@ -1,4 +1,4 @@
-"""Runs the stages in order: load or train, permute, quantize, fine-tune, pack.
+"""Runs the stages in order, from loading or training to packing.
 
 Every stage is restored from its checkpoint if an earlier run finished it, so
 the same command goes on where it stopped.
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from pqf_jax import pack, permute, quantize, report
+from pqf_jax import calibrate, pack, permute, quantize, report
 from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
@@ -24,6 +24,8 @@ from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
 Staged = tuple[PyTree, checkpoint.Record]
+# Images that a calibration evaluates together, as a loader gives them.
+CALIBRATION_BATCH = 64
 
 
 def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
@@ -39,13 +41,19 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     dense, dense_record = dense_stage(job)
     permuted, permute_record = permute_stage(job, dense)
     quantized, quantize_record = quantize_stage(job, permuted)
-    tuned, finetune_record = finetune_stage(job, dense, quantized)
     records = {
       "dense": dense_record,
       "permuted": permute_record,
       "quantized": quantize_record,
-      "finetuned": finetune_record,
     }
+    start = quantized
+    if config.calibrate.images:
+      calibrated, record = calibrate_stage(job, permuted, quantized)
+      records["calibrated"] = record
+      # Without training the calibrated network is what there is.
+      if config.finetune_from == "calibrated" or not config.finetune.epochs:
+        start = calibrated
+    tuned, records["finetuned"] = finetune_stage(job, dense, start)
     finish(job, dense, tuned, records)
 
 
@@ -129,6 +137,45 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
     return job.evaluated(trees.replace(permuted, nodes), distortion=distortion)
 
   return job.run("quantize", target, compute)
+
+
+def calibrate_stage(
+  job: jobs.Job, permuted: PyTree, quantized: PyTree
+) -> Staged:
+  """Makes the quantized network follow the permuted one, without training.
+
+  Process 0 does it for all: their sums may differ in the last bit.
+  """
+  settings = job.config.calibrate
+  shapes = trees.flatten(trees.shapes(quantized), vq_array.is_vq)
+
+  def compute() -> Staged:
+    leaves: dict[str, Any] = {}
+    layers: dict[str, calibrate.LayerError] = {}
+    if distributed.is_lead():
+      size = min(CALIBRATION_BATCH, settings.images, job.loaded.num_train)
+      count = min(settings.images, job.loaded.num_train) // size
+      with progress.track("calibrate", len(job.plan), unit="layers") as bar:
+        variables, layers = calibrate.calibrate_params(
+          job.network.apply,
+          permuted,
+          quantized,
+          job.loaded.samples(size, count, job.config.seed),
+          rounds=settings.rounds,
+          damping=settings.damping,
+          on_layer=lambda layer: bar.advance(error=layer.after),
+        )
+      leaves = trees.flatten(variables, vq_array.is_vq)
+    everything: list[list[str]] = [[] for _ in range(jax.process_count())]
+    everything[0] = list(shapes)
+    leaves = distributed.gather_trees(everything, leaves, shapes)
+    errors = {path: layer._asdict() for path, layer in layers.items()}
+    return job.evaluated(
+      trees.replace(permuted, leaves),
+      output_error=distributed.gather_records(errors),
+    )
+
+  return job.run("calibrate", trees.shapes(quantized), compute)
 
 
 def finetune_stage(job: jobs.Job, dense: PyTree, quantized: PyTree) -> Staged:

@@ -10,6 +10,7 @@ STAGES = {
   "dense": "dense",
   "permuted": "permuted",
   "quantized": "quantized",
+  "calibrated": "calibrated",
   "finetuned": "fine-tuned",
   "packed": "packed",
 }

@@ -19,6 +19,9 @@ class LoadedTask(NamedTuple):
   Attributes:
     num_train: number of training images.
     train_batches: (batch_size, seed, start_step, num_steps) -> global batches.
+    samples: (batch_size, num_batches, seed) -> inputs of the network's `apply`
+      for each batch, of training images as they are augmented; each process
+      gets all of them.
     make_loss: share of distillation -> the loss of a training step.
     make_teacher: dense variables -> a function that adds the teacher's outputs
       to a batch.
@@ -32,6 +35,7 @@ class LoadedTask(NamedTuple):
 
   num_train: int
   train_batches: Callable[..., Iterator[finetune.Batch]]
+  samples: Callable[[int, int, int], list[tuple[Any, ...]]]
   make_loss: Callable[[float], finetune.LossFn]
   make_teacher: Callable[[PyTree], Callable[[Any], Any]]
   evaluate: Callable[[PyTree], dict[str, float]]

@@ -26,7 +26,10 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What a job does one after the other; the middle ones save a checkpoint.
-STAGES = ("start", "dense", "permute", "quantize", "finetune", "pack", "done")
+STAGES = (
+  *("start", "dense", "permute", "quantize", "calibrate", "finetune", "pack"),
+  "done",
+)
 # Between looks at what a job is doing.
 WINK = 0.003
 # Of a job that hangs; by far more than any takes.
@@ -86,7 +89,7 @@ class Jobs:
     command = (
       ["main.py", f"--config={self._recipe}", f"--workdir={name}"]
       if self._recipe
-      else ["-m", "tests.pipeline.tiny", name]
+      else ["-m", "tests.pipeline.tiny", name, "calibrate.images=64"]
     )
     process = subprocess.Popen(
       [sys.executable, *command],

@@ -66,6 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     ("params/conv1/kernel", 32, 2, 10),
     ("params/fc/kernel", 16, 4, 10),
   )
+  config.calibrate.images = 0  # tests of this stage turn it on
   config.train.epochs = 3
   config.train.learning_rate = 1e-2
   config.finetune.epochs = 2

@@ -79,9 +79,18 @@ class Classification:
       batches = data.train_batches(dataset, **order, **distributed.position())
       return map(distributed.shard, batches)
 
+    def samples(
+      batch_size: int, num_batches: int, seed: int
+    ) -> list[tuple[Any, ...]]:
+      batches = data.train_batches(
+        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
+      )
+      return [(preprocess(jnp.asarray(batch["image"])),) for batch in batches]
+
     return contract.LoadedTask(
       num_train=len(dataset.train),
       train_batches=train_batches,
+      samples=samples,
       make_loss=lambda share: losses.make_loss(
         training_apply(config, network), preprocess, distillation=share
       ),

@@ -95,9 +95,21 @@ class Detection:
         del batch["image_id"]  # int64, which devices do not have
         yield distributed.shard(batch)
 
+    def samples(
+      batch_size: int, num_batches: int, seed: int
+    ) -> list[tuple[Any, ...]]:
+      batches = data.train_batches(
+        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
+      )
+      return [
+        (jnp.asarray(batch["image"]), jnp.asarray(batch["size"]))
+        for batch in batches
+      ]
+
     return contract.LoadedTask(
       num_train=len(dataset.train or ()),
       train_batches=train_batches,
+      samples=samples,
       make_loss=lambda distillation: _loss(config, network),
       make_teacher=lambda variables: lambda batch: batch,
       evaluate=evaluate,
