@@ -163,3 +163,34 @@ def test_the_root_may_be_a_tuple():
   )
   assert isinstance(result.variables, tuple)
   assert all(vq_array.is_vq(layer["kernel"]) for layer in result.variables)
+
+
+def test_calibration_brings_the_outputs_nearer(variables, compressed):
+  batches = list(RNG.normal(size=(2, 16, 8, 8, 3)).astype(np.float32))
+  calibrated = pqf_jax.compress(
+    Net().apply,
+    variables,
+    IMAGES,
+    RULES,
+    key=jax.random.key(0),
+    calibration=batches,
+  )
+  assert not compressed.outputs
+  assert set(calibrated.outputs) == set(calibrated.plan)
+
+  def error(tree):
+    return sum(
+      jnp.square(Net().apply(tree, x) - Net().apply(variables, x)).sum()
+      for x in batches
+    )
+
+  assert error(calibrated.variables) < 0.5 * error(compressed.variables)
+  with pytest.raises(errors.InputError, match="calibration, leaf '0'"):
+    pqf_jax.compress(
+      Net().apply,
+      variables,
+      IMAGES,
+      RULES,
+      key=jax.random.key(0),
+      calibration=[jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)],
+    )

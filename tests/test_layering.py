@@ -30,7 +30,7 @@ ALLOWED = {
   "finetune": ("core",),
   "packing": ("core",),
   "pack": ("core", "packing"),
-  "compression": ("permute", "quantize", "core", "discovery"),
+  "compression": ("calibrate", "permute", "quantize", "core", "discovery"),
   "models": ("core", "registry"),
   "data": ("registry",),
   "data.prepare": ("data", "runtime.progress"),
