@@ -52,6 +52,7 @@ _DECODING_ERRORS = (
   EOFError,
   TypeError,
   LookupError,
+  AssertionError,  # such as for a PNG without its palette
   struct.error,
   Image.DecompressionBombError,
 )

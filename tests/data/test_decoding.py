@@ -325,6 +325,11 @@ def test_one_transparent_color_is_laid_on_white(color):
   assert image[0].tolist() == [[255] * 3, [8] * 3]
 
 
+def test_a_palette_that_is_missing_is_damage():
+  with pytest.raises(decoding.DamagedError, match="AssertionError"):
+    opened(png((2, 1, 8, 3), b"\0\1", b""))
+
+
 @pytest.mark.parametrize("header", [(2, 1, 4, 0), (1, 1, 16, 0), (1, 1, 16, 2)])
 def test_a_transparent_color_of_other_depths_is_refused(header):
   channels = 3 if header[3] else 1

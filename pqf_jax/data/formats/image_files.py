@@ -4,13 +4,16 @@ This is the layout of PyTorch's examples. Labels are the numbers of the sorted
 names of the folders in `train`; images are numbered by class, then by folder,
 then by file name. As in torchvision's ImageFolder, images may lie in folders
 below that of their class, links are followed, and a class without images is an
-error. Other files, hidden ones such as "._1.JPEG" (which ImageFolder takes) and
-what is no regular file are skipped; a warning counts and names them.
+error. A folder is read once for a class, however many links lead to it, so that
+links in a circle have an end. Other files, hidden ones such as "._1.JPEG"
+(which ImageFolder takes) and what is no regular file are skipped; a warning
+counts and names them.
 """
 
 import collections
 import concurrent.futures
 import difflib
+import heapq
 import itertools
 import os
 import pathlib
@@ -191,14 +194,22 @@ def _folders(folder: pathlib.Path) -> list[str]:
 def _images(folder: pathlib.Path) -> tuple[list[str], list[str]]:
   """Returns the images in a folder and below, and what is skipped there."""
   images, skipped = [], []
-  pending = [os.fspath(folder)]
+  pending = [(False, os.fspath(folder))]
+  # A link to a folder above would lead to the images of other classes.
+  seen = set(map(os.fspath, folder.resolve().parents))
   while pending:
-    parent = pending.pop()
+    # Links last and in order, so that it is known which one is read.
+    _, parent = heapq.heappop(pending)
+    identity = os.path.realpath(parent)
+    if identity in seen:
+      skipped.append(parent)
+      continue
+    seen.add(identity)
     with os.scandir(parent) as entries:
       for entry in entries:
         is_hidden = entry.name.startswith(".")
-        if _is_folder(entry) and not is_hidden and not _is_loop(entry):
-          pending.append(entry.path)
+        if _is_folder(entry) and not is_hidden:
+          heapq.heappush(pending, (entry.is_symlink(), entry.path))
         elif (
           _is_regular(entry)
           and not is_hidden
@@ -218,14 +229,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_regular(entry: os.DirEntry[str]) -> bool:
   return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
-
-
-def _is_loop(entry: os.DirEntry[str]) -> bool:
-  """Finds links to a folder above, which would be followed forever."""
-  if not entry.is_symlink():
-    return False
-  parent = pathlib.Path(entry.path).parent.resolve()
-  return parent.is_relative_to(pathlib.Path(entry.path).resolve())
 
 
 def _warn_of_skipped(folder: pathlib.Path, skipped: Sequence[str]) -> None:

@@ -128,6 +128,17 @@ def test_what_is_no_regular_file_is_skipped(photos):
   assert len(dataset.test) == 6
 
 
+def test_links_in_a_circle_are_followed_once(photos):
+  # Each of 2^40 ways through them ends where the system follows no more.
+  for number in range(2):
+    (photos / f"val/ant/{number}").symlink_to(photos / "val/bee")
+    (photos / f"val/bee/{number}").symlink_to(photos / "val/ant")
+  with pytest.warns(UserWarning, match="val: 6 .*ant/0/0, ant/0/1, ant/1"):
+    split = image_files.Folder(photos).split("validation")
+  assert split.labels == [0] * 2 + [1] * 4 + [2] * 4
+  assert sum("/ant/0/" in path for path in split.paths) == 2
+
+
 def test_images_below_the_folder_of_their_class(photos):
   """Finds the files that torchvision's walk finds, in its order."""
   (photos / "val/bee/1.jpg").rename(photos / "val/bee/z.jpg")
