@@ -178,6 +178,7 @@ class Workspace:
     """Returns the sha256 of results and of the packed file, where it exists."""
     digest = hashlib.sha256(json.dumps(results, sort_keys=True).encode())
     if self.packed_file.exists():
+      files.check_regular(self.packed_file)
       digest.update(self.packed_file.read_bytes())
     return digest.hexdigest()
 

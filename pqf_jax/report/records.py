@@ -38,6 +38,7 @@ def append_metric(path: epath.PathLike, record: schema.Record) -> None:
   """
   line = (json.dumps(plain(record)) + "\n").encode()
   log = epath.Path(path)
+  files.check_regular(log)
   if files.is_remote(log):
     # An object in a bucket cannot grow, so it is written anew; it is small.
     files.write(log, (log.read_bytes() if log.exists() else b"") + line)
@@ -61,6 +62,7 @@ def read_metrics(path: epath.PathLike) -> list[schema.Record]:
   log = epath.Path(path)
   if not log.exists():
     return []
+  files.check_regular(log)
   *lines, _ = log.read_bytes().split(b"\n")
   records: list[schema.Record] = []
   for number, line in enumerate(lines, 1):

@@ -162,10 +162,12 @@ def lock(path: epath.PathLike) -> IO[str] | None:
     None where nothing can be locked: in a bucket, and on disks without locks.
 
   Raises:
-    InputError: another process holds the lock; says which.
+    InputError: another process holds the lock, says which; or the path is no
+      regular file.
   """
   if is_remote(path):
     return None
+  check_regular(path)
   with contextlib.ExitStack() as stack:
     file = stack.enter_context(open(path, "a+"))
     try:

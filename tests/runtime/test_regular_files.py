@@ -3,12 +3,15 @@
 import json
 import os
 
+import ml_collections
 import pytest
 from etils import epath
 
 from pqf_jax import errors
 from pqf_jax.data.coco import annotations
 from pqf_jax.data.formats import tfds_folder, tfds_info
+from pqf_jax.pipeline import workspace
+from pqf_jax.report import records
 from pqf_jax.runtime import files
 
 
@@ -22,6 +25,13 @@ def read_records(path):
   tfds_folder.Folder(path.parent, "do this").split("train")
 
 
+def read_results(path):
+  config = ml_collections.ConfigDict({"tensorboard": False})
+  path.rename(path.parent / "model.safetensors")
+  with workspace.Workspace(os.fspath(path.parent), config) as files_of_run:
+    files_of_run.write_results({"top1": 0.5})
+
+
 @pytest.mark.parametrize(
   "read",
   [
@@ -29,6 +39,10 @@ def read_records(path):
     files.fetch,
     annotations.read,
     read_records,
+    read_results,
+    records.read_metrics,
+    lambda path: records.append_metric(path, {"stage": "a", "step": 1}),
+    files.lock,
     lambda path: files.digest_tree(path.parent),
   ],
 )
@@ -36,5 +50,7 @@ def test_a_device_is_refused(tmp_path, read):
   # Reading it ends at once, where a pipe would be waited for.
   path = epath.Path(tmp_path / "x")
   os.symlink(os.devnull, path)
-  with pytest.raises(errors.InputError, match="x is not a regular file"):
+  with pytest.raises(
+    errors.InputError, match="(x|model.safetensors) is not a regular file"
+  ):
     read(path)
