@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import optax
 from jax import lax, sharding
 
 from pqf_jax import errors
+from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
 
 PyTree = Any
@@ -73,8 +75,10 @@ def init_state(
       codes and statistics. A `VQArray` has two: `<path>/codebook` and `codes`.
 
   Raises:
-    InputError: see `check_frozen`; or nothing is left to train.
+    InputError: see `check_frozen`; a leaf is no array; or nothing is left to
+      train.
   """
+  trees.check_arrays("variables", variables)
   check_frozen(frozen, variables)
 
   def is_trainable(path: str, leaf: jax.Array) -> bool:
@@ -84,11 +88,11 @@ def init_state(
   # A step donates the buffers of its state; the caller's must survive it.
   own = jax.tree.map(jnp.copy, variables)
   trainable, rest = vq_array.split_trainable(own, is_trainable)
-  if not jax.tree.leaves(trainable):
+  if not isinstance(variables, dict) or not jax.tree.leaves(trainable):
     raise errors.InputError(
-      f"no leaf is trained of {trees.sample_paths(variables)}; training takes "
-      "floats under 'params/' that `frozen` does not match: give variables as "
-      "{'params': ...}"
+      f"no leaf is trained of {type(variables).__name__} with "
+      f"{trees.sample_paths(variables)}; training takes floats under 'params/' "
+      "that `frozen` does not match: give variables as a dict {'params': ...}"
     )
   step = jnp.zeros((), jnp.int32)
   return FinetuneState(step, trainable, rest, optimizer.init(trainable))
@@ -98,10 +102,12 @@ def check_frozen(patterns: Sequence[str], variables: PyTree) -> None:
   """Refuses patterns that match no path of the variables.
 
   Raises:
-    InputError: names the pattern and paths that exist.
+    InputError: names the pattern and paths that exist; or it is not a regular
+      expression.
   """
   paths = trees.flatten(variables)
   for pattern in patterns:
+    plans.check_pattern("frozen", pattern)
     if not any(re.fullmatch(pattern, path) for path in paths):
       near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0)
       raise errors.InputError(
@@ -158,7 +164,9 @@ def make_optimizer(
       f"{final_learning_rate:g}; the first must be positive and the last not "
       "above it"
     )
-  if not 0 <= warmup_steps < max(1, num_steps):
+  if num_steps < 1:
+    raise errors.InputError(f"num_steps is {num_steps}; give 1 or more")
+  if not 0 <= warmup_steps < num_steps:
     raise errors.InputError(
       f"the warm-up takes {warmup_steps} of {num_steps} steps; it must end "
       "before the training does"
@@ -256,7 +264,16 @@ def make_finetune_step(
   Returns:
     step(state, batch) -> (state, metrics); the state's buffers are donated.
     `metrics` holds `loss` and whatever `loss_fn` reports.
+
+  Raises:
+    InputError: `microbatches` is not 1 or more; and from the step, the rows of
+      a device cannot be cut into so many parts, or `loss_fn` returns
+      collections of another structure than the variables have.
   """
+  if not isinstance(microbatches, numbers.Integral) or microbatches < 1:
+    raise errors.InputError(
+      f"microbatches is {microbatches!r}; give a whole number from 1 on"
+    )
   learn: Callable[..., Learned] = functools.partial(
     _mean_of_parts, loss_fn, microbatches
   )
@@ -280,11 +297,25 @@ def make_finetune_step(
       gradients, state.opt_state, state.trainable
     )
     trainable = optax.apply_updates(state.trainable, updates)
+    _check_collections(collections, state.frozen)
     frozen = {**state.frozen, **collections}
     new_state = FinetuneState(state.step + 1, trainable, frozen, opt_state)
     return (after_update or _unchanged)(new_state), metrics
 
   return jax.jit(step, donate_argnums=0)
+
+
+def _check_collections(collections: PyTree, frozen: PyTree) -> None:
+  """Refuses updated collections in which leaves are missing or new."""
+  for name, collection in collections.items():
+    updated, before = map(trees.flatten, (collection, frozen.get(name)))
+    different = sorted(updated.keys() ^ before.keys())
+    if different:
+      raise errors.InputError(
+        f"loss_fn returns the collection {name!r} with other leaves than the "
+        f"variables have ({', '.join(different[:5])}); return all of it, or "
+        "{} where none is updated"
+      )
 
 
 def _unchanged(state: FinetuneState) -> FinetuneState:
@@ -319,6 +350,12 @@ def _mean_of_parts(
   learn = functools.partial(_learn, loss_fn, trainable, frozen)
   if microbatches == 1:  # a loop of one would take longer to compile
     return learn(batch, key)
+  num_rows = {len(rows) for rows in jax.tree.leaves(batch)}
+  if any(count % microbatches for count in num_rows):
+    raise errors.InputError(
+      f"a device has {sorted(num_rows)} rows of the batch, which cannot be cut "
+      f"into microbatches={microbatches} equal parts; give a divisor"
+    )
   parts = jax.tree.map(
     lambda rows: rows.reshape(microbatches, -1, *rows.shape[1:]), batch
   )

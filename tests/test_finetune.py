@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 from pqf_jax import errors, finetune
 from pqf_jax.core import blocks, vq_array
@@ -256,6 +257,7 @@ def test_momentum_adds_up_the_gradients():
     ({"final_learning_rate": 1.0}, "final_learning_rate 1;"),
     ({"warmup_steps": 20}, "takes 20 of 20 steps"),
     ({"warmup_steps": -1}, "takes -1 of 20 steps"),
+    ({"num_steps": 0}, "num_steps is 0;"),
   ],
 )
 def test_an_optimizer_that_cannot_be_built_is_refused(changed, message):
@@ -266,7 +268,12 @@ def test_an_optimizer_that_cannot_be_built_is_refused(changed, message):
 @pytest.mark.parametrize(
   ("variables", "frozen", "message"),
   [
-    (_variables()["params"], (), "no leaf is trained of fc/bias, fc/kernel/co"),
+    (_variables()["params"], (), "of dict with fc/bias, fc/kernel/co"),
+    (FrozenDict(_variables()), (), "of FrozenDict with.*give variables as a"),
+    ({"params": {"a": "text"}}, (), "leaf 'params/a', is of type str"),
+    (jax.eval_shape(_variables), (), "of type ShapeDtypeStruct"),
+    (_variables(), ("(",), r"frozen '\(' is not a regular expression"),
+    (_variables(), (3,), "frozen 3 is not a regular expression"),
     (_variables(), ("params/.*",), "no leaf is trained"),
     (_variables(), ("params/fc/kernel",), "similar names: .'params/fc/kernel/"),
     (_variables(), "params/fc/bias", "frozen has 'p', which matches no"),
@@ -275,3 +282,34 @@ def test_an_optimizer_that_cannot_be_built_is_refused(changed, message):
 def test_a_state_in_which_nothing_learns_is_refused(variables, frozen, message):
   with pytest.raises(errors.InputError, match=message):
     finetune.init_state(variables, optax.sgd(0.1), frozen)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, None])
+def test_microbatches_are_counted(count):
+  with pytest.raises(errors.InputError, match=f"microbatches is {count}; give"):
+    finetune.make_finetune_step(_loss, optax.sgd(0.1), microbatches=count)
+
+
+def test_rows_that_cannot_be_cut_into_microbatches_are_said():
+  optimizer = optax.sgd(0.1)
+  step = finetune.make_finetune_step(_loss, optimizer, microbatches=3)
+  with pytest.raises(errors.InputError, match=r"has \[16\] rows .* give a div"):
+    step(finetune.init_state(_variables(), optimizer), BATCH)
+
+
+@pytest.mark.parametrize(
+  ("updated", "message"),
+  [
+    ({"stats": {"a": jnp.ones(1)}}, "'stats' with other leaves.* .a.;"),
+    ({"batch_stats": {"bn": {}}}, "'batch_stats' with other .* .bn/mean.;"),
+  ],
+)
+def test_collections_of_another_structure_are_named(updated, message):
+  def loss(*inputs):
+    value, (_, metrics) = _loss(*inputs)
+    return value, (updated, metrics)
+
+  optimizer = optax.sgd(0.1)
+  step = finetune.make_finetune_step(loss, optimizer)
+  with pytest.raises(errors.InputError, match=message):
+    step(finetune.init_state(_variables(), optimizer), BATCH)

@@ -9,7 +9,7 @@ import math
 import numbers
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,17 +127,22 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
       no kernel, a pattern is not a regular expression, or a kernel is not of
       floats or does not fit the rule's block.
   """
-  if isinstance(rules, Rule) or not all(isinstance(r, Rule) for r in rules):
+  if (
+    not isinstance(rules, Collection)
+    or isinstance(rules, Rule)
+    or not all(isinstance(rule, Rule) for rule in rules)
+  ):
     raise errors.InputError(
       f"rules is {rules!r}; give a list of pqf_jax.Rule, such as "
       "[Rule('.*', num_codes=256)]"
     )
   for rule in rules:
     check_rule(rule)
-    if rule.num_codes and rule.num_codes & (rule.num_codes - 1):
+    power = 1 << int(rule.num_codes or 1).bit_length() - 1
+    if rule.num_codes not in (None, power):
       warnings.warn(
-        f"rule {rule.pattern!r}: num_codes={rule.num_codes} becomes "
-        f"{1 << rule.num_codes.bit_length() - 1}, the next power of two below",
+        f"rule {rule.pattern!r}: num_codes={rule.num_codes} becomes {power}, "
+        "the next power of two below",
         stacklevel=2,
       )
   flat = trees.flatten(variables, vq_array.is_vq)
@@ -186,7 +191,8 @@ def check_pattern(name: str, pattern: str) -> None:
   """
   try:
     re.compile(pattern)
-  except (re.error, TypeError) as error:
+    re.fullmatch(pattern, "")  # bytes would match no text
+  except (re.error, TypeError, OverflowError, RecursionError) as error:
     raise errors.InputError(
       f"{name} {pattern!r} is not a regular expression: {error}"
     ) from error

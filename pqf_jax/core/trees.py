@@ -92,9 +92,7 @@ def check_arrays(name: str, tree: PyTree) -> None:
     InputError: names the leaf and its type.
   """
   for path, leaf in flatten(tree).items():
-    if not isinstance(
-      leaf, jax.Array | np.ndarray | np.generic | complex | float | int
-    ):
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
       where = f"{name}, leaf {path!r}," if path else name
       raise errors.InputError(
         f"{where} is of type {type(leaf).__name__}; give arrays with values"

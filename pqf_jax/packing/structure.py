@@ -3,8 +3,8 @@
 A leaf's path joins the keys from the root by '/', as `core.trees` does. Here
 '~' within a key is written '~0', '/' as '~1' and the empty key as '~2', so that
 every path has one meaning; and '__metadata__', a name that safetensors files
-have for themselves, as '~3'. Dicts with text as keys are understood; every other
-container is listed by path and kind.
+have for themselves, as '~3'. Dicts with text as keys are understood; every
+other container is listed by path and kind.
 """
 
 import re

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pqf_jax import errors
@@ -88,11 +89,16 @@ def test_compressed_shapes_fit_the_plan():
       "an earlier rule matches",
     ),
     ((plans.Rule("(", 4),), "not a regular expression"),
+    ((plans.Rule("(" * 3000 + ")" * 3000, 4),), "not a regular expression"),
+    ((plans.Rule("a{9999999999}", 4),), "not a regular expression"),
+    ((plans.Rule(b".*", 4),), "not a regular expression"),
     ((plans.Rule(".*", 1),), "num_codes=1"),
     ((plans.Rule(".*", 8.5),), "num_codes=8.5, .*, all whole"),
     ((plans.Rule(".*", 8, "2"),), "channels='2'"),
     (plans.Rule(".*", 8), "give a list of pqf_jax.Rule"),
     (((".*", 8),), "give a list of pqf_jax.Rule"),
+    (None, "give a list of pqf_jax.Rule"),
+    ((plans.Rule(".*", 8) for _ in "a"), "give a list of pqf_jax.Rule"),
     ((plans.Rule(".*", 4, channels=5),), "cannot be divided"),
     ((*RULES[:2], plans.Rule("params/fc/kernel", 4, 32)), None),
   ],
@@ -127,7 +133,9 @@ def test_kernels_that_are_not_floats_are_refused(dtype):
   assert not plans.make_plan([plans.Rule(".*", None)], tree)
 
 
-@pytest.mark.parametrize(("num_codes", "used"), [(100, 64), (64, 64), (3, 2)])
+@pytest.mark.parametrize(
+  ("num_codes", "used"), [(100, 64), (64, 64), (3, 2), (np.int64(5), 4)]
+)
 def test_numbers_of_codes_that_are_no_powers_of_two_are_said(
   num_codes, used, recwarn
 ):
