@@ -38,8 +38,8 @@ TYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 METADATA = "__metadata__"
 LENGTH_BYTES = 8
-# 16 MiB describe 100,000 variables; a larger header is no header.
-MAX_HEADER = 1 << 24
+# 4 MiB describe 25,000 variables; in memory JSON takes up to twenty times that.
+MAX_HEADER = 1 << 22
 MAX_RANK = 64  # of NumPy
 # JAX addresses no more entries of one array.
 MAX_SIZE = 1 << 40

@@ -71,6 +71,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
   ("data", "message"),
   [
     (b"", "0 bytes cannot have a header"),
+    ((5 << 20).to_bytes(8, "little") + bytes(5 << 20), "header of 5,2"),
     (b"1234567", "7 bytes cannot"),
     (bytes([255] * 20), "cannot have a header of 18,4"),
     (file(b"\xff{}"), "not JSON"),

@@ -25,10 +25,12 @@ def read_records(path):
   tfds_folder.Folder(path.parent, "do this").split("train")
 
 
+CONFIG = ml_collections.ConfigDict({"tensorboard": False})
+
+
 def read_results(path):
-  config = ml_collections.ConfigDict({"tensorboard": False})
   path.rename(path.parent / "model.safetensors")
-  with workspace.Workspace(os.fspath(path.parent), config) as files_of_run:
+  with workspace.Workspace(os.fspath(path.parent), CONFIG) as files_of_run:
     files_of_run.write_results({"top1": 0.5})
 
 
@@ -54,3 +56,9 @@ def test_a_device_is_refused(tmp_path, read):
     errors.InputError, match="(x|model.safetensors) is not a regular file"
   ):
     read(path)
+
+
+def test_a_workdir_that_is_a_file_is_named(tmp_path):
+  (tmp_path / "x").touch()
+  with pytest.raises(errors.InputError, match="x is a file; give a folder"):
+    workspace.Workspace(os.fspath(tmp_path / "x"), CONFIG)
