@@ -48,6 +48,19 @@ def test_a_common_offset_costs_no_accuracy(shift):
   )
 
 
+def test_a_centroid_far_from_all_others_costs_no_accuracy():
+  vectors, codebook = (
+    cases.normal(300, 4, scale=1),
+    cases.normal(16, 4, scale=1),
+  )
+  codebook[3] = 1e5
+  squares = cases.squared_distances(vectors, codebook)
+  codes = np.asarray(assignment.assign(vectors, codebook))
+  np.testing.assert_allclose(
+    squares[np.arange(300), codes], squares.min(axis=1), rtol=1e-5
+  )
+
+
 def test_assign_names_both_shapes():
   with pytest.raises(errors.InputError, match=r"\[10, 9\].*\[4, 8\]"):
     assignment.assign(jnp.zeros((10, 9)), jnp.zeros((4, 8)))

@@ -50,6 +50,15 @@ def test_a_mesh_of_any_size(vectors, on_one, count):
 
 
 @needs_devices
+def test_a_layer_with_an_outlier(vectors):
+  vectors = vectors.copy()
+  vectors[7] = 1e5
+  alone, spread = run(vectors), run(vectors, mesh=_mesh(NUM_DEVICES))
+  assert len(set(np.asarray(alone.codes))) == 64
+  cases.assert_same(alone, spread)
+
+
+@needs_devices
 def test_layers_that_share_a_mesh(vectors):
   layers = [vectors, vectors[:3000], vectors[3000:16000], vectors[:64]]
   several = functools.partial(

@@ -1,5 +1,7 @@
 """A few sub-vectors far from all others take nothing from the rest."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,21 @@ def test_the_rest_is_quantized_as_if_alone(run, vectors, num_left):
   )
   np.testing.assert_array_equal(result.codes[~far], rest.codes)
   assert len(set(np.asarray(result.codes))) == cases.K
+
+
+@pytest.mark.parametrize("size", [1e4, 1e5])
+def test_one_row_among_2000_leaves_64_codes_in_use(size):
+  vectors = cases.normal(2001, 4, scale=1)
+  vectors[7] = size
+  run = functools.partial(
+    kmeans.annealed_kmeans, jax.random.key(0), num_codes=64, num_steps=300
+  )
+  result = run(vectors)
+  chosen = cases.squared_distances(vectors, result.codebook)
+  chosen = chosen[np.arange(2001), np.asarray(result.codes)]
+  assert len(set(np.asarray(result.codes))) == 64
+  assert chosen[7] == 0
+  assert np.delete(chosen, 7).mean() < 0.63
 
 
 def test_layers_with_outliers_change_nothing_for_others():
