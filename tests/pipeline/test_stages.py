@@ -73,39 +73,28 @@ def test_the_same_command_again_says_that_it_is_done(
   assert os.stat(finished["folder"] / "model.safetensors").st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-  ("target", "calls"),
-  [
-    ("pqf_jax.runtime.checkpoint.Checkpoints.save_progress", 3),  # in training
-    ("pqf_jax.permute.permute_channels", 1),
-    ("pqf_jax.quantize.quantize_params", 1),
-    (
-      "pqf_jax.runtime.checkpoint.Checkpoints.save_progress",
-      11,
-    ),  # in fine-tuning
-    ("pqf_jax.pack.write", 1),
-    ("pqf_jax.report.write_html", 1),
-  ],
-)
+# Where a run is killed, and at which of its calls; `save_progress` is called in
+# training, then in fine-tuning.
+KILLS = [
+  ("pqf_jax.runtime.checkpoint.Checkpoints.save_progress", 3),
+  ("pqf_jax.permute.permute_channels", 1),
+  ("pqf_jax.quantize.quantize_params", 1),
+  ("pqf_jax.runtime.checkpoint.Checkpoints.save_progress", 3),
+  ("pqf_jax.pack.write", 1),
+  ("pqf_jax.report.write_html", 1),
+]
+
+
 def test_killed_anywhere_it_goes_on_to_the_same_file(
-  config, undisturbed, tmp_path, monkeypatch, target, calls
+  config, undisturbed, tmp_path, monkeypatch
 ):
-  module, _, name = target.rpartition(".")
-  count = iter(range(1, calls))
-
-  def deadly(original):
-    def call(*args, **kwargs):
-      if next(count, None) is None:
-        raise Killed
-      return original(*args, **kwargs)
-
-    return call
-
-  with monkeypatch.context() as patch:
+  for target, calls in KILLS:  # each run goes on where the one before died
+    module, _, name = target.rpartition(".")
     owner = pkgutil.resolve_name(module)
-    patch.setattr(owner, name, deadly(getattr(owner, name)))
-    with pytest.raises(Killed):
-      pipeline.run(config, str(tmp_path))
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, _deadly(getattr(owner, name), calls))
+      with pytest.raises(Killed):
+        pipeline.run(config, str(tmp_path))
   results, data = _run(config, tmp_path)
   assert data == undisturbed[1]
   assert results["top1_finetuned"] == undisturbed[0]["top1_finetuned"]
@@ -115,6 +104,18 @@ def test_killed_anywhere_it_goes_on_to_the_same_file(
     for record in map(json.loads, history)
   ]
   assert len(places) == len(set(places)), "a resumed step was logged twice"
+
+
+def _deadly(original, calls):
+  """Returns the function, whose call of this number kills."""
+  count = iter(range(1, calls))
+
+  def call(*args, **kwargs):
+    if next(count, None) is None:
+      raise Killed
+    return original(*args, **kwargs)
+
+  return call
 
 
 def test_a_bucket_holds_a_run_as_a_disk_does(
@@ -273,8 +274,9 @@ def test_a_diverged_training_is_named(config, tmp_path):
 
 
 def test_only_some_epochs_are_evaluated(config, tmp_path):
+  config.mode = "train"
   config.train.evaluation_epochs = 2  # of three
-  _run(config, tmp_path)
+  pipeline.run(config, str(tmp_path))
   log = report.read_metrics(tmp_path / "metrics.jsonl")
   evaluated = [
     record["epoch"]
