@@ -42,13 +42,15 @@ def read(
 
   Raises:
     InputError: no such file, damaged, with torch's names where the model knows
-      none, or of another architecture: missing and extra names are listed.
+      none, with norms folded for another epsilon, or of another architecture:
+      missing and extra names are listed.
   """
   path, suffix = _locate(source)
-  packed = suffix == ".safetensors" and pack.read_header(path) is not None
-  content = pack.load(path) if packed else READERS[suffix](path)
+  header = pack.read_header(path) if suffix == ".safetensors" else None
+  content = READERS[suffix](path) if header is None else pack.load(path)
   try:
-    if packed:
+    if header is not None:
+      _check_epsilon(header["norm_epsilon"], norm_epsilon)
       return _fit_packed(content, template)
     model = models.get_model(model_name)
     if not hasattr(model, "load_torch"):
@@ -117,6 +119,20 @@ def _locate(source: str) -> tuple[str, str]:
       f"{hub.SCHEME}OWNER/REPO[/FILE]"
     )
   return path, suffix
+
+
+def _check_epsilon(
+  stored: float | Mapping[str, float] | None, needed: float | None
+) -> None:
+  """Refuses norms that were folded for another epsilon than the network's."""
+  folded = stored.values() if isinstance(stored, Mapping) else (stored,)
+  others = sorted({value for value in folded if value not in (None, needed)})
+  if others and needed is not None:
+    raise errors.InputError(
+      f"its norms are folded for epsilon {', '.join(map(str, others))}, but "
+      f"those of the network have {needed}; choose the model that it was saved "
+      "from, or save it again with norm_epsilon of that model"
+    )
 
 
 def _fit_packed(variables: PyTree, template: PyTree) -> PyTree:
