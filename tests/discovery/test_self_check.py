@@ -191,7 +191,8 @@ def test_what_cannot_run_in_float64_is_checked_in_its_own_precision():
   axes = {"first": (None, hidden), "second": (hidden, None)}
   with pytest.warns(UserWarning, match="cannot be run in float64") as caught:
     network = compile_network(run, params, jnp.ones((1, 3)))
-  assert len(caught) == 1
+  # Others may be of files that an earlier test left to the garbage collector.
+  assert [warning.category for warning in caught].count(UserWarning) == 1
   assert axes == check(network, axes)
   with pytest.warns(UserWarning, match=r"\['hidden'\] changes"):
     check(network, drop(axes, "second", 0))
