@@ -110,7 +110,9 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
   def __getattr__(self, name: str) -> Any:
     # Only what JAX's arrays have, such as `T`, `astype` and `mean`.
     if name.startswith("_") or not hasattr(jax.Array, name):
-      raise AttributeError(f"'VQArray' object has no attribute {name!r}")
+      raise AttributeError(
+        f"'VQArray' object has no attribute {name!r}; kernel[...] is the array"
+      )
     return getattr(self[...], name)
 
 
