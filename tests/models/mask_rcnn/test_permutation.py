@@ -43,7 +43,9 @@ PAIR = [
 ]
 
 
-TEMPLATE = cases.template(50, 91)
+def coco_template():
+  """Returns the shapes of the variables of the network for COCO."""
+  return cases.template(50, 91)
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def full_axes():
   case = mask_rcnn_weights.DEEP
   model = cases.make(case, jnp.float32)
   images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
-  return discover.infer_channels(model.apply, TEMPLATE, images, sizes)
+  return discover.infer_channels(model.apply, coco_template(), images, sizes)
 
 
 def by_group(axes):
@@ -90,7 +92,7 @@ def test_discovery_finds_47_groups_and_leaves_no_free_axis_out():
   covered = {place[:2] for group in by_group(axes).values() for place in group}
   kernels = {
     (path, dim)
-    for path, leaf in trees.flatten(TEMPLATE).items()
+    for path, leaf in trees.flatten(coco_template()).items()
     if path.endswith("kernel")
     for dim in (len(leaf.shape) - 2, len(leaf.shape) - 1)
   }
@@ -99,7 +101,7 @@ def test_discovery_finds_47_groups_and_leaves_no_free_axis_out():
     (path, dim)
     for path, dim in kernels
     if path.endswith(tuple(f"{name}/kernel" for name in outputs))
-    and dim == len(trees.flatten(TEMPLATE)[path].shape) - 1
+    and dim == len(trees.flatten(coco_template())[path].shape) - 1
   }
   assert kernels - covered == fixed
 
@@ -108,14 +110,14 @@ def test_discovery_finds_the_authors_groups_and_the_pair_they_lack(shared_data):
   axes = full_axes()
   path = shared_data / "pqf_official" / "permutation_groups.json"
   groups = json.loads(path.read_text())["maskrcnn"] + PAIR
-  flat = trees.flatten(TEMPLATE)
+  flat = trees.flatten(coco_template())
   listed = {listed_group(group, flat) for group in groups}
   assert {frozenset(group) for group in by_group(axes).values()} == listed
 
 
 def test_the_papers_plan_has_the_papers_size():
-  plan = plans.make_plan(RULES, TEMPLATE)
-  size = plans.predict_size(plan, TEMPLATE)
+  plan = plans.make_plan(RULES, coco_template())
+  size = plans.predict_size(plan, coco_template())
   assert len(plan) == 70
   assert round(size.payload_bytes / 2**20, 3) == 6.645
   assert round(size.dense_bytes / 2**20, 1) == 169.6
@@ -272,7 +274,9 @@ def test_the_whole_network_takes_a_compressed_tree():
   case = mask_rcnn_weights.DEEP
   model = cases.make(case, jnp.float32)
   images, sizes = mask_rcnn_weights.batch(case.sizes, case.buffer)
-  tree = plans.compressed_shapes(plans.make_plan(RULES, TEMPLATE), TEMPLATE)
+  tree = plans.compressed_shapes(
+    plans.make_plan(RULES, coco_template()), coco_template()
+  )
   detections = jax.eval_shape(model.apply, tree, images, sizes)
   assert detections.boxes.shape == (1, case.num_detections, 4)
   nodes = trees.flatten(tree, vq_array.is_vq).values()
