@@ -17,8 +17,8 @@ def jit(
       gathers and depthwise convolutions of float64.
   """
   options = {
-    "xla_backend_optimization_level": 3 if optimize else 0,
-    "xla_llvm_disable_expensive_passes": not optimize,
+    "xla_backend_optimization_level": 2 if optimize else 0,
+    "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
   }

@@ -69,7 +69,7 @@ def step():
       inner = jnp.sum(gradient * signs)
       return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(gradient))), inner])
 
-    @quick.jit
+    @functools.partial(quick.jit, optimize=True)
     def run(params, statistics, batch, signs):
       gradients, (collections, losses) = jax.grad(loss_of, has_aux=True)(
         params, statistics, batch
