@@ -20,6 +20,8 @@ PyTree = Any
 # Weights of the layers that share a batch; a single layer may have more. 25
 # million need about 1 GB on the device.
 _MOST_WEIGHTS = 1 << 25
+# Of a kernel's largest weight: beyond, float32 loses squares or small weights.
+_LARGEST_WEIGHT = 1e-15, 1e12
 
 
 class LayerSummary(NamedTuple):
@@ -66,13 +68,14 @@ def quantize_params(
     (variables with `VQArray`s, {path: LayerSummary}).
 
   Raises:
-    InputError: NaN or infinite weights, before any work; or weights whose
-      squares overflow.
+    InputError: weights that are NaN, infinite, or all too small or too large
+      for k-means in float32; before any work.
   """
   vq_array.check_dense(variables)
   flat = trees.flatten(variables)
   for path in plan:
     trees.check_finite(path, flat[path])
+    _check_range(path, flat[path])
   run = functools.partial(_quantize, key, flat, plan, annealed)
   nodes: dict[str, vq_array.VQArray] = {}
   summaries: dict[str, LayerSummary] = {}
@@ -96,6 +99,16 @@ def quantize_params(
   return trees.replace(variables, nodes), {
     path: summaries[path] for path in plan
   }
+
+
+def _check_range(path: str, kernel: trees.Array) -> None:
+  largest = float(abs(kernel).max())
+  least, most = _LARGEST_WEIGHT
+  if largest and not least <= largest <= most:
+    raise errors.InputError(
+      f"{path} has weights up to {largest:g}; k-means takes {least:g} to "
+      f"{most:g}: scale the kernel, or keep it dense (num_codes=None)"
+    )
 
 
 def _batches(
@@ -150,11 +163,6 @@ def _quantize(
   quantized = []
   for i, path in enumerate(paths):
     distortion_by_step, variance = lost[i]
-    if not np.isfinite(distortion_by_step[-1]):
-      raise errors.InputError(
-        f"{path} has weights up to {float(jnp.abs(kernels[i]).max()):g}, whose "
-        "squares overflow float32; divide them by a constant"
-      )
     node = vq_array.VQArray(
       results[i].codebook.astype(kernels[i].dtype),
       codes[i].astype(vq_array.code_dtype(num_codes)),

@@ -85,3 +85,21 @@ def test_bad_weights_are_named_before_any_work(variables):
       jax.random.key(0), bad, plan, on_layer=progress.append
     )
   assert not progress
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-20, 1e18])
+def test_weights_beyond_float32_squares_are_refused(scale):
+  variables = {"a": {"kernel": np.linspace(-1, 1, 512).reshape(16, 32) * scale}}
+  with pytest.raises(errors.InputError, match="a/kernel has weights up to"):
+    _run(variables)
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1e11])
+def test_weights_of_any_scale_in_between_are_quantized_alike(scale):
+  kernel = np.linspace(-1, 1, 512, dtype=np.float32).reshape(16, 32)
+  errors_of = [
+    _run({"a": {"kernel": kernel * np.float32(size)}})[1]["a/kernel"].distortion
+    for size in (1, scale)
+  ]
+  assert errors_of[0] > 0
+  assert errors_of[1] == pytest.approx(errors_of[0], rel=0.2)

@@ -3,7 +3,6 @@
 What depends on data, devices or the network is checked by `job.prepare`.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,13 +91,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_channel_values("std", config.data.std, 1e-6)
   make_rules(config)
   for pattern in config.frozen:
-    try:
-      re.compile(pattern)
-    except (re.error, TypeError) as error:
-      raise errors.InputError(
-        f"config.frozen has {pattern!r}, which is not a regular expression: "
-        f"{error}"
-      ) from error
+    plans.check_pattern("config.frozen", pattern)
 
 
 def make_rules(config: ml_collections.ConfigDict) -> list[plans.Rule]:
