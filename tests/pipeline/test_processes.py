@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import safetensors.numpy
+
+from pqf_jax import pack
+from pqf_jax.packing import header
 
 pytestmark = pytest.mark.slow
 
@@ -92,11 +94,11 @@ def _run(workdir, count, *settings, **kwargs):
 def _outcome(workdir):
   permuted = json.loads((workdir / "checkpoints/permute.json").read_text())
   results = json.loads((workdir / "results.json").read_text())
-  packed = (workdir / "model.safetensors").read_bytes()
+  file = workdir / "model.safetensors"
   return _Outcome(
     permuted["permutations"],
-    safetensors.numpy.load(packed)["codes"],
-    packed,
+    pack.read(file).buffers[header.CODES],
+    file.read_bytes(),
     {name: value for name, value in results.items() if "top1" in name},
     results["images"],
   )
@@ -169,6 +171,20 @@ def test_processes_find_what_one_finds_on_as_many_devices(
     assert found.accuracies[name] == plain.accuracies[name]
   _assert_near(found, plain)
   assert found.num_images == 360
+
+
+def test_processes_share_the_calibration_of_the_first(trained, tmp_path):
+  settings = ("calibrate.images=64", "finetune.epochs=0")
+  outcomes = []
+  for count in (1, 2):
+    _begin_with(trained, tmp_path / str(count))
+    outcomes.append(
+      _run(tmp_path / str(count), count, *settings, devices=4 // count)
+    )
+  _assert_same(*outcomes)
+  found = outcomes[0].accuracies
+  assert found["top1_packed"] == found["top1_calibrated"]
+  assert found["top1_calibrated"] > found["top1_quantized"]
 
 
 def test_a_run_of_four_goes_on_with_one_and_with_two(trained, alone, tmp_path):
