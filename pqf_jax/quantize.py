@@ -102,7 +102,7 @@ def quantize_params(
 
 
 def _check_range(path: str, kernel: trees.Array) -> None:
-  largest = float(abs(kernel).max())
+  largest = float(np.abs(kernel).max(initial=0))
   least, most = _LARGEST_WEIGHT
   if largest and not least <= largest <= most:
     raise errors.InputError(
