@@ -76,7 +76,7 @@ def calibrate_params(
 
   Raises:
     InputError: there are no batches, their shapes differ, the two trees do not
-      fit, or `apply_fn` cannot be traced.
+      fit, `apply_fn` cannot be traced, or values are not finite.
   """
   run = _Calibration(apply_fn, dense, quantized, batches)
   found = {}
@@ -122,8 +122,8 @@ class _Calibration:
     norms = plans.foldable_norms(self.dense).values()
     self.norms = {members[2]: members[3] for members in norms}
     pairs = [
-      streams.Pair(self.dense[path], _to_array(leaf))
-      for path, leaf in self.leaves.items()
+      streams.Pair(leaf, _to_array(self.leaves[path]))
+      for path, leaf in self.dense.items()
     ]
     self.streams = streams.Streams(
       program, pairs, [jax.tree.leaves(batch) for batch in batches]
@@ -131,8 +131,14 @@ class _Calibration:
 
   def replace(self, path: str, leaf: Any) -> None:
     """Gives the quantized network another leaf."""
+    array = _to_array(leaf)
+    if not jnp.isfinite(array).all():
+      raise errors.InputError(
+        f"the calibration samples give NaN or infinite values before {path}; "
+        "check the samples and the dense network"
+      )
     self.leaves[path] = leaf
-    self.streams.replace(self._numbers[path], _to_array(leaf))
+    self.streams.replace(self._numbers[path], array)
 
 
 def _to_array(leaf: Any) -> Any:

@@ -150,6 +150,10 @@ def test_bad_input_is_refused(case):
     calibrate.calibrate_params(
       model.apply, variables, quantized, [batches[0], other]
     )
+  with pytest.raises(errors.InputError, match="NaN or infinite values before"):
+    calibrate.calibrate_params(
+      model.apply, variables, quantized, [(batches[0][0] * jnp.inf,)]
+    )
   smaller = trees.replace(variables, {"params/fc/bias": jnp.zeros(5)})
   with pytest.raises(errors.InputError, match="params/fc/bias has shape"):
     calibrate.calibrate_params(model.apply, smaller, quantized, batches)
