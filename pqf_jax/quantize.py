@@ -153,6 +153,7 @@ def _quantize(
     num_steps=plan[paths[0]].kmeans_steps,
     annealed=annealed,
     mesh=mesh,
+    donate=True,
   )
   if mesh is not None:  # the codes are still spread
     results = jax.device_put(results, jax.local_devices()[0])

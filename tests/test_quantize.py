@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pqf_jax import errors, quantize
+from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees, vq_array
 
 RULES = (plans.Rule(".*", 16, channels=2, kmeans_steps=20),)
 
@@ -103,3 +103,17 @@ def test_weights_of_any_scale_in_between_are_quantized_alike(scale):
   ]
   assert errors_of[0] > 0
   assert errors_of[1] == pytest.approx(errors_of[0], rel=0.2)
+
+
+def test_the_callers_kernels_survive():
+  # Sub-vectors that are whole rows of the kernel, as they lie in memory.
+  kernel = jnp.asarray(
+    np.random.default_rng(0).normal(size=(64, 4)), jnp.float32
+  )
+  spec = blocks.BlockSpec(4, in_axis=1, out_axis=0)
+  plan = {"a": plans.LayerPlan(spec, 16, 20)}
+  quantized, _ = quantize.quantize_params(
+    jax.random.key(0), {"a": kernel}, plan
+  )
+  assert quantized["a"].shape == kernel.shape
+  assert jnp.isfinite(kernel).all()

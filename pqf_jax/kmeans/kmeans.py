@@ -139,6 +139,7 @@ def kmeans_of_layers(
   num_steps: int,
   annealed: bool = True,
   mesh: Mesh | None = None,
+  donate: bool = False,
 ) -> list[KMeansResult]:
   """Runs k-means on several sets of sub-vectors in one program.
 
@@ -155,6 +156,8 @@ def kmeans_of_layers(
     annealed: False: plain k-means.
     mesh: devices over which each set is spread; None: the devices over which
       the sets are spread already, or one that holds a copy.
+    donate: whether sets may be deleted once they are copied, which saves their
+      memory during the steps.
 
   Returns:
     One result for each set.
@@ -163,7 +166,11 @@ def kmeans_of_layers(
     layers = [batching.on_one_device(vectors) for vectors in layers]
     mesh = batching.mesh_of(layers)
   run = functools.partial(
-    _run_all, num_steps=num_steps, annealed=annealed, mesh=mesh
+    _run_all,
+    num_steps=num_steps,
+    annealed=annealed,
+    mesh=mesh,
+    donate=donate,
   )
   results: dict[int, KMeansResult] = {}
   for i, found in enumerate(outliers.find(layers, num_codes)):
@@ -189,6 +196,7 @@ def _run_all(
   num_steps: int,
   annealed: bool,
   mesh: Mesh | None,
+  donate: bool,
 ) -> list[KMeansResult]:
   """Runs k-means on layers without outliers."""
   methods = [annealing.LLOYD] * len(layers)
@@ -202,7 +210,7 @@ def _run_all(
   )
   layers, methods = [layers[i] for i in order], [methods[i] for i in order]
   results = _run(
-    keys[np.array(order)], layers, methods, num_codes, num_steps, mesh
+    keys[np.array(order)], layers, methods, num_codes, num_steps, mesh, donate
   )
   return [results[order.index(i)] for i in range(len(layers))]
 
@@ -214,6 +222,7 @@ def _run(
   num_codes: int,
   num_steps: int,
   mesh: Mesh | None,
+  donate: bool,
 ) -> list[KMeansResult]:
   """Runs k-means on layers in the order of their tiles."""
   num_shards = 1 if mesh is None else mesh.size
@@ -226,14 +235,18 @@ def _run(
     num_hartigan_steps=num_last,
     num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
   )
+  length = layers[0].shape[1]
   batch, starts = _batch_and_starts(keys, tuple(layers), num_codes, num_shards)
+  if donate:
+    for vectors in layers:
+      vectors.delete()
   prepared = loop.prepare(batch, options=options, mesh=mesh)
   del batch
   fitted = loop.fit(
     prepared,
     starts,
     annealing.make_schedule(num_annealed, methods),
-    draw_normals(keys, num_annealed, num_codes, layers[0].shape[1]),
+    draw_normals(keys, num_annealed, num_codes, length),
     options=options,
     mesh=mesh,
   )
