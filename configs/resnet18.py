@@ -56,9 +56,9 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     # converges long before the paper's 1,000 steps.
     config.rules = tuple((*rule[:3], 50) for rule in config.rules)
     config.train.epochs = 7
+    config.train.batch_size = 64
     config.finetune_from = "calibrated"
     config.finetune.epochs = 2
     config.finetune.learning_rate = 2e-4
-    config.train.batch_size = 64
     config.finetune.batch_size = 64
   return config

@@ -149,22 +149,20 @@ def _match(
   run: _Calibration, operation: streams.Operation, read: layers.Read
 ) -> None:
   """Corrects the statistics or the bias that an operation reads."""
-  name, axis = operation.eqn.primitive.name, read.axis
-  inputs = operation.operands[1 - read.operand] if name in ("add", "sub") else 0
-  leaf = run.dense[read.path]
-  if axis is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+  name = operation.eqn.primitive.name
+  axis, leaf = read.axis, run.dense[read.path]
+  is_mean = name == "sub" and read.operand == 1 and read.path in run.norms
+  is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+  if axis is None or not is_float or not (is_mean or name == "add"):
     return
-  if name == "sub" and read.operand == 1 and read.path in run.norms:
+  inputs = run.streams.values(operation.operands[1 - read.operand])
+  if is_mean:
     var_path = run.norms[read.path]
-    mean, var = moments.match_norm(
-      run.streams.values(inputs), axis, leaf, run.dense[var_path]
-    )
+    mean, var = moments.match_norm(inputs, axis, leaf, run.dense[var_path])
     run.replace(read.path, mean)
     run.replace(var_path, var)
-  elif name == "add":
-    run.replace(
-      read.path, moments.match_bias(run.streams.values(inputs), axis, leaf)
-    )
+  else:
+    run.replace(read.path, moments.match_bias(inputs, axis, leaf))
 
 
 def _rebuild(

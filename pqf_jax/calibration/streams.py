@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core as jax_core
 
 from pqf_jax.discovery import tracing
@@ -61,9 +60,7 @@ def write_out(program: tracing.Jaxpr) -> Program:
   def walk(program: tracing.Jaxpr, operands: Sequence[Any]) -> list[Any]:
     body = tracing.program_body(program)
     numbers = dict(zip(body.invars, operands, strict=True))
-    # In JAX before 0.12 only closed programs have the attribute.
-    values = getattr(program, "consts", ())
-    for variable, value in zip(body.constvars, values, strict=True):
+    for variable, value in tracing.program_constants(program).items():
       numbers[variable] = next(counter)
       constants[numbers[variable]] = value
 
@@ -167,15 +164,11 @@ class Streams:
     self, operation: Operation, batch: Mapping[int, Pair]
   ) -> list[Pair]:
     pairs = [self._read(atom, batch) for atom in operation.operands]
-    dense = _evaluate(operation.eqn, [pair.dense for pair in pairs])
-    if operation.eqn.primitive.name in CHOICES:
+    eqn = operation.eqn
+    dense = tracing.evaluate(eqn, [pair.dense for pair in pairs], eqn.params)
+    if eqn.primitive.name in CHOICES:
       return [Pair(value, value) for value in dense]
-    quantized = _evaluate(operation.eqn, [pair.quantized for pair in pairs])
+    quantized = tracing.evaluate(
+      eqn, [pair.quantized for pair in pairs], eqn.params
+    )
     return list(map(Pair, dense, quantized))
-
-
-def _evaluate(
-  eqn: tracing.Equation, operands: Sequence[Any]
-) -> Sequence[jax.Array]:
-  results = eqn.primitive.bind(*operands, **eqn.params)
-  return results if eqn.primitive.multiple_results else [results]

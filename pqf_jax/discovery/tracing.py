@@ -1,10 +1,10 @@
 """Traces an apply function into a program that can be read and rewritten.
 
 Jaxprs are not a stable interface of JAX: this module, `rules` and `propagation`
-hold all knowledge of them, and `widening` evaluates them.
+hold all knowledge of them; `widening` and `calibration.streams` evaluate them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,28 @@ def trace_program(
 def program_body(program: Jaxpr) -> Jaxpr:
   """Returns the equations of a program, without the values of its constants."""
   return getattr(program, "jaxpr", program)
+
+
+def program_constants(program: Jaxpr) -> dict[Any, Any]:
+  """Returns {variable: value} of the constants of a program."""
+  variables = program_body(program).constvars
+  # In JAX before 0.12 only closed programs have the attribute.
+  values = getattr(program, "consts", ())
+  return dict(zip(variables, values, strict=True))
+
+
+def evaluate(
+  eqn: Equation, operands: Sequence[Any], params: Mapping[str, Any]
+) -> Sequence[jax.Array]:
+  """Returns the results of an equation that calls no program.
+
+  Args:
+    eqn: the equation.
+    operands: values of its operands.
+    params: its parameters, or others in their place.
+  """
+  results = eqn.primitive.bind(*operands, **params)
+  return results if eqn.primitive.multiple_results else [results]
 
 
 def called_program(eqn: Equation) -> Jaxpr | None:

@@ -39,9 +39,7 @@ def run_widened(
   """
   body = tracing.program_body(program)
   values = dict(zip(body.invars, arguments, strict=True))
-  # In JAX before 0.12 only closed programs have the attribute.
-  constants = getattr(program, "consts", ())
-  for variable, constant in zip(body.constvars, constants, strict=True):
+  for variable, constant in tracing.program_constants(program).items():
     values[variable] = _widen(constant, variable.aval.dtype)
 
   def read(atom: Any) -> Any:
@@ -67,8 +65,7 @@ def _evaluate(
   if called is not None:
     return run_widened(called, operands)
   params = {key: _widen_param(eqn.params[key]) for key in eqn.params}
-  results = eqn.primitive.bind(*operands, **params)
-  return results if eqn.primitive.multiple_results else [results]
+  return tracing.evaluate(eqn, operands, params)
 
 
 def _widen(value: Any, dtype: Any) -> Any:

@@ -146,33 +146,33 @@ def calibrate_stage(
 
   Process 0 does it for all: their sums may differ in the last bit.
   """
-  settings = job.config.calibrate
+  wanted = job.config.calibrate
   shapes = trees.flatten(trees.shapes(quantized), vq_array.is_vq)
 
   def compute() -> Staged:
     leaves: dict[str, Any] = {}
     layers: dict[str, calibrate.LayerError] = {}
     if distributed.is_lead():
-      size = min(CALIBRATION_BATCH, settings.images, job.loaded.num_train)
-      count = min(settings.images, job.loaded.num_train) // size
+      num_images = min(wanted.images, job.loaded.num_train)
+      size = min(CALIBRATION_BATCH, num_images)
       with progress.track("calibrate", len(job.plan), unit="layers") as bar:
         variables, layers = calibrate.calibrate_params(
           job.network.apply,
           permuted,
           quantized,
-          job.loaded.samples(size, count, job.config.seed),
-          rounds=settings.rounds,
-          damping=settings.damping,
+          job.loaded.samples(size, num_images // size, job.config.seed),
+          rounds=wanted.rounds,
+          damping=wanted.damping,
           on_layer=lambda layer: bar.advance(error=layer.after),
         )
       leaves = trees.flatten(variables, vq_array.is_vq)
     everything: list[list[str]] = [[] for _ in range(jax.process_count())]
     everything[0] = list(shapes)
     leaves = distributed.gather_trees(everything, leaves, shapes)
-    errors = {path: layer._asdict() for path, layer in layers.items()}
+    errors_of = {path: layer._asdict() for path, layer in layers.items()}
     return job.evaluated(
       trees.replace(permuted, leaves),
-      output_error=distributed.gather_records(errors),
+      output_error=distributed.gather_records(errors_of),
     )
 
   return job.run("calibrate", trees.shapes(quantized), compute)
