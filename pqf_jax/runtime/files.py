@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -173,11 +174,10 @@ def lock(path: epath.PathLike) -> IO[str] | None:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      file.seek(0)
       raise errors.InputError(
         f"{os.path.dirname(path)} is in use by "
-        f"{file.read() or 'another process'}; wait until that ends, or use "
-        "another --workdir"
+        f"{_read_owner(file) or 'another process'}; wait until that ends, or "
+        "use another --workdir"
       ) from error
     except OSError:
       return None
@@ -187,6 +187,17 @@ def lock(path: epath.PathLike) -> IO[str] | None:
     file.flush()
     stack.pop_all()  # it stays open
     return file
+
+
+def _read_owner(file: IO[str], seconds: float = 5.0) -> str:
+  """Returns what the owner of a lock wrote; it writes just after it locks."""
+  deadline = time.monotonic() + seconds
+  while True:
+    time.sleep(0.1)
+    file.seek(0)
+    owner = file.read()
+    if owner or time.monotonic() > deadline:
+      return owner
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:

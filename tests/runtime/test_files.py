@@ -1,11 +1,13 @@
 """Files: written whole or not at all."""
 
 import errno
+import fcntl
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -74,6 +76,18 @@ def test_a_lock_is_held_once_and_names_its_holder(tmp_path):
   held.close()
   files.lock(tmp_path / "lock").close()
   assert files.lock("gs://bucket/lock") is None
+
+
+def test_an_owner_that_has_locked_and_not_yet_written_is_waited_for(tmp_path):
+  with open(tmp_path / "lock", "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    write = threading.Timer(
+      0.5, lambda: print("process 7", file=file, flush=True)
+    )
+    write.start()
+    with pytest.raises(errors.InputError, match="in use by process 7"):
+      files.lock(tmp_path / "lock")
+    write.join()
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
