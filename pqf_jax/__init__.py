@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.core.plan import SizeReport as SizeReport
   from pqf_jax.core.plan import make_plan as make_plan
   from pqf_jax.core.plan import predict_size as predict_size
+  from pqf_jax.core.storage import Storage as Storage
   from pqf_jax.core.vq_array import VQArray as VQArray
   from pqf_jax.core.vq_array import decode_params as decode_params
   from pqf_jax.core.vq_array import merge_trainable as merge_trainable
@@ -63,6 +64,7 @@ _NAMES = {  # by module
   "core.channels": "ChannelAxis apply_permutations",
   "core.plan": "CompressionPlan LayerPlan Rule SizeReport make_plan "
   "predict_size",
+  "core.storage": "Storage",
   "core.vq_array": "VQArray decode_params merge_trainable split_trainable",
   "discovery.discover": "discover_channels",
   "errors": "InputError",

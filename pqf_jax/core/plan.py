@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
+from pqf_jax.core import storage as storages
 
 PyTree = Any
 _MIN_VECTORS_PER_CODE = 4
@@ -97,7 +98,7 @@ class SizeReport(NamedTuple):
 
   Attributes:
     layers: one row for each stored variable.
-    payload_bytes: codes + float16 codebooks + the rest in its own types.
+    payload_bytes: codes + codebooks + the rest, in the types of a `Storage`.
     dense_bytes: the same variables in float32, norms folded as well.
   """
 
@@ -244,8 +245,12 @@ def _resolve(path: str, kernel: Any, rule: Rule, num_codes: int) -> LayerPlan:
   return LayerPlan(spec, clamped, rule.kmeans_steps)
 
 
-def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
-  """Counts the packed bytes: codes, float16 codebooks, the rest as it is.
+def predict_size(
+  plan: CompressionPlan,
+  variables: PyTree,
+  storage: storages.Storage = storages.PAPER,
+) -> SizeReport:
+  """Counts the packed bytes: codes, codebooks and the rest.
 
   The variables may be arrays, `jax.ShapeDtypeStruct`s or `VQArray`s. Statistics
   of norms are not counted if the plan has any kernel: packing then folds mean
@@ -256,7 +261,7 @@ def predict_size(plan: CompressionPlan, variables: PyTree) -> SizeReport:
   norms = foldable_norms(flat).values() if plan else ()
   folded = {path for norm in norms for path in norm[2:]}
   rows = tuple(
-    _layer_size(path, leaf, plan.get(path))
+    _layer_size(path, leaf, plan.get(path), storage)
     for path, leaf in flat.items()
     if path not in folded
   )
@@ -297,14 +302,16 @@ def code_bytes(num_subvectors: int, num_codes: int) -> int:
   return math.ceil(num_subvectors * code_bits(num_codes) / 8)
 
 
-def _layer_size(path: str, leaf: Any, layer: LayerPlan | None) -> LayerSize:
+def _layer_size(
+  path: str, leaf: Any, layer: LayerPlan | None, storage: storages.Storage
+) -> LayerSize:
   shape = tuple(leaf.shape)
   if layer is None:
-    num_bytes = leaf.dtype.itemsize * math.prod(shape)
-    return LayerSize(path, shape, 0, 0, 0, num_bytes)
+    itemsize = 2 if storage.rounds(path, leaf) else leaf.dtype.itemsize
+    return LayerSize(path, shape, 0, 0, 0, itemsize * math.prod(shape))
   c_out, m, length = layer.spec.layout(shape)
   num_bytes = code_bytes(c_out * m, layer.num_codes)
-  num_bytes += 2 * layer.num_codes * length
+  num_bytes += storage.codebook_itemsize * layer.num_codes * length
   return LayerSize(path, shape, length, layer.num_codes, c_out * m, num_bytes)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from pqf_jax import errors
 from pqf_jax.core import plan as plans
-from pqf_jax.core import vq_array
+from pqf_jax.core import storage, vq_array
 
 SHAPES = {
   "params/stem/kernel": (7, 7, 3, 16),
@@ -68,6 +68,43 @@ def test_statistics_that_fold_into_a_norm_are_not_counted():
   assert size.payload_bytes == (2 + 3) * 8 * 4 + kernel
   # Without a compressed kernel nothing is folded.
   assert plans.predict_size({}, tree).payload_bytes == (4 + 3) * 8 * 4 + 256
+
+
+def test_size_in_smaller_types_is_counted_by_hand():
+  tree = _tree() | {
+    "batch_stats": {"x": jax.ShapeDtypeStruct((5,), jnp.float32)},
+    "kernel": jax.ShapeDtypeStruct((6, 2), jnp.float32),
+    "other": jax.ShapeDtypeStruct((7,), jnp.float32),
+  }
+  tree["params"]["wide"] = jax.ShapeDtypeStruct((3,), jnp.float64)
+  tree["params"]["half"] = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
+  plan = plans.make_plan((*RULES, plans.Rule("kernel", None)), tree)
+  codes = 256 * 6 // 8 + 80 * 4 // 8
+  codebooks = 64 * 18 + 16 * 4
+  rounded = 10 + 7 * 7 * 3 * 16 + 6 * 2
+  kept = 4 * (5 + 7) + 8 * 3 + 2 * 3
+  for codebook, rest, expected in (
+    ("float16", "float32", codes + 2 * codebooks + 4 * rounded + kept),
+    ("int8", "float32", codes + codebooks + 4 * rounded + kept),
+    ("float16", "float16", codes + 2 * codebooks + 2 * rounded + kept),
+    ("int8", "float16", codes + codebooks + 2 * rounded + kept),
+  ):
+    size = plans.predict_size(plan, tree, storage.Storage(codebook, rest))
+    assert size.payload_bytes == expected
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"codebook": "int4"}, "codebook='int4'; give 'float16' or 'int8'"),
+    ({"codebook": jnp.int8}, "codebook=<"),
+    ({"rest": "int8"}, "rest='int8'; give 'float32' or 'float16'"),
+    ({"rest": []}, r"rest=\[\]"),
+  ],
+)
+def test_unknown_types_of_storage_are_named(fields, message):
+  with pytest.raises(errors.InputError, match=f"Storage has {message}"):
+    storage.Storage(**fields)
 
 
 def test_compressed_shapes_fit_the_plan():
