@@ -41,7 +41,7 @@ class Study(NamedTuple):
 
 # Labels of 3,500 images of 10 classes would teach the network that the other
 # 990 classes do not exist, so the dense network is the teacher.
-MOBILENET = ("--config.distillation=1.0", "--config.finetune.epochs=6")
+MOBILENET = ("--config.distillation.share=1.0", "--config.finetune.epochs=6")
 STUDIES = {
   "resnet18_large": Study(
     "ResNet-18, CIFAR-10, large blocks",

@@ -48,6 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = ""
   # Parent folder of the prepared data set, or the folder of train/ and val/.
   config.data.dir = ""
+  # Folder of images that calibration and fine-tuning take instead of those of
+  # train/; they need no labels, so all of the loss must follow the teacher.
+  config.data.unlabelled = ""
   config.data.image_size = 0  # pixels; 0: as is usual for the data set
   config.data.num_objects = 0  # most in an image; 0: as many as there are
   # Of red, green and blue in 0..1; empty: those of the data set.
@@ -94,9 +97,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Stage 0, where there are no weights to start from, and stage 3.
   config.train = training(epochs=0)
   config.finetune = training(epochs=9)
-  # Share of the fine-tuning loss, 0 to 1, that compares with the outputs of the
-  # dense network instead of the labels. The paper has none.
-  config.distillation = 0.0
+  # The share of the fine-tuning loss, 0 to 1, that compares with the outputs of
+  # the dense network instead of the labels, at this temperature; with 1 labels
+  # are not looked at. The paper has none.
+  config.distillation = ml_collections.ConfigDict()
+  config.distillation.share = 0.0
+  config.distillation.temperature = 1.0
 
   # Which weights of the fine-tuning are packed: 'last', as the paper reports,
   # or 'best' by the test images (which then are no longer unseen): top-1, or
@@ -130,6 +136,9 @@ def training(*, epochs: int) -> ml_collections.ConfigDict:
   settings.warmup_epochs = 0.0
   settings.weight_decay = 0.0  # of 'adamw' and 'sgd'; spares norms and biases
   settings.momentum = 0.0  # of 'sgd'
+  # If not 0, weights and statistics are averaged over the steps, each of which
+  # leaves so much of the average; the average is evaluated and packed.
+  settings.ema_decay = 0.0
   return settings
 
 
@@ -147,6 +156,33 @@ def variant_words(variant: str, allowed: Collection[str]) -> set[str]:
       f"are {', '.join(sorted(allowed))}"
     )
   return words
+
+
+# Words of a variant: the settings of the paper, which are the default, or those
+# that measured best.
+RECIPES = ("paper", "best")
+
+
+def choose_recipe(
+  config: ml_collections.ConfigDict, words: Collection[str]
+) -> ml_collections.ConfigDict:
+  """Returns a classifier's config, with other settings for the word `best`.
+
+  They were measured on CIFAR-10 (docs/experiments.md): the fine-tuning follows
+  the dense network alone, at half the paper's rate, and averages the weights.
+
+  Raises:
+    ValueError: both words are there.
+  """
+  if {*RECIPES} <= {*words}:
+    raise ValueError(f"name one of {', '.join(RECIPES)}, not both")
+  if "best" in words:
+    config.name += "_best"
+    config.distillation.share = 1.0
+    config.distillation.temperature = 4.0
+    config.finetune.learning_rate = 5e-4
+    config.finetune.ema_decay = 0.998
+  return config
 
 
 def resnet_rules(

@@ -40,12 +40,15 @@ class FinetuneState(NamedTuple):
     trainable: codebooks, stem, norm scale and bias, biases; None elsewhere.
     frozen: codes and norm statistics; None elsewhere.
     opt_state: state of the optimizer, over `trainable` only.
+    average: moving average of all floats, None elsewhere; or None where
+      nothing is averaged.
   """
 
   step: jax.Array
   trainable: PyTree
   frozen: PyTree
   opt_state: optax.OptState
+  average: PyTree = None
 
 
 class Step(Protocol):
@@ -64,6 +67,8 @@ def init_state(
   variables: PyTree,
   optimizer: optax.GradientTransformation,
   frozen: Sequence[str] = (),
+  *,
+  averaged: bool = False,
 ) -> FinetuneState:
   """Builds the state before the first step.
 
@@ -73,6 +78,7 @@ def init_state(
     optimizer: the one that the step will use.
     frozen: patterns (full-match regex) of paths that no step changes, besides
       codes and statistics. A `VQArray` has two: `<path>/codebook` and `codes`.
+    averaged: whether the steps keep a moving average (their `ema_decay`).
 
   Raises:
     InputError: see `check_frozen`; a leaf is no array; or nothing is left to
@@ -95,7 +101,10 @@ def init_state(
       "that `frozen` does not match: give variables as a dict {'params': ...}"
     )
   step = jnp.zeros((), jnp.int32)
-  return FinetuneState(step, trainable, rest, optimizer.init(trainable))
+  average = jax.tree.map(jnp.copy, _floats(own)) if averaged else None
+  return FinetuneState(
+    step, trainable, rest, optimizer.init(trainable), average
+  )
 
 
 def check_frozen(patterns: Sequence[str], variables: PyTree) -> None:
@@ -117,8 +126,22 @@ def check_frozen(patterns: Sequence[str], variables: PyTree) -> None:
 
 
 def state_variables(state: FinetuneState) -> PyTree:
-  """Returns the variable tree of a state, as `model.apply` takes it."""
-  return vq_array.merge_trainable(state.trainable, state.frozen)
+  """Returns the variable tree of a state, as `model.apply` takes it.
+
+  Its floats are the averages, where the state keeps them.
+  """
+  last = vq_array.merge_trainable(state.trainable, state.frozen)
+  if state.average is None:
+    return last
+  return vq_array.merge_trainable(state.average, last)
+
+
+def _floats(variables: PyTree) -> PyTree:
+  """Returns the tree with None in the place of codes and other integers."""
+  return jax.tree.map(
+    lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None,
+    variables,
+  )
 
 
 # The settings that each optimizer has beyond its rates.
@@ -237,6 +260,7 @@ def make_finetune_step(
   key: jax.Array | None = None,
   mesh: sharding.Mesh | None = None,
   microbatches: int = 1,
+  ema_decay: float = 0.0,
   after_update: Callable[[FinetuneState], FinetuneState] | None = None,
 ) -> Step:
   """Builds the jitted step of equation 9 of arXiv 2010.15703.
@@ -257,6 +281,9 @@ def make_finetune_step(
     microbatches: parts into which a device cuts its rows; it takes them one
       after the other and the step follows their mean: less memory for
       activations.
+    ema_decay: share of itself that the moving average of all floats keeps in a
+      step, statistics included; in early steps less, (1 + step) / (10 + step).
+      0 keeps none. The state then comes from `init_state(..., averaged=True)`.
     after_update: a pure function of the state that ends every step, inside the
       jitted program. It may replace any leaf by one of the same shape and type,
       frozen ones and codes included: re-assignment, averages of weights.
@@ -266,14 +293,17 @@ def make_finetune_step(
     `metrics` holds `loss` and whatever `loss_fn` reports.
 
   Raises:
-    InputError: `microbatches` is not 1 or more; and from the step, the rows of
-      a device cannot be cut into so many parts, or `loss_fn` returns
-      collections of another structure than the variables have.
+    InputError: `microbatches` is not 1 or more, `ema_decay` not 0 <= value < 1;
+      and from the step, the rows of a device cannot be cut into so many parts,
+      `loss_fn` returns collections of another structure than the variables
+      have, or the state has no average where `ema_decay` needs it.
   """
   if not isinstance(microbatches, numbers.Integral) or microbatches < 1:
     raise errors.InputError(
       f"microbatches is {microbatches!r}; give a whole number from 1 on"
     )
+  if not 0 <= ema_decay < 1:
+    raise errors.InputError(f"ema_decay is {ema_decay!r}; give 0 <= value < 1")
   learn: Callable[..., Learned] = functools.partial(
     _mean_of_parts, loss_fn, microbatches
   )
@@ -299,8 +329,11 @@ def make_finetune_step(
     trainable = optax.apply_updates(state.trainable, updates)
     _check_collections(collections, state.frozen)
     frozen = {**state.frozen, **collections}
-    new_state = FinetuneState(state.step + 1, trainable, frozen, opt_state)
-    return (after_update or _unchanged)(new_state), metrics
+    new_state = FinetuneState(
+      state.step + 1, trainable, frozen, opt_state, state.average
+    )
+    new_state = (after_update or _unchanged)(new_state)
+    return _averaged(new_state, ema_decay), metrics
 
   return jax.jit(step, donate_argnums=0)
 
@@ -320,6 +353,29 @@ def _check_collections(collections: PyTree, frozen: PyTree) -> None:
 
 def _unchanged(state: FinetuneState) -> FinetuneState:
   return state
+
+
+def _averaged(state: FinetuneState, decay: float) -> FinetuneState:
+  """Moves the average of a state, after its step, towards its variables."""
+  if bool(decay) != (state.average is not None):
+    raise errors.InputError(
+      f"ema_decay is {decay:g}, but the state has "
+      f"{'no' if decay else 'an'} average; build it by "
+      f"init_state(..., averaged={bool(decay)})"
+    )
+  if not decay:
+    return state
+  # The first steps leave the start behind, which is far from the end.
+  kept = jnp.minimum(decay, state.step / (9.0 + state.step))
+  last = vq_array.merge_trainable(state.trainable, state.frozen)
+
+  def move(average: jax.Array, leaf: jax.Array) -> jax.Array:
+    # In this form what never changes keeps its bits.
+    step = (1 - kept) * (leaf - average).astype(jnp.float32)
+    return average + step.astype(average.dtype)
+
+  average = jax.tree.map(move, state.average, _floats(last))
+  return state._replace(average=average)
 
 
 def _learn(

@@ -110,6 +110,64 @@ def test_training_lowers_the_loss_and_never_moves_codes():
   )
 
 
+def test_the_average_of_the_weights_is_kept_beside_them():
+  optimizer, decay = optax.sgd(0.1), 0.8
+  plain = finetune.make_finetune_step(_loss, optimizer)
+  averaging = finetune.make_finetune_step(_loss, optimizer, ema_decay=decay)
+  state = finetune.init_state(_variables(), optimizer)
+  averaged = finetune.init_state(_variables(), optimizer, averaged=True)
+  average = jax.device_get(_variables())
+  for step in range(1, 41):
+    state, _ = plain(state, BATCH)
+    averaged, _ = averaging(averaged, BATCH)
+    kept = min(decay, step / (9 + step))
+    average = jax.tree.map(
+      lambda old, new, kept=kept: (
+        kept * old + (1 - kept) * np.asarray(new)
+        if np.issubdtype(old.dtype, np.floating)
+        else old
+      ),
+      average,
+      finetune.state_variables(state),
+    )
+  last = averaged._replace(average=None)
+  for got, expected, rtol in (
+    (finetune.state_variables(last), finetune.state_variables(state), 0),
+    (finetune.state_variables(averaged), average, 1e-4),
+  ):
+    for left, right in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+      np.testing.assert_allclose(left, right, rtol=rtol, atol=1e-6 * (rtol > 0))
+
+
+def test_an_average_keeps_what_is_frozen_to_the_bit():
+  optimizer = optax.sgd(0.1)
+  step = finetune.make_finetune_step(_loss, optimizer, ema_decay=0.9)
+  frozen = ("params/fc/kernel/codebook",)
+  state = finetune.init_state(_variables(), optimizer, frozen, averaged=True)
+  for _ in range(5):
+    state, _ = step(state, BATCH)
+  kernels = [
+    tree["params"]["fc"]["kernel"].codebook
+    for tree in (finetune.state_variables(state), _variables())
+  ]
+  np.testing.assert_array_equal(*kernels)
+
+
+@pytest.mark.parametrize("decay, averaged", [(0.9, False), (0.0, True)])
+def test_a_step_and_its_state_agree_about_the_average(decay, averaged):
+  optimizer = optax.sgd(0.1)
+  step = finetune.make_finetune_step(_loss, optimizer, ema_decay=decay)
+  state = finetune.init_state(_variables(), optimizer, averaged=averaged)
+  with pytest.raises(errors.InputError, match=f"averaged={bool(decay)}"):
+    step(state, BATCH)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_that_no_average_has_is_refused(decay):
+  with pytest.raises(errors.InputError, match="ema_decay is .*; give 0 <="):
+    finetune.make_finetune_step(_loss, optax.sgd(0.1), ema_decay=decay)
+
+
 def test_a_step_leaves_the_variables_of_the_caller_alone():
   variables = _variables()
   optimizer = optax.adam(1e-2)

@@ -47,6 +47,7 @@ TRAINING = {
   "warmup_epochs": (0, MOST),
   "weight_decay": (0, 1),
   "momentum": (0, 1),
+  "ema_decay": (0, 1 - 1e-6),
 }
 LIMITS: Mapping[str, tuple[float, float]] = {
   "seed": (0, 2**32 - 1),
@@ -58,7 +59,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "calibrate.images": (0, 2**16),  # all are in memory
   "calibrate.rounds": (0, 1000),
   "calibrate.damping": (1e-9, 1),
-  "distillation": (0, 1),
+  "distillation.share": (0, 1),
+  "distillation.temperature": (1e-2, 1e3),
   "eval_batch_size": (1, 2**16),  # the last batch is padded to it
   "checkpoint_steps": (1, MOST),
 } | {

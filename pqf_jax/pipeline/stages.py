@@ -182,7 +182,7 @@ def finetune_stage(job: jobs.Job, dense: PyTree, quantized: PyTree) -> Staged:
   """Trains codebooks, norms and biases."""
 
   def compute() -> Staged:
-    teacher = dense if job.config.distillation else None
+    teacher = dense if job.config.distillation.share else None
     return fit(job, "finetune", quantized, job.config.finetune, teacher)
 
   target = trees.shapes(training.Fitted(quantized, quantized))
@@ -218,12 +218,11 @@ def fit(
       return global_batches
     return map(task.make_teacher(teacher), global_batches)
 
-  share = 0.0 if teacher is None else job.config.distillation
   return training.fit(
     stage,
     variables,
     schedule,
-    loss_fn=task.make_loss(share),
+    loss_fn=task.make_loss(teacher is not None),
     batches=batches,
     evaluate=task.evaluate,
     metric=next(iter(job.task.metrics)),

@@ -82,6 +82,8 @@ class Schedule(NamedTuple):
 class Fitted(NamedTuple):
   """Result of `fit`.
 
+  With a moving average (`ema_decay`) both are averages.
+
   Attributes:
     last: variables after the last step.
     best: variables of the epoch with the highest metric.
@@ -131,8 +133,11 @@ def fit(
     key=key,
     mesh=distributed.mesh(),
     microbatches=schedule.settings.microbatches,
+    ema_decay=schedule.settings.ema_decay,
   )
-  state = finetune.init_state(variables, optimizer, frozen)
+  state = finetune.init_state(
+    variables, optimizer, frozen, averaged=bool(schedule.settings.ema_decay)
+  )
   tree, record = checkpoints.restore_progress(
     stage, trees.shapes((state, variables))
   ) or ((state, variables), _first_record())

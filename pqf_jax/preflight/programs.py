@@ -70,7 +70,10 @@ class Programs:
     self._optimizer = training.Schedule(settings, num_train, 0).make_optimizer()
     self._state = jax.eval_shape(
       lambda variables: finetune.init_state(
-        variables, self._optimizer, self._config.frozen
+        variables,
+        self._optimizer,
+        self._config.frozen,
+        averaged=bool(self._config.finetune.ema_decay),
       ),
       self._variables,
     )
@@ -94,6 +97,7 @@ class Programs:
       self._optimizer,
       mesh=self._mesh,
       microbatches=self._config.finetune.microbatches,
+      ema_decay=self._config.finetune.ema_decay,
     )
     lowered = step.lower(
       _placed(self._state, distributed.replicated(self._mesh)),

@@ -22,7 +22,8 @@ class LoadedTask(NamedTuple):
     samples: (batch_size, num_batches, seed) -> inputs of the network's `apply`
       for each batch, of training images as they are augmented; each process
       gets all of them.
-    make_loss: share of distillation -> the loss of a training step.
+    make_loss: whether batches have a teacher's outputs -> the loss of a
+      training step; of these it then takes `config.distillation`.
     make_teacher: dense variables -> a function that adds the teacher's outputs
       to a batch.
     evaluate: variables -> {metric: value} over all test images, with
@@ -36,7 +37,7 @@ class LoadedTask(NamedTuple):
   num_train: int
   train_batches: Callable[..., Iterator[finetune.Batch]]
   samples: Callable[[int, int, int], list[tuple[Any, ...]]]
-  make_loss: Callable[[float], finetune.LossFn]
+  make_loss: Callable[[bool], finetune.LossFn]
   make_teacher: Callable[[PyTree], Callable[[Any], Any]]
   evaluate: Callable[[PyTree], dict[str, float]]
   pictures: Callable[[Mapping[str, PyTree]], list[bytes]]

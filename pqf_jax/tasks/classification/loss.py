@@ -15,7 +15,11 @@ Preprocess = Callable[[jax.Array], jax.Array]
 
 
 def make_loss(
-  apply_fn: ApplyFn, preprocess: Preprocess, *, distillation: float = 0.0
+  apply_fn: ApplyFn,
+  preprocess: Preprocess,
+  *,
+  share: float = 0.0,
+  temperature: float = 1.0,
 ) -> finetune.LossFn:
   """Builds the cross-entropy in training mode, which updates norm statistics.
 
@@ -23,9 +27,11 @@ def make_loss(
     apply_fn: a Linen module's `apply` that takes `train`; see
       `models.contract.apply_function`.
     preprocess: uint8 images [B, H, W, 3] -> float32, on the device.
-    distillation: share of the loss, 0 to 1, whose targets are the teacher's
-      probabilities instead of the labels (Hinton et al., arXiv 1503.02531, at
-      temperature 1); batches then come through `make_teacher`.
+    share: of the loss, 0 to 1, whose targets are the teacher's probabilities
+      instead of the labels (section 2 of Hinton et al., arXiv 1503.02531);
+      batches then come through `make_teacher`. With 1 labels are not looked at.
+    temperature: T; probabilities of teacher and student are those of logits / T
+      there, and that part of the loss counts T^2 times.
 
   Returns:
     A `finetune.LossFn` over batches with `image` and `label` int32 [B].
@@ -42,10 +48,11 @@ def make_loss(
       rngs={"dropout": key},
     )
     targets = jax.nn.one_hot(batch["label"], logits.shape[1])
-    if distillation:
-      taught = jax.nn.softmax(batch["teacher_logits"])
-      targets += distillation * (taught - targets)
     loss = optax.softmax_cross_entropy(logits, targets).mean()
+    if share:
+      taught = jax.nn.softmax(batch["teacher_logits"] / temperature)
+      soft = optax.softmax_cross_entropy(logits / temperature, taught).mean()
+      loss += share * (temperature**2 * soft - loss)
     return loss, (updated, {})
 
   return loss_fn

@@ -48,19 +48,24 @@ def _cross_entropy(targets, logits):
   return -(targets * special.log_softmax(logits, axis=1)).sum(1).mean()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_loss_mixes_labels_and_teacher(student, batch, rng, share):
+def test_loss_mixes_labels_and_teacher(student, batch, rng, share, temperature):
   teacher = {"params": {"kernel": rng.normal(size=(12, CLASSES))}}
   with jax.enable_x64(True):
     taught = classification.make_teacher(_apply, _identity, teacher)(batch)
-    loss_fn = classification.make_loss(_apply, _identity, distillation=share)
+    loss_fn = classification.make_loss(
+      _apply, _identity, share=share, temperature=temperature
+    )
     loss, (updated, _) = loss_fn(student, taught, KEY)
   hard = _cross_entropy(
     np.eye(CLASSES)[batch["label"]], _logits(student, batch)
   )
   soft = _cross_entropy(
-    special.softmax(_logits(teacher, batch), axis=1), _logits(student, batch)
+    special.softmax(_logits(teacher, batch) / temperature, axis=1),
+    _logits(student, batch) / temperature,
   )
+  soft *= temperature**2
   np.testing.assert_allclose(loss, (1 - share) * hard + share * soft, rtol=1e-6)
   assert updated == {"batch_stats": {"seen": 1}}
 
@@ -69,12 +74,25 @@ def test_a_student_equal_to_its_teacher_learns_nothing_from_it(student, batch):
   student = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), student)
   batch["image"] = batch["image"].astype(np.float32)
   taught = classification.make_teacher(_apply, _identity, student)(batch)
-  loss_fn = classification.make_loss(_apply, _identity, distillation=1.0)
+  loss_fn = classification.make_loss(_apply, _identity, share=1.0)
   gradient = jax.grad(lambda v: loss_fn(v, taught, KEY)[0])(student)
   assert np.abs(gradient["params"]["kernel"]).max() < 1e-6
   by_label = classification.make_loss(_apply, _identity)
   gradient = jax.grad(lambda v: by_label(v, taught, KEY)[0])(student)
   assert np.abs(gradient["params"]["kernel"]).max() > 1e-3
+
+
+def test_labels_are_not_looked_at_where_the_teacher_says_all(
+  student, batch, rng
+):
+  teacher = {"params": {"kernel": rng.normal(size=(12, CLASSES))}}
+  taught = classification.make_teacher(_apply, _identity, teacher)(batch)
+  loss_fn = classification.make_loss(
+    _apply, _identity, share=1.0, temperature=2.0
+  )
+  without = taught | {"label": np.full(5, -1, np.int32)}
+  losses = [loss_fn(student, each, KEY)[0] for each in (taught, without)]
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 
 
 def test_evaluation_counts_masked_images_out_and_breaks_ties_as_argmax(rng):
