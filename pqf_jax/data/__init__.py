@@ -15,6 +15,7 @@ from pqf_jax import registry
 from pqf_jax.data.batching import eval_batches, fingerprint, train_batches
 from pqf_jax.data.sources import ImageDataset
 from pqf_jax.data.transforms import normalize
+from pqf_jax.data.unlabelled import use_unlabelled
 
 __all__ = [
   "DATASETS",
@@ -25,6 +26,7 @@ __all__ = [
   "normalize",
   "register",
   "train_batches",
+  "use_unlabelled",
   "usual_size",
 ]
 

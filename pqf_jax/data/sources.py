@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from pqf_jax import errors
 from pqf_jax.data import batching
@@ -42,6 +43,8 @@ class ImageDataset(NamedTuple):
     augment: (image uint8 [H, W, 3], draws float64 [3] in [0, 1)) -> uint8
       [S, S, 3], a pure function: an image depends on its own draws only, so
       that processes which share a batch make the same images as one alone.
+    prepare: resizes an image as those of `train` were, for `augment`. None:
+      images from elsewhere cannot take their place.
   """
 
   name: str
@@ -51,6 +54,7 @@ class ImageDataset(NamedTuple):
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
   augment: Augment
+  prepare: Callable[[Image.Image], Image.Image] | None = None
 
   @property
   def num_draws(self) -> int:

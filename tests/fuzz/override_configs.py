@@ -75,6 +75,7 @@ TRAINING = {
   "base_batch_size": WHOLE,
   "optimizer": WORDS,
   "learning_rate": REAL,
+  "ema_decay": (*REAL, "1"),
   "final_learning_rate": REAL,
   "warmup_epochs": REAL,
   "weight_decay": REAL,
@@ -96,6 +97,7 @@ KEYS = {
   "data": WORDS,
   "data.name": WORDS,
   "data.dir": DIGITS_DIR,
+  "data.unlabelled": DIGITS_DIR,
   "data.image_size": (*WHOLE, "1", "16384"),
   "data.num_objects": WHOLE,
   "data.mean": CHANNELS,
@@ -114,7 +116,9 @@ KEYS = {
   "norm_statistics": WORDS,
   **{f"train.{name}": values for name, values in TRAINING.items()},
   **{f"finetune.{name}": values for name, values in TRAINING.items()},
-  "distillation": (*REAL, "1.5"),
+  "distillation": WORDS,
+  "distillation.share": (*REAL, "1.5"),
+  "distillation.temperature": REAL,
   "pack": WORDS,
   "eval_batch_size": WHOLE,
   "checkpoint_steps": WHOLE,
@@ -136,7 +140,7 @@ ACCEPTED = {
   "calibrate.images": ("no calibration", ("0",)),
   "calibrate.rounds": ("no improvements", ("0",)),
   "frozen": ("none", ("()",)),
-  "distillation": ("none", ("0",)),
+  "distillation.share": ("none", ("0",)),
   "checkpoint_steps": ("only evaluated epochs", ("2147483647",)),
   "finetune.epochs": ("no fine-tuning", ("0",)),
   "model.norm_epsilon": ("that of torchvision's weights", ("0",)),
@@ -150,6 +154,7 @@ ACCEPTED = {
     "warmup_epochs": ("none", ("0",)),
     "weight_decay": ("none", ("0",)),
     "momentum": ("none", ("0",)),
+    "ema_decay": ("none", ("0",)),
   }.items()
 }
 # What they name must be read or built before they can be refused, or their

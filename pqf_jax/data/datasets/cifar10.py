@@ -41,4 +41,5 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
       padding=size // 8,
       flip_probability=0.5,
     ),
+    prepare=resize,
   )

@@ -47,4 +47,5 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
       padding=size // 16,
       flip_probability=0.0,
     ),
+    prepare=functools.partial(transforms.resize, size=size),
   )

@@ -58,4 +58,5 @@ def make_dataset(
     augment=functools.partial(
       transforms.random_crop, size=size, padding=0, flip_probability=0.5
     ),
+    prepare=shorten,
   )

@@ -160,6 +160,24 @@ class Folder(decoding.EncodedDataset):
     return Images(list(itertools.chain(*images_of.values())), labels)
 
 
+def unlabelled_images(folder: str) -> Images:
+  """Returns the images in a folder and below, all with label 0.
+
+  Raises:
+    InputError: there is no such folder, or no image in it.
+  """
+  path = pathlib.Path(folder).expanduser()
+  if not path.is_dir():
+    raise errors.InputError(f"{folder} is no folder; give one with images")
+  images, skipped = _images(path)
+  if not images:
+    raise errors.InputError(
+      f"{folder} holds no images (files that end in {' '.join(SUFFIXES)})"
+    )
+  _warn_of_skipped(path, skipped)
+  return Images(images, [0] * len(images))
+
+
 def _check_classes(
   folder: pathlib.Path, class_names: Sequence[str], expected: Sequence[str]
 ) -> None:

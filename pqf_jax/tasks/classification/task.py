@@ -39,6 +39,7 @@ class Classification:
     num_devices: int,
   ) -> None:
     """See `contract.Task`."""
+    _check_labels(config)
     name = config.model.name
     models.check_trainable(
       name,
@@ -91,9 +92,7 @@ class Classification:
       num_train=len(dataset.train),
       train_batches=train_batches,
       samples=samples,
-      make_loss=lambda share: losses.make_loss(
-        training_apply(config, network), preprocess, distillation=share
-      ),
+      make_loss=lambda taught: _make_loss(config, network, preprocess, taught),
       make_teacher=lambda variables: losses.make_teacher(
         infer, preprocess, distributed.replicate(variables)
       ),
@@ -118,7 +117,7 @@ class Classification:
       return {"image": image, "label": label} | fields
 
     def train_batch(size: int) -> contract.Shapes:
-      if not config.distillation:
+      if not config.distillation.share:
         return batch(size, {})
       shape = size, config.model.num_classes
       logits = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -128,11 +127,7 @@ class Classification:
       return batch(size, {"mask": jax.ShapeDtypeStruct((size,), jnp.float32)})
 
     return contract.AbstractPrograms(
-      loss_fn=losses.make_loss(
-        training_apply(config, network),
-        preprocess,
-        distillation=config.distillation,
-      ),
+      loss_fn=_make_loss(config, network, preprocess, taught=True),
       train_batch=train_batch,
       infer=evaluation.make_count(models.apply_function(network), preprocess),
       eval_batch=eval_batch,
@@ -152,6 +147,39 @@ def training_apply(
   return models.apply_function(trained)
 
 
+def _check_labels(config: ml_collections.ConfigDict) -> None:
+  """Refuses to train on images without labels where the loss needs them."""
+  if not config.data.unlabelled:
+    return
+  if config.train.epochs and not config.weights:
+    raise errors.InputError(
+      f"config.data.unlabelled is {config.data.unlabelled!r}, but a training "
+      "from scratch needs labels; give --config.weights=FILE"
+    )
+  share = config.distillation.share
+  if config.finetune.epochs and share < 1:
+    raise errors.InputError(
+      f"config.data.unlabelled is {config.data.unlabelled!r}, but "
+      f"config.distillation.share is {share:g}, so that the fine-tuning loss "
+      "needs labels; give --config.distillation.share=1, or "
+      "--config.finetune.epochs=0"
+    )
+
+
+def _make_loss(
+  config: ml_collections.ConfigDict,
+  network: models.Network,
+  preprocess: losses.Preprocess,
+  taught: bool,
+) -> finetune.LossFn:
+  """Returns the loss of the config, or without a teacher that of its labels."""
+  return losses.make_loss(
+    training_apply(config, network),
+    preprocess,
+    **(config.distillation if taught else {}),
+  )
+
+
 def open_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
   """Opens the labelled images of `config.data`.
 
@@ -168,6 +196,8 @@ def open_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
       f"config.model.num_classes is {config.model.num_classes}, but "
       f"{config.data.name} has {dataset.num_classes} classes"
     )
+  if config.data.unlabelled:
+    dataset = data.use_unlabelled(dataset, config.data.unlabelled)
   return dataset._replace(
     mean=tuple(config.data.mean) or dataset.mean,
     std=tuple(config.data.std) or dataset.std,

@@ -53,10 +53,15 @@ class Detection:
     """See `contract.Task`."""
     del num_devices  # norms are in evaluation mode
     name = config.model.name
-    if config.distillation:
+    if config.distillation.share:
       raise errors.InputError(
-        f"config.distillation is {config.distillation:g}; detection has no "
-        "teacher, so give 0"
+        f"config.distillation.share is {config.distillation.share:g}; "
+        "detection has no loss with a teacher, so give 0"
+      )
+    if config.data.unlabelled:
+      raise errors.InputError(
+        f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
+        "trains on annotated images only, so leave it empty"
       )
     if not hasattr(network, "training_outputs"):
       raise errors.InputError(
@@ -110,7 +115,7 @@ class Detection:
       num_train=len(dataset.train or ()),
       train_batches=train_batches,
       samples=samples,
-      make_loss=lambda distillation: _loss(config, network),
+      make_loss=lambda taught: _loss(config, network),
       make_teacher=lambda variables: lambda batch: batch,
       evaluate=evaluate,
       pictures=functools.partial(
