@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 on ImageNet.
 
-python main.py --config=configs/efficientnet_lite0.py:imagenet2012[,large] \
-        --config.data.dir=DIR
+python main.py --config.data.dir=DIR \
+        --config=configs/efficientnet_lite0.py:imagenet2012[,large][,best]
 The result has 1,551,894 bytes (12.0x smaller), large 1,017,972 (18.3x), without
 the header. The weights come from the hub.
 """
@@ -15,9 +15,12 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   """Returns the recipe.
 
   Args:
-    variant: imagenet2012, [large].
+    variant: imagenet2012, [large], [best].
   """
-  large = "large" in common.variant_words(variant, ("imagenet2012", "large"))
+  words = common.variant_words(
+    variant, ("imagenet2012", "large", *common.RECIPES)
+  )
+  large = "large" in words
 
   config = common.get_config()
   config.name = "_".join(
@@ -45,4 +48,4 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   # The activations of these images are in memory, layer by layer.
   config.calibrate.images = 256
   config.finetune.batch_size = 64
-  return config
+  return common.choose_recipe(config, words)

@@ -1,6 +1,6 @@
 """MobileNetV2 on ImageNet.
 
-python main.py --config=configs/mobilenet_v2.py:imagenet2012[,large] \
+python main.py --config=configs/mobilenet_v2.py:imagenet2012[,large][,best] \
         --config.data.dir=DIR --config.weights=FILE.safetensors
 The result has 1,198,044 bytes (11.7x smaller), large 785,196 (17.9x), without
 the header. Two other rules for the depthwise kernels serve as a comparison
@@ -26,10 +26,12 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   """Returns the recipe.
 
   Args:
-    variant: imagenet2012, [large], [dense_depthwise or uniform].
+    variant: imagenet2012, [large], [dense_depthwise or uniform], [best].
   """
   extras = ("large", "dense_depthwise", "uniform")
-  words = common.variant_words(variant, ("imagenet2012", *extras))
+  words = common.variant_words(
+    variant, ("imagenet2012", *extras, *common.RECIPES)
+  )
   large, uniform = "large" in words, "uniform" in words
   if uniform and "dense_depthwise" in words:
     raise ValueError("name one rule: dense_depthwise or uniform")
@@ -59,4 +61,4 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   # The activations of these images are in memory, layer by layer.
   config.calibrate.images = 256
   config.finetune.batch_size = 64
-  return config
+  return common.choose_recipe(config, words)

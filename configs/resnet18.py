@@ -3,10 +3,10 @@
 python main.py --config=configs/resnet18.py
 Handwritten digits, which come with scikit-learn: trains, compresses and packs
 in a few minutes on two CPU cores.
-python main.py --config=configs/resnet18.py:cifar10[,large] \
+python main.py --config=configs/resnet18.py:cifar10[,large][,best] \
         --config.data.dir=DIR --config.weights=FILE.safetensors
 CIFAR-10, small or large blocks; 32.1x or 52.2x smaller.
-python main.py --config=configs/resnet18.py:imagenet2012[,large] \
+python main.py --config=configs/resnet18.py:imagenet2012[,large][,best] \
         --config.data.dir=DIR
 The paper: 1.54 MiB (29x) 66.74 % top-1, large 1.03 MiB (43x) 63.33 %; of 69.76.
 The weights come from the hub. Nine epochs take 22 minutes of steps on one H100
@@ -23,10 +23,10 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
   """Returns the recipe.
 
   Args:
-    variant: digits, cifar10 or imagenet2012; [large].
+    variant: digits, cifar10 or imagenet2012; [large], [best].
   """
   datasets = ("digits", "cifar10", "imagenet2012")
-  words = common.variant_words(variant, (*datasets, "large"))
+  words = common.variant_words(variant, (*datasets, "large", *common.RECIPES))
   chosen = words & set(datasets) or {"digits"}
   if len(chosen) > 1:
     raise ValueError(f"name one data set, not {', '.join(sorted(chosen))}")
@@ -61,4 +61,4 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.finetune.epochs = 2
     config.finetune.learning_rate = 2e-4
     config.finetune.batch_size = 64
-  return config
+  return common.choose_recipe(config, words)

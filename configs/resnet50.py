@@ -1,6 +1,6 @@
 """ResNet-50 (v1.5) on ImageNet.
 
-python main.py --config=configs/resnet50.py:imagenet2012[,large|,ssl] \
+python main.py --config=configs/resnet50.py:imagenet2012[,large|,ssl][,best] \
         --config.data.dir=DIR
 The paper: 5.09 MiB (19x) 75.04 % top-1, large 3.19 MiB (31x) 72.18 %; of 76.15.
 ssl, semi-supervised weights: 5.09 MiB (19x) 77.19 % top-1, of 78.72.
@@ -20,10 +20,12 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   """Returns the recipe.
 
   Args:
-    variant: imagenet2012, [large], [ssl].
+    variant: imagenet2012, [large], [ssl], [best].
   """
   extras = ("large", "ssl")
-  words = common.variant_words(variant, ("imagenet2012", *extras))
+  words = common.variant_words(
+    variant, ("imagenet2012", *extras, *common.RECIPES)
+  )
   large = "large" in words
 
   config = common.get_config()
@@ -47,4 +49,4 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   # The activations of these images are in memory, layer by layer.
   config.calibrate.images = 256
   config.finetune.batch_size = 64
-  return config
+  return common.choose_recipe(config, words)

@@ -1,0 +1,32 @@
+"""Recipes of classifiers: their words, and settings that pass the checks."""
+
+import pytest
+
+from configs import efficientnet_lite0, mobilenet_v2, resnet18, resnet50
+from pqf_jax.pipeline import settings
+
+RECIPES = [
+  (resnet18, "digits"),
+  (resnet18, "cifar10,large"),
+  (resnet50, "imagenet2012,ssl"),
+  (mobilenet_v2, "imagenet2012"),
+  (efficientnet_lite0, "imagenet2012,large"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "variant"), RECIPES)
+def test_the_word_best_follows_the_teacher_alone(recipe, variant):
+  paper = recipe.get_config(variant)
+  best = recipe.get_config(f"{variant},best")
+  settings.check(best)
+  assert paper.distillation.share == paper.finetune.ema_decay == 0
+  assert best.distillation.share == 1 and best.finetune.ema_decay > 0.99
+  assert best.name == f"{paper.name}_best"
+  assert best.rules == paper.rules
+
+
+@pytest.mark.parametrize(("recipe", "variant"), RECIPES)
+def test_the_word_paper_is_the_default(recipe, variant):
+  assert recipe.get_config(f"{variant},paper") == recipe.get_config(variant)
+  with pytest.raises(ValueError, match="name one of paper, best"):
+    recipe.get_config(f"{variant},paper,best")
