@@ -42,10 +42,10 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(
       1, mp_context=multiprocessing.get_context("spawn")
     ) as pool:
-      name, of, size, peak = pool.submit(row).result()
+      name, of, size, most = pool.submit(row).result()
     print(
-      f"| {name} | {of} | {size / _MIB:.1f} | {peak / _MIB:.1f} |"
-      f" {peak / size:.2f} |",
+      f"| {name} | {of} | {size / _MIB:.1f} | {most / _MIB:.1f} |"
+      f" {most / size:.2f} |",
       flush=True,
     )
 
@@ -63,8 +63,8 @@ def _quantize() -> _Row:
     return lambda: quantize.quantize_params(jax.random.key(0), variables, plan)
 
   make_call(_SMALL)()
-  peak = _peak(make_call(_LARGE))
-  return "quantize, D 4, K 256", "the kernel", 4 * np.prod(_LARGE).item(), peak
+  most = peak(make_call(_LARGE))
+  return "quantize, D 4, K 256", "the kernel", 4 * np.prod(_LARGE).item(), most
 
 
 def _save() -> _Row:
@@ -72,8 +72,8 @@ def _save() -> _Row:
     path = pathlib.Path(folder, "packed")
     pack.save(path, _compressed(_SMALL))
     variables = _compressed(_LARGE)
-    peak = _peak(lambda: pack.save(path, variables))
-    return "save", "the file", path.stat().st_size, peak
+    most = peak(lambda: pack.save(path, variables))
+    return "save", "the file", path.stat().st_size, most
 
 
 def _load() -> _Row:
@@ -85,8 +85,8 @@ def _load() -> _Row:
     ) as pool:
       pool.submit(_save_large, large).result()
     pack.load(small)
-    peak = _peak(lambda: pack.load(large))
-    return "load, with its result", "the file", large.stat().st_size, peak
+    most = peak(lambda: pack.load(large))
+    return "load, with its result", "the file", large.stat().st_size, most
 
 
 def _save_large(path: pathlib.Path) -> None:
@@ -118,9 +118,9 @@ def _finetune() -> _Row:
       float(metrics["loss"])
 
   train(100)
-  peak = _peak(lambda: train(1000))
+  most = peak(lambda: train(1000))
   size = 4 * np.prod(_SMALL).item()
-  return "fine-tune, 1,000 steps after 100", "the kernel", size, peak
+  return "fine-tune, 1,000 steps after 100", "the kernel", size, most
 
 
 def _compressed(shape: tuple[int, int]) -> PyTree:
@@ -136,7 +136,7 @@ def _compressed(shape: tuple[int, int]) -> PyTree:
   return {"params": {"fc": {"kernel": kernel}}}
 
 
-def _peak(call: Callable[[], object]) -> int:
+def peak(call: Callable[[], object]) -> int:
   """Returns the bytes by which the resident set grows at most in a call."""
   # Sets the peak back to the present size.
   pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -10,11 +10,13 @@ the metadata `pqf_jax`; `packing/header.py` describes it. Files of format 2 are
 read as they were. Loading needs no training code and no pickle.
 """
 
+import functools
 import io
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import jax
@@ -153,7 +155,7 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
     InputError: the file is missing, damaged, of another format, or not packed
       by this library.
   """
-  return _read(path)[0]
+  return _open(path, _read_stream)[0]
 
 
 def load(path: str | os.PathLike[str]) -> PyTree:
@@ -162,9 +164,10 @@ def load(path: str | os.PathLike[str]) -> PyTree:
   Where kernels are compressed, norms are folded (see `unpack_model`): exact
   when they use running averages, another function when they are trained on the
   statistics of batches. Takes at most twice the bytes of the file besides the
-  result.
+  result. The file may be replaced meanwhile, as `save` does, not cut.
   """
-  return _build(_read(path)[1])
+  read_mapped = functools.partial(_read_stream, mapped=True)
+  return _build(_open(path, read_mapped)[1])
 
 
 def from_bytes(data: bytes) -> tuple[PackedModel, header.Contents]:
@@ -189,16 +192,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   return _open(path, parse)
 
 
-def _read(
-  path: str | os.PathLike[str],
-) -> tuple[PackedModel, header.Contents]:
-  return _open(path, _read_stream)
-
-
 def _read_stream(
-  stream: BinaryIO, size: int
+  stream: BinaryIO, size: int, *, mapped: bool = False
 ) -> tuple[PackedModel, header.Contents]:
-  metadata, buffers = container.read(stream, size)
+  metadata, buffers = container.read(stream, size, mapped=mapped)
   text = metadata.get(METADATA_KEY)
   if text is None:
     raise errors.InputError(
@@ -228,9 +225,9 @@ def _open(
 
 
 def _build(contents: header.Contents) -> PyTree:
-  leaves: dict[str, Any] = {
-    path: layers.unpack(*parts) for path, parts in contents.layers.items()
-  }
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    kernels = pool.map(lambda x: layers.unpack(*x), contents.layers.values())
+  leaves: dict[str, Any] = dict(zip(contents.layers, kernels, strict=True))
   for norm, (epsilon, folded) in contents.norms.items():
     scale, bias = map(np.array, folded)
     mean, var = np.zeros_like(scale), np.full_like(scale, 1 - epsilon)

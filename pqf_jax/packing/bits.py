@@ -12,14 +12,18 @@ import numpy as np
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
 
-# So many eights stay in the cache of a core.
-_CHUNK = 1 << 12
+# Eights that are handled together: a few temporary arrays of a megabyte, and
+# calls of NumPy so long that they run beside those of other threads.
+_CHUNK = 1 << 16
+_WHOLE_BYTES = {8: np.uint8, 16: np.uint16}
 
 
 def pack_codes(codes: trees.Array, num_codes: int) -> np.ndarray:
   """Packs codes into uint8 [ceil(N * log2(K) / 8)], lowest bit first."""
   bits = plans.code_bits(num_codes)
   flat = np.asarray(codes).reshape(-1)
+  if bits in _WHOLE_BYTES:
+    return flat.astype(_WHOLE_BYTES[bits]).view(np.uint8)
   packed = np.zeros((-(-flat.size // 8), bits), np.uint8)
   for start in range(0, len(packed), _CHUNK):
     rows = packed[start : start + _CHUNK]
@@ -37,6 +41,8 @@ def pack_codes(codes: trees.Array, num_codes: int) -> np.ndarray:
 def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
   """Unpacks codes into [count] of the smallest unsigned type."""
   bits = plans.code_bits(num_codes)
+  if bits in _WHOLE_BYTES:
+    return packed.view(_WHOLE_BYTES[bits])[:count].copy()
   # A code of 9 bits may begin at bit 7 of a byte, and end in the next.
   word = np.uint16 if bits <= 9 else np.uint32
   num_eights = -(-count // 8)

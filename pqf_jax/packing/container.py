@@ -8,6 +8,7 @@ a buffer is a view of the file's bytes.
 
 import json
 import math
+import mmap
 import reprlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -87,12 +88,15 @@ def write(buffers: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
   return b"".join([len(text).to_bytes(LENGTH_BYTES, "little"), text, *content])
 
 
-def read(stream: BinaryIO, size: int) -> Content:
+def read(stream: BinaryIO, size: int, *, mapped: bool = False) -> Content:
   """Reads a safetensors file; its content only when its header fits.
 
   Args:
     stream: at the beginning of the file.
     size: bytes of the file.
+    mapped: whether buffers are the file's own pages, without a copy. They
+      change with a file that is written in place, so it is for callers that
+      drop them at once.
 
   Raises:
     InputError: it is cut off, longer than its header says, or not safetensors.
@@ -106,11 +110,20 @@ def read(stream: BinaryIO, size: int) -> Content:
     end = entry.span[1]
   if end != size:
     raise _refusal(f"its buffers take {end:,} bytes, but {size:,} follow")
-  data = stream.read(size)
+  data = _map(stream) if mapped else stream.read(size)
   if len(data) != size:
     raise _refusal(f"only {len(data):,} of {size:,} bytes could be read")
   views = {name: entry.view(data) for name, entry in buffers.items()}
   return Content(metadata, views)
+
+
+def _map(stream: BinaryIO) -> memoryview | bytes:
+  """Returns the rest of a file, as its own pages where storage has them."""
+  try:
+    pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+  except OSError:
+    return stream.read()
+  return memoryview(pages)[stream.tell() :]
 
 
 def read_metadata(stream: BinaryIO, size: int) -> dict[str, str]:
@@ -199,7 +212,7 @@ class _Entry(NamedTuple):
       raise _refusal(f"{where} needs {needed:,} bytes, but has other offsets")
     return cls(dtype, tuple(shape), (span[0], span[1]))
 
-  def view(self, data: bytes) -> np.ndarray:
+  def view(self, data: bytes | memoryview) -> np.ndarray:
     count = math.prod(self.shape)
     flat = np.frombuffer(data, self.dtype, count, self.span[0])
     return flat.reshape(self.shape)

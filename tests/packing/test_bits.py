@@ -27,7 +27,7 @@ def test_codes_take_exactly_their_bits(num_bits, count, seed):
 
 @pytest.mark.parametrize("num_bits", [3, 8, 10, 16])
 def test_chunks_join_without_a_seam(num_bits):
-  codes = np.random.default_rng(0).integers(0, 1 << num_bits, 70_003)
+  codes = np.random.default_rng(0).integers(0, 1 << num_bits, 600_003)
   packed = bits.pack_codes(codes, 1 << num_bits)
   np.testing.assert_array_equal(packed, packed_bit_by_bit(codes, num_bits))
   np.testing.assert_array_equal(

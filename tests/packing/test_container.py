@@ -115,3 +115,17 @@ def test_the_content_is_read_only_if_the_header_fits():
   with pytest.raises(errors.InputError, match="only 3 of 8 bytes"):
     cut = file({"a": entry()})
     container.read(io.BytesIO(cut[:-5]), len(cut))
+
+
+def test_mapped_buffers_are_those_that_are_read(tmp_path):
+  data = container.write(BUFFERS, {"x": "y"})
+  path = tmp_path / "file"
+  path.write_bytes(data)
+  with open(path, "rb") as stream:
+    mapped = container.read(stream, len(data), mapped=True)
+  # What is no file on a disk has no pages, and is read.
+  unmapped = container.read(io.BytesIO(data), len(data), mapped=True)
+  for metadata, buffers in mapped, unmapped:
+    assert metadata == {"x": "y"}
+    assert_equal(buffers, BUFFERS)
+    assert not any(array.flags.writeable for array in buffers.values())
