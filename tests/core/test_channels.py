@@ -46,6 +46,42 @@ def test_group_sizes():
   assert channels.group_sizes(_tree(), AXES) == {"g": 4}
 
 
+def _segments(*ends):
+  return tuple(
+    channels.ChannelAxis(group, start=start, stop=stop)
+    for group, start, stop in ends
+  )
+
+
+def test_segments_move_apart_and_the_rest_stays():
+  tree = {"a": np.arange(30).reshape(3, 10)}
+  axes = {"a": (None, _segments(("g", 0, 3), ("h", 4, 6), ("g", 6, 9)))}
+  assert channels.group_sizes(tree, axes) == {"g": 3, "h": 2}
+  drawn = {"g": np.array([2, 0, 1]), "h": np.array([1, 0])}
+  got = channels.apply_permutations(tree, axes, drawn)
+  order = [2, 0, 1, 3, 5, 4, 8, 6, 7, 9]
+  np.testing.assert_array_equal(got["a"], tree["a"][:, order])
+  only = channels.select(axes, lambda axis: axis.group == "h")
+  assert only == {"a": (None, *_segments(("h", 4, 6)))}
+  got = channels.apply_permutations(tree, only, {"h": np.array([1, 0])})
+  order = [0, 1, 2, 3, 5, 4, 6, 7, 8, 9]
+  np.testing.assert_array_equal(got["a"], tree["a"][:, order])
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_flattened_axes_carry_the_same_entries(start):
+  axis = channels.ChannelAxis("g", 2, 1, start, start + 4 if start else None)
+  tree = {"a": np.arange(6 * (start + 4)).reshape(3, start + 4, 2)}
+  flat = {"a": tree["a"].reshape(-1)}
+  drawn = {"g": np.array([1, 0])}
+  split = {"a": (None, axis, None)}
+  joined = {"a": (tuple(axis.flattened(3, start + 4, 2)),)}
+  np.testing.assert_array_equal(
+    channels.apply_permutations(flat, joined, drawn)["a"],
+    channels.apply_permutations(tree, split, drawn)["a"].reshape(-1),
+  )
+
+
 @pytest.mark.parametrize(
   ("axes", "message"),
   [
@@ -54,6 +90,12 @@ def test_group_sizes():
     (
       AXES | {"c": (channels.ChannelAxis("g"),)},
       "c: axis 0.* 5, but group 'g' of 4",
+    ),
+    ({"c": (_segments(("g", 0, 3), ("h", 2, 5)),)}, "segment 2:5 of group 'h'"),
+    ({"c": _segments(("g", 3, 6))}, "c: axis 0.* 5, but the segment 3:6"),
+    (
+      {"c": (_segments(("g", 0, 3), ("g", 3, 5)),)},
+      "c: axis 0: .*3:5.* 2, but group 'g' of 3",
     ),
   ],
 )
