@@ -1,17 +1,24 @@
-"""Axes as products of factors, tied in a union-find.
+"""Axes as products and sums of factors, tied in a union-find.
 
 An axis of an array is an ordered product of factors, major to minor: flattened
-features are [height, width, channels]. Tied factors share one permutation; a
-blocked factor must keep its order; a factor that a reshape cuts is split in
-two. All three are lasting facts about the program, so the order in which they
-are stated does not matter.
+features are [height, width, channels]. A factor is split into such a product
+where a reshape cuts it, and into a sum, of axes that lie end to end, where a
+concatenation or a slice does: the channels of a dense block are [stem + new +
+new]. The terms of an axis are called segments.
+
+Tied factors share one permutation; a blocked factor must keep its order. All of
+these are lasting facts about the program, so the order in which they are stated
+does not matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+
+MISFIT = "cuts of the axis that do not fit each other"
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -21,14 +28,15 @@ class Factor:
   Attributes:
     size: how many indices it has; tied factors have the same size.
     blocked_by: reasons why its order is fixed; empty while it is free.
-    tied_to: another factor that represents this one.
-    parts: (major, minor) once it is split.
+    parts: its product, major to minor, once it is split; or the one factor to
+      which it is tied, and which represents both.
+    terms: its sum, first to last, once it is cut; nothing else has terms.
   """
 
   size: int
   blocked_by: set[str] = dataclasses.field(default_factory=set)
-  tied_to: Factor | None = None
-  parts: tuple[Factor, ...] = ()
+  parts: Axis = ()
+  terms: tuple[Axis, ...] = ()
 
 
 Axis = tuple[Factor, ...]
@@ -46,56 +54,79 @@ def new_axes(shape: Iterable[int], reason: str = "") -> Axes:
   return [new_axis(length, reason) for length in shape]
 
 
+def add_axes(terms: Iterable[Axis]) -> Axis:
+  """Makes the axis that consists of other axes, end to end."""
+  terms = tuple(terms)
+  return (Factor(sum(map(axis_length, terms)), terms=terms),)
+
+
 def axis_length(axis: Axis) -> int:
   """Returns the number of indices of an axis."""
   return math.prod(factor.size for factor in axis)
 
 
-def find_factors(axis: Axis) -> list[Factor]:
-  """Lists the representatives whose product is an axis, major to minor.
+def find_factors(axis: Axis) -> Axis:
+  """Returns the factors whose product is an axis, major to minor.
 
-  Factors of size 1 are left out: they have nothing to permute.
+  They have no parts, but may have terms. Factors of size 1 are left out: they
+  have nothing to permute.
   """
   factors = []
-  for factor in map(_representative, axis):
+  ahead = list(reversed(axis))
+  while ahead:
+    factor = ahead.pop()
     if factor.parts:
-      factors += find_factors(factor.parts)
+      ahead.extend(reversed(factor.parts))
     elif factor.size != 1:
       factors.append(factor)
-  return factors
+  return tuple(factors)
+
+
+def find_segments(axis: Axis) -> list[Axis]:
+  """Lists the axes whose sum is an axis; none of them begins with a sum."""
+  segments = []
+  ahead = [axis]
+  while ahead:
+    factors = find_factors(ahead.pop())
+    if factors and factors[0].terms:
+      terms = filter(axis_length, reversed(factors[0].terms))
+      ahead.extend(term + factors[1:] for term in terms)
+    else:
+      segments.append(factors)
+  return segments
+
+
+def find_leaves(axis: Axis) -> Iterator[Factor]:
+  """Yields the factors of an axis that are split no further, in any order."""
+  ahead = list(axis)
+  while ahead:
+    factor = ahead.pop()
+    below = [*factor.parts, *itertools.chain.from_iterable(factor.terms)]
+    ahead.extend(below)
+    if not below:
+      yield factor
 
 
 def block_axes(axes: Iterable[Axis], reason: str) -> None:
   """Fixes the order of these axes."""
   for axis in axes:
-    for factor in find_factors(axis):
+    for factor in find_leaves(axis):
       factor.blocked_by.add(reason)
 
 
 def tie_axes(first: Axis, second: Axis) -> None:
   """Ties two axes of the same length, which then share one permutation.
 
-  Factors are split until both sides agree; where no common factorization
-  exists, such as of 6 x 4 and 8 x 3, both sides are blocked.
+  Factors are split until both sides agree. Where they cannot, as 6 x 4 and
+  8 x 3, or 2 x 4 and 3 + 5, the segments concerned are blocked on both sides.
   """
-  while True:
-    pairs = zip(find_factors(first), find_factors(second), strict=False)
-    unequal = next((pair for pair in pairs if pair[0].size != pair[1].size), ())
-    if not unequal:
-      break
-    small, large = sorted(unequal, key=lambda factor: factor.size)
-    if small.size == 0 or large.size % small.size:
-      block_axes([first, second], "incompatible factors")
-      return
-    sizes = (small.size, large.size // small.size)
-    large.parts = tuple(Factor(size, set(large.blocked_by)) for size in sizes)
-  pairs = zip(find_factors(first), find_factors(second), strict=True)
-  for pair in list(pairs):
-    # An earlier pair of the list may have replaced either of them.
-    one, other = map(_representative, pair)
-    if one is not other:
-      other.tied_to = one
-      one.blocked_by |= other.blocked_by
+  sides = [first], [second]
+  while axis_length(first) and sides[0]:
+    one, other = _aligned_runs(sides)
+    if len(one) == len(other) == 1:
+      _tie_products(one[0], other[0])
+    else:
+      block_axes(one + other, MISFIT)
 
 
 def tie_all(first: Axes, second: Axes) -> None:
@@ -110,7 +141,68 @@ def drop_axes(axes: Axes, dims: Collection[int]) -> Axes:
   return [axis for dim, axis in enumerate(axes) if dim not in dims]
 
 
-def _representative(factor: Factor) -> Factor:
-  while factor.tied_to is not None:
-    factor = factor.tied_to
-  return factor
+def _aligned_runs(sides: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
+  """Takes the shortest runs of segments of equal length off two sums.
+
+  Each side lists its axes, first to last. A run has one segment, unless this
+  cannot be cut where a segment of the other side ends.
+  """
+  runs = ([_take_first(sides[0])], [_take_first(sides[1])])
+  while True:
+    lengths = [sum(map(axis_length, run)) for run in runs]
+    if lengths[0] == lengths[1]:
+      return runs
+    long = int(lengths[1] > lengths[0])
+    last = runs[long][-1]
+    surplus = lengths[long] - lengths[1 - long]
+    if _cut(last, axis_length(last) - surplus):
+      sides[long].insert(0, last)
+      runs[long][-1] = _take_first(sides[long])
+    else:
+      runs[1 - long].append(_take_first(sides[1 - long]))
+
+
+def _take_first(axes: Axes) -> Axis:
+  """Takes the first segment off a sum of axes."""
+  first, *rest = find_segments(axes.pop(0))
+  axes[:0] = rest
+  return first
+
+
+def _cut(axis: Axis, at: int) -> bool:
+  """Cuts a segment in two before an index, or returns that it cannot."""
+  segment, *others = find_segments(axis)
+  if others:  # cut already, together with another one
+    return True
+  major, *minor = segment
+  count, rest = divmod(at, axis_length(tuple(minor)))
+  if rest:
+    return False
+  sizes = (count, major.size - count)
+  major.terms = tuple((Factor(size, set(major.blocked_by)),) for size in sizes)
+  return True
+
+
+def _tie_products(first: Axis, second: Axis) -> None:
+  """Ties two segments of the same length, factor by factor."""
+  while True:
+    one, other = find_factors(first), find_factors(second)
+    pairs = list(zip(one, other, strict=False))
+    equal = [a.size == b.size and not a.terms + b.terms for a, b in pairs]
+    count = equal.index(False) if False in equal else len(pairs)
+    if count == len(pairs) or any(factor.terms for factor in pairs[count]):
+      break
+    small, large = sorted(pairs[count], key=lambda factor: factor.size)
+    if large.size % small.size:
+      block_axes([first, second], MISFIT)
+      return
+    sizes = (small.size, large.size // small.size)
+    large.parts = tuple(Factor(size, set(large.blocked_by)) for size in sizes)
+  for pair in pairs[:count]:
+    # An earlier pair of the list may have replaced either of them.
+    (kept,), (tied,) = find_factors(pair[:1]), find_factors(pair[1:])
+    if kept is not tied:
+      tied.parts = (kept,)
+      kept.blocked_by |= tied.blocked_by
+  if count < len(pairs):
+    tie_axes(one[count:], other[count:])

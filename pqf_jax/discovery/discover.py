@@ -15,18 +15,30 @@ import jax
 import numpy as np
 
 from pqf_jax.core import channels, trees
-from pqf_jax.discovery import axis_factors, propagation, self_check, tracing
+from pqf_jax.discovery import (
+  axis_factors,
+  propagation,
+  rules,
+  self_check,
+  tracing,
+)
 
 PyTree = Any
 
 
+# Reasons to keep an order that lie in how the network is written.
+_CUTS = {axis_factors.MISFIT, rules.STRIDED}
+
+
 class _Place(NamedTuple):
-  """A place of a group: an axis of a variable, and the factor's place in it."""
+  """A place of a group: an axis of a variable, and the factor's place in it.
+
+  The group of `axis` has no name yet.
+  """
 
   path: str
   dim: int
-  outer: int
-  inner: int
+  axis: channels.ChannelAxis
 
 
 def discover_channels(
@@ -67,13 +79,16 @@ def infer_channels(
   where this kernel makes several groups, with the number of the axis, as in
   `attention/query[1]`.
 
-  One axis can carry one group. Where several would fit (groups and channels
-  within a group of a GroupNorm, both of which may be permuted), the larger is
-  kept.
+  One segment of an axis can carry one group: features that the network puts
+  side by side (DenseNet, U-Net, Inception), or takes apart, are segments. Where
+  several groups would fit (groups and channels within a group of a GroupNorm,
+  both of which may be permuted), the larger is kept.
 
   The arguments are those of `discover_channels`, but may have
   `jax.ShapeDtypeStruct`s instead of arrays. A warning names the axes that keep
-  their order only because the program has primitives without a rule.
+  their order only because the program has primitives without a rule; another
+  one the kernels that keep theirs only because the network cuts an axis in
+  places that do not fit each other.
 
   Raises:
     InputError: the apply function cannot be traced.
@@ -106,7 +121,7 @@ def _infer(
   ordered = {
     path: parameters[path] for path in sorted(parameters, key=first_read)
   }
-  _warn_of_unknown(ordered, walk.unknown)
+  _warn_of_blocked(ordered, walk.unknown)
   return _table(ordered, _groups(ordered))
 
 
@@ -115,12 +130,26 @@ def _places(
 ) -> Iterator[tuple[axis_factors.Factor, _Place]]:
   for path, axes in parameters.items():
     for dim, axis in enumerate(axes):
-      factors = axis_factors.find_factors(axis)
-      sizes = [factor.size for factor in factors]
-      for position, factor in enumerate(factors):
-        outer = math.prod(sizes[:position])
-        inner = math.prod(sizes[position + 1 :])
-        yield factor, _Place(path, dim, outer, inner)
+      for factor, found in _places_in(axis):
+        yield factor, _Place(path, dim, found)
+
+
+def _places_in(
+  axis: axis_factors.Axis, start: int = 0, inner: int = 1
+) -> Iterator[tuple[axis_factors.Factor, channels.ChannelAxis]]:
+  """Yields the factors of an axis that has `inner` entries for each index."""
+  for segment in axis_factors.find_segments(axis):
+    sizes = [factor.size for factor in segment]
+    stop = start + math.prod(sizes) * inner
+    for position, factor in enumerate(segment):
+      outer = math.prod(sizes[:position])
+      entries = math.prod(sizes[position + 1 :]) * inner
+      if factor.terms:  # no major factor: each repetition has all segments
+        for first in range(start, stop, factor.size * entries):
+          yield from _places_in((factor,), first, entries)
+      else:
+        yield factor, channels.ChannelAxis("", outer, entries, start, stop)
+    start = stop
 
 
 def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
@@ -129,44 +158,101 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
   for factor, place in _places(parameters):
     if not factor.blocked_by:
       places[factor].append(place)
-  tied = [factor for factor in places if len(places[factor]) > 1]
-  kept: list[axis_factors.Factor] = []
-  taken: set[tuple[str, int]] = set()
-  # Only the largest factor is kept where several share an axis.
-  for factor in sorted(tied, key=lambda factor: -factor.size):
-    occupied = {(place.path, place.dim) for place in places[factor]}
-    # An axis of the products of all pairs of channels has the factor twice.
-    once = len(occupied) == len(places[factor])
-    if once and not occupied & taken:
-      kept.append(factor)
-      taken |= occupied
+  tied = [
+    factor
+    for factor, found in places.items()
+    if len({place[:2] for place in found}) > 1
+  ]
+  taken = {
+    (path, dim): np.zeros(axis_factors.axis_length(axis), bool)
+    for path, axes in parameters.items()
+    for dim, axis in enumerate(axes)
+  }
+  # Only the largest factor is kept where several share a segment.
+  by_size = sorted(tied, key=lambda factor: -factor.size)
+  kept = {factor for factor in by_size if _take(places[factor], taken)}
   return [places[factor] for factor in tied if factor in kept]
+
+
+def _take(
+  places: list[_Place], taken: Mapping[tuple[str, int], np.ndarray]
+) -> bool:
+  """Marks the entries of all places as taken, unless one is taken already.
+
+  An axis of the products of all pairs of channels has a factor twice, so that
+  its own places are in each other's way.
+  """
+  marked: list[np.ndarray] = []
+  for path, dim, axis in places:
+    entries = taken[path, dim][axis.start : axis.stop]
+    if entries.any():
+      for entries in marked:
+        entries[:] = False
+      return False
+    entries[:] = True
+    marked.append(entries)
+  return True
 
 
 def _table(
   parameters: Mapping[str, axis_factors.Axes], groups: list[list[_Place]]
 ) -> channels.ChannelAxes:
   """Names the groups, each by its first kernel, and lists their axes."""
-  rows: dict[str, list[channels.ChannelAxis | None]] = {
-    path: [None] * len(axes) for path, axes in parameters.items()
+  rows: dict[str, list[list[channels.ChannelAxis]]] = {
+    path: [[] for _ in axes] for path, axes in parameters.items()
   }
   founders = [
     next((place for place in group if len(rows[place.path]) > 1), group[0])
     for group in groups
   ]
   for name, group in zip(_names(founders), groups, strict=True):
-    for path, dim, outer, inner in group:
-      rows[path][dim] = channels.ChannelAxis(name, outer, inner)
-  return {path: tuple(row) for path, row in rows.items() if any(row)}
+    for path, dim, axis in group:
+      rows[path][dim].append(axis._replace(group=name))
+  table = {
+    path: tuple(
+      _joined(found, axis_factors.axis_length(axis))
+      for found, axis in zip(row, parameters[path], strict=True)
+    )
+    for path, row in rows.items()
+  }
+  return {path: row for path, row in table.items() if any(row)}
+
+
+def _joined(
+  found: list[channels.ChannelAxis], length: int
+) -> channels.AxisChannels:
+  """Joins segments that follow each other and have the same channels."""
+  joined: list[channels.ChannelAxis] = []
+  for axis in sorted(found, key=lambda axis: axis.start):
+    *before, last = joined or [axis]
+    if (last.group, last.inner, last.stop) == (
+      axis.group,
+      axis.inner,
+      axis.start,
+    ):
+      axis = axis._replace(outer=last.outer + axis.outer, start=last.start)
+      joined = before
+    joined = [*joined, axis]
+  if [(axis.start, axis.stop) for axis in joined] == [(0, length)]:
+    joined = [joined[0]._replace(stop=None)]
+  return channels.join_segments(joined)
 
 
 def _names(founders: list[_Place]) -> list[str]:
   """Names every group by its founder, as short as stays unique."""
 
-  def names(place: _Place) -> tuple[str, str, str]:
-    module, slash, _ = place.path.removeprefix("params/").rpartition("/")
-    module = module if slash else place.path
-    return module, f"{module}[{place.dim}]", f"{place.path}[{place.dim}]"
+  def names(place: _Place) -> tuple[str, ...]:
+    path, dim, axis = place
+    module, slash, _ = path.removeprefix("params/").rpartition("/")
+    module = module if slash else path
+    segment = f"[{dim}, {axis.start}:{axis.stop}]"
+    return (
+      module,
+      f"{module}[{dim}]",
+      f"{path}[{dim}]",
+      module + segment,
+      path + segment,
+    )
 
   counts = collections.Counter(
     name for place in founders for name in set(names(place))
@@ -177,19 +263,39 @@ def _names(founders: list[_Place]) -> list[str]:
   ]
 
 
-def _warn_of_unknown(
+def _warn_of_blocked(
   parameters: Mapping[str, axis_factors.Axes], unknown: set[str]
 ) -> None:
+  """Warns of axes that better rules, or another network, would set free."""
   blocked = [
-    (f"{place.path}[{place.dim}]", factor.blocked_by)
+    (place, factor.blocked_by)
     for factor, place in _places(parameters)
-    if factor.blocked_by and factor.blocked_by <= unknown
+    if factor.blocked_by
   ]
-  if blocked:
-    names = dict.fromkeys(name for name, _ in blocked)
-    reasons = set().union(*(reasons for _, reasons in blocked))
+  by_unknown = [row for row in blocked if row[1] <= unknown]
+  if by_unknown:
+    reasons = set().union(*(reasons for _, reasons in by_unknown))
     warnings.warn(
       "these axes keep their order only because discovery has no rule for the "
-      f"primitives {sorted(reasons)}: {', '.join(names)}",
+      f"primitives {sorted(reasons)}: {_listed(by_unknown)}",
       stacklevel=4,
     )
+  by_cuts = [
+    row
+    for row in blocked
+    if row[1] <= _CUTS and len(parameters[row[0].path]) > 1
+  ]
+  if by_cuts:
+    warnings.warn(
+      "these kernels keep the order of some channels only because the network "
+      "cuts an axis in places that do not fit each other, as a strided slice "
+      "does, or groups of channels that reach over the parts of a "
+      f"concatenation: {_listed(by_cuts)}",
+      stacklevel=4,
+    )
+
+
+def _listed(blocked: list[tuple[_Place, set[str]]]) -> str:
+  """Lists the axes of places, each once."""
+  names = (f"{place.path}[{place.dim}]" for place, _ in blocked)
+  return ", ".join(dict.fromkeys(names))

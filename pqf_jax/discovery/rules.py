@@ -34,6 +34,7 @@ REDUCTIONS = """
 reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
 """
 CUMULATIVE = "cumlogsumexp cummax cummin cumprod cumsum"
+STRIDED = "strided slice"
 WINDOWED = "reduce_window reduce_window_max reduce_window_min reduce_window_sum"
 
 
@@ -80,11 +81,6 @@ def _windowed_dims(eqn: Equation) -> list[int]:
   keys = ("window_dimensions", "window_strides", "padding")
   rows = zip(*(eqn.params[key] for key in keys), strict=True)
   return [dim for dim, row in enumerate(rows) if row != (1, 1, (0, 0))]
-
-
-def _padded_dims(eqn: Equation) -> list[int]:
-  rows = enumerate(eqn.params["padding_config"])
-  return [dim for dim, row in rows if tuple(row) != (0, 0, 0)]
 
 
 def _axis_dims(eqn: Equation) -> list[int]:
@@ -176,32 +172,34 @@ def _convolution(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   return results
 
 
-def _join(whole: Axes, parts: Sequence[Axes], joined: int, name: str) -> None:
+def _join(whole: Axes, parts: Sequence[Axes], joined: int) -> None:
   """States that `whole` is the `parts` side by side along one axis."""
   for part in parts:
     for dim, axis in enumerate(part):
       if dim != joined:
         axis_factors.tie_axes(whole[dim], axis)
-  ends = [part[joined] for part in parts]
-  if len({axis_factors.axis_length(end) for end in ends}) == 1:
-    # One axis [part, n] whose n stays free (gated units, fused projections).
-    which = axis_factors.new_axis(len(ends), name)
-    for end in ends:
-      axis_factors.tie_axes(whole[joined], which + end)
-  else:  # that would need axes that are sums of factors
-    axis_factors.block_axes([whole[joined], *ends], name)
+  ends = axis_factors.add_axes(part[joined] for part in parts)
+  axis_factors.tie_axes(whole[joined], ends)
 
 
 def _concatenate(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   results = new_results(eqn)
-  _join(results[0], operands, eqn.params["dimension"], "concatenate")
+  _join(results[0], operands, eqn.params["dimension"])
   return results
 
 
 def _split(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   results = new_results(eqn)
-  _join(operands[0], results, eqn.params["axis"], "split")
+  _join(operands[0], results, eqn.params["axis"])
   return results
+
+
+def _widen(
+  before: int, axis: axis_factors.Axis, after: int
+) -> axis_factors.Axis:
+  """Makes the axis that has some more entries before and after another."""
+  new_axis = axis_factors.new_axis
+  return axis_factors.add_axes([new_axis(before), axis, new_axis(after)])
 
 
 def _stack(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
@@ -226,14 +224,27 @@ def _slice(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   strides = eqn.params["strides"] or [1] * len(starts)
   rows = zip(operands[0], result, starts, strides, strict=True)
   for whole, part, start, stride in rows:
-    length = axis_factors.axis_length(part)
-    count, rest = divmod(axis_factors.axis_length(whole), max(length, 1))
-    if length and not rest and start % length == 0 and stride == 1:
-      # One of `count` equal parts: as in `_join`.
-      which = axis_factors.new_axis(count, "slice")
-      axis_factors.tie_axes(whole, which + part)
+    if stride == 1:
+      lengths = map(axis_factors.axis_length, (whole, part))
+      after = operator.sub(*lengths) - start
+      axis_factors.tie_axes(whole, _widen(start, part, after))
     else:
-      axis_factors.block_axes([whole, part], "slice")
+      axis_factors.block_axes([whole, part], STRIDED)
+  return results
+
+
+def _pad(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
+  """Puts equal entries before and after an axis; negative numbers crop it."""
+  (result,) = results = new_results(eqn)
+  rows = zip(operands[0], result, eqn.params["padding_config"], strict=True)
+  for old, new, (low, high, interior) in rows:
+    if interior:
+      axis_factors.block_axes([old, new], "pad")
+    else:
+      axis_factors.tie_axes(
+        _widen(max(low, 0), old, max(high, 0)),
+        _widen(max(-low, 0), new, max(-high, 0)),
+      )
   return results
 
 
@@ -290,7 +301,7 @@ RULES: dict[str, Rule] = {
   "dynamic_update_slice": _blocking(lambda eqn: ()),
   "gather": _gather,
   "iota": _iota,
-  "pad": _blocking(_padded_dims),
+  "pad": _pad,
   "reshape": _reshape,
   "rev": _blocking(lambda eqn: eqn.params["dimensions"]),
   "slice": _slice,

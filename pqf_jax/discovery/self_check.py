@@ -126,7 +126,7 @@ def check_groups(
       "network; they are left in their order",
       stacklevel=4,
     )
-    return _without(axes, failed)
+    return channels.select(axes, lambda axis: axis.group not in failed)
   if not changes(_first_places(axes), sizes):
     warnings.warn(
       "the self-check of the channel groups proves nothing: even wrong "
@@ -216,22 +216,9 @@ def _first_places(axes: channels.ChannelAxes) -> channels.ChannelAxes:
   """Cuts each group down to one axis, whose permutation changes any network."""
   kept_groups: set[str] = set()
 
-  def keep(axis: channels.ChannelAxis | None) -> channels.ChannelAxis | None:
-    if axis is None or axis.group in kept_groups:
-      return None
+  def keep(axis: channels.ChannelAxis) -> bool:
+    new = axis.group not in kept_groups
     kept_groups.add(axis.group)
-    return axis
+    return new
 
-  return {path: tuple(map(keep, row)) for path, row in axes.items()}
-
-
-def _without(
-  axes: channels.ChannelAxes, failed: list[str]
-) -> channels.ChannelAxes:
-  rows = {
-    path: tuple(
-      axis if axis and axis.group not in failed else None for axis in row
-    )
-    for path, row in axes.items()
-  }
-  return {path: row for path, row in rows.items() if any(row)}
+  return channels.select(axes, keep)

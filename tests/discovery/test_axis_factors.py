@@ -42,14 +42,65 @@ def test_factors_without_a_common_refinement_are_blocked():
   assert all(factor.blocked_by for factor in axis_factors.find_factors(right))
 
 
+def add(*terms: list[int]) -> axis_factors.Axis:
+  return axis_factors.add_axes(map(make_axis, terms))
+
+
+def test_sums_are_cut_wherever_either_side_ends():
+  left, right = add([3], [5]), add([4], [4])
+  axis_factors.tie_axes(left, right)
+  segments = axis_factors.find_segments(left)
+  assert [[factor.size for factor in part] for part in segments] == [
+    [3],
+    [],
+    [4],
+  ]
+  assert segments == axis_factors.find_segments(right)
+
+
+def test_a_sum_cuts_the_major_factor_of_a_product():
+  left, right = add([4], [8]), make_axis([6, 2])
+  axis_factors.tie_axes(left, right)
+  segments = axis_factors.find_segments(right)
+  sizes = [[factor.size for factor in part] for part in segments]
+  assert sizes == [[2, 2], [4, 2]]
+  assert segments == axis_factors.find_segments(left)
+  assert segments[0][1] is segments[1][1]
+  assert not any(factor.blocked_by for part in segments for factor in part)
+
+
+def test_only_the_segments_that_do_not_fit_are_blocked():
+  left, right = add([2], [5], [7], [3]), add([2], [4, 3], [3])
+  axis_factors.tie_axes(left, right)
+  for side in left, right:
+    segments = axis_factors.find_segments(side)
+    assert not segments[0][0].blocked_by
+    assert not segments[-1][0].blocked_by
+    for part in segments[1:-1]:
+      assert all(f.blocked_by == {axis_factors.MISFIT} for f in part)
+
+
+def test_a_long_chain_of_cuts_and_ties_is_no_recursion():
+  first = axis = axis_factors.new_axis(3000)
+  for length in range(2999, 0, -1):
+    rest = axis_factors.new_axis(length)
+    one = axis_factors.new_axis(1)
+    axis_factors.tie_axes(axis, axis_factors.add_axes([one, rest]))
+    axis = rest
+  assert len(axis_factors.find_segments(first)) == 3000
+  axis_factors.block_axes([first], "why")
+
+
 FACTORIZATIONS = ([24], [2, 12], [4, 6], [12, 2], [2, 2, 6], [8, 3], [24])
+SUMS = ([24], [12, 12], [6, 18], [5, 19], [8, 8, 8], [24], [4, 20])
 NODES = st.integers(0, len(FACTORIZATIONS) - 1)
 FACTS = st.one_of(st.tuples(NODES, NODES), st.tuples(NODES))
 
 
-def state_facts(facts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+def state_facts(
+  axes: list[axis_factors.Axis], facts: list[tuple[int, ...]]
+) -> list[list[tuple[int, ...]]]:
   """Ties or blocks axes of length 24; (size, class) of their free factors."""
-  axes = list(map(make_axis, FACTORIZATIONS))
   for chosen in facts:
     if len(chosen) == 2:
       axis_factors.tie_axes(axes[chosen[0]], axes[chosen[1]])
@@ -59,14 +110,20 @@ def state_facts(facts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
   return [
     [
       (factor.size, classes.setdefault(factor, len(classes)))
-      for factor in axis_factors.find_factors(axis)
+      for segment in axis_factors.find_segments(axis)
+      for factor in segment
       if not factor.blocked_by
     ]
     for axis in axes
   ]
 
 
-@hypothesis.given(st.data(), st.lists(FACTS, max_size=7))
-def test_the_order_of_the_facts_does_not_matter(data, facts):
+@hypothesis.given(st.data(), st.lists(FACTS, max_size=7), st.booleans())
+def test_the_order_of_the_facts_does_not_matter(data, facts, sums):
+  def axes() -> list[axis_factors.Axis]:
+    if sums:
+      return [add(*([size] for size in sizes)) for sizes in SUMS]
+    return list(map(make_axis, FACTORIZATIONS))
+
   shuffled = data.draw(st.permutations(facts))
-  assert state_facts(shuffled) == state_facts(facts)
+  assert state_facts(axes(), shuffled) == state_facts(axes(), facts)

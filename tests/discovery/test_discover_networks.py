@@ -190,16 +190,58 @@ class Grouped(nn.Module):
     return nn.Dense(5, name="fc2")(nn.relu(nn.Dense(9, name="fc1")(x)))
 
 
-class DenselyConnected(nn.Module):
-  """Unequal numbers of channels side by side: only the inner ones move."""
+class DenseNet(nn.Module):
+  """Two dense blocks with a transition: each layer reads all before it."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.Conv(8, (3, 3), name="stem")(x)
-    for i in range(2):
-      y = nn.relu(nn.Conv(12, (1, 1), name=f"narrow{i}")(x))
-      x = jnp.concatenate([x, nn.Conv(4, (3, 3), name=f"wide{i}")(y)], axis=-1)
-    return nn.Dense(5, name="head")(nn.relu(x).mean((1, 2)))
+    norm = functools.partial(nn.BatchNorm, use_running_average=True)
+    x = nn.Conv(8, (3, 3), use_bias=False, name="stem")(x)
+    for block in range(2):
+      for i in range(2):
+        y = nn.relu(norm(name=f"norm{block}{i}a")(x))
+        y = nn.Conv(12, (1, 1), use_bias=False, name=f"narrow{block}{i}")(y)
+        y = nn.relu(norm(name=f"norm{block}{i}b")(y))
+        y = nn.Conv(4, (3, 3), use_bias=False, name=f"wide{block}{i}")(y)
+        x = jnp.concatenate([x, y], axis=-1)
+      x = nn.relu(norm(name=f"norm{block}")(x))
+      if not block:
+        x = nn.Conv(10, (1, 1), use_bias=False, name="transition")(x)
+        x = nn.max_pool(x, (2, 2), (2, 2))
+    return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class UNet(nn.Module):
+  """One level: the decoder reads what is upsampled beside the encoder's."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    norm = functools.partial(nn.GroupNorm, None, group_size=3)
+    skip = nn.relu(norm(name="norm0")(nn.Conv(6, (3, 3), name="down0")(x)))
+    x = nn.max_pool(skip, (2, 2), (2, 2))
+    x = nn.relu(nn.Conv(8, (3, 3), name="down1")(x))
+    x = nn.ConvTranspose(9, (2, 2), (2, 2), name="up")(x)
+    x = norm(name="norm1")(jnp.concatenate([skip, x], axis=-1))
+    x = nn.relu(nn.Conv(7, (3, 3), name="decode")(x))
+    return nn.Conv(2, (1, 1), name="masks")(x)
+
+
+class Inception(nn.Module):
+  """Branches of different widths, one of which is pooled and not computed."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.relu(nn.Conv(6, (3, 3), name="stem")(x))
+    y = nn.relu(nn.Conv(5, (1, 1), name="reduce")(x))
+    branches = [
+      nn.Conv(4, (1, 1), name="one")(x),
+      nn.Conv(7, (3, 3), name="three")(y),
+      nn.max_pool(x, (3, 3), padding="SAME"),
+    ]
+    x = nn.relu(jnp.concatenate(branches, axis=-1))
+    x = nn.max_pool(x, (4, 4), (4, 4))
+    x = nn.relu(nn.Dense(9, name="fc1")(x.reshape(len(x), -1)))
+    return nn.Dense(5, name="fc2")(x)
 
 
 class Recurrent(nn.Module):
@@ -250,7 +292,19 @@ LINEN = [
     IMAGES,
     {"conv0": 10, "conv1": 6, "conv2": 12, "conv3": 7, "fc1": 9},
   ),
-  (DenselyConnected(), IMAGES, {"narrow0": 12, "narrow1": 12}),
+  (
+    DenseNet(),
+    IMAGES,
+    {"stem": 8, "transition": 10}
+    | {f"narrow{i}{j}": 12 for i in range(2) for j in range(2)}
+    | {f"wide{i}{j}": 4 for i in range(2) for j in range(2)},
+  ),
+  (UNet(), IMAGES, {"down0": 3, "down1": 8, "decode": 7}),
+  (
+    Inception(),
+    IMAGES,
+    {"stem": 6, "reduce": 5, "one": 4, "three": 7, "fc1": 9},
+  ),
   (
     Recurrent(),
     jnp.arange(12).reshape(2, 6) % 11,
@@ -268,6 +322,62 @@ def test_finds_and_checks_the_groups_of_linen_networks(module, inputs, sizes):
   variables = make_variables(module, inputs)
   axes = discover.discover_channels(module.apply, variables, inputs)
   assert channels.group_sizes(variables, axes) == sizes
+
+
+@pytest.mark.parametrize(
+  "module", [DenseNet(), UNet(), Inception()], ids=lambda m: type(m).__name__
+)
+@jax.numpy_dtype_promotion("standard")
+def test_random_orders_of_joined_channels_leave_the_outputs(module):
+  images = np.random.default_rng(1).standard_normal(IMAGES.shape)
+  variables = make_variables(module, IMAGES)
+  axes = discover.infer_channels(module.apply, variables, IMAGES)
+  sizes = channels.group_sizes(variables, axes)
+  rng = np.random.default_rng(2)
+  orders = {group: rng.permutation(size) for group, size in sizes.items()}
+  forgotten = dict(list(axes.items())[:-1])
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    run = jax.jit(lambda v: module.apply(v, images))
+    before, after, changed = (
+      jax.device_get(run(channels.apply_permutations(wide, ties, drawn)))
+      for ties, drawn in ((axes, {}), (axes, orders), (forgotten, orders))
+    )
+  assert before.dtype == np.float64
+  np.testing.assert_allclose(after, before, rtol=1e-10)
+  assert np.abs(changed / before - 1).max() > 1e-4
+
+
+def test_joined_channels_have_segments_in_norms_and_kernels():
+  variables = make_variables(DenseNet(), IMAGES)
+  axes = discover.infer_channels(DenseNet().apply, variables, IMAGES)
+  segments = tuple(
+    channels.ChannelAxis(group, start=start, stop=stop)
+    for group, start, stop in (
+      ("stem", 0, 8),
+      ("wide00", 8, 12),
+      ("wide01", 12, 16),
+    )
+  )
+  narrow = channels.ChannelAxis("narrow01")
+  read = axes["params/narrow01/kernel"]
+  assert read == (None, None, segments[:2], narrow)
+  assert axes["params/norm0/scale"] == (segments,)
+  assert axes["batch_stats/norm0/var"] == (segments,)
+  transition = channels.ChannelAxis("transition")
+  assert axes["params/transition/kernel"] == (None, None, segments, transition)
+
+
+def test_flattened_segments_repeat_at_every_position():
+  variables = make_variables(Inception(), IMAGES)
+  axes = discover.infer_channels(Inception().apply, variables, IMAGES)
+  widths = {"one": 4, "three": 7, "stem": 6}
+  expected, start = [], 0
+  for group in 4 * list(widths):
+    stop = start + widths[group]
+    expected.append(channels.ChannelAxis(group, start=start, stop=stop))
+    start = stop
+  assert axes["params/fc1/kernel"][0] == tuple(expected)
 
 
 def test_heads_and_their_channels_are_permuted_apart():

@@ -91,6 +91,11 @@ def join(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
   return lambda p, x: jnp.concatenate([x, p[name]], -1), [n + m]
 
 
+def grow(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
+  change, (m,) = dense(b, lead, ones, n)
+  return lambda p, x: jnp.concatenate([x, change(p, x)], -1), [n + m]
+
+
 def normalize(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
   del b, lead, ones
   return lambda p, x: jax.nn.standardize(x, -1), [n]
@@ -139,6 +144,7 @@ KINDS = {
     unite,
     shuffle,
     join,
+    grow,
     normalize,
     attend,
     accumulate,
@@ -152,6 +158,7 @@ EVEN = {"gate", "heads", "shuffle", "crop"}
 @pytest.mark.filterwarnings("error:permuting the channel groups")
 @pytest.mark.filterwarnings("error:.*no rule for the primitives")
 @pytest.mark.filterwarnings("ignore:the self-check of .* proves nothing")
+@pytest.mark.filterwarnings("ignore:these kernels keep the order")
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
 def test_no_group_of_a_random_program_fails_the_check(seed):
   builder = Builder(seed)
