@@ -9,8 +9,8 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.calibration import layers, moments, reconstruction, streams
+from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import tracing
 
 PyTree = Any
@@ -175,8 +175,8 @@ def _rebuild(
 ) -> LayerError | None:
   """Chooses codes and codebook of a kernel; None where the layer is unknown."""
   node, kernel = run.leaves[read.path], jnp.asarray(run.dense[read.path])
-  ends = node.spec.in_axis % kernel.ndim, node.spec.out_axis % kernel.ndim
-  if read.operand != 1 or ends != (kernel.ndim - 2, kernel.ndim - 1):
+  plain = blocks.BlockSpec(node.spec.channels)
+  if read.operand != 1 or node.spec != plain:
     return None
   gathered = _input_moments(
     operation, run.streams.values(operation.operands[0])

@@ -207,7 +207,7 @@ def _search_group(
     notes.append("the new order is not better")
   report = GroupReport(
     name,
-    tuple(consumer.path for consumer in usable),
+    tuple(dict.fromkeys(consumer.path for consumer in usable)),
     len(after.permutation),
     before.log_det,
     after.log_det,

@@ -1,6 +1,7 @@
 """Stage 2: quantizes kernels to `VQArray`s, by annealed k-means in batches."""
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
@@ -20,6 +21,7 @@ PyTree = Any
 # Weights of the layers that share a batch; a single layer may have more. 25
 # million need about 1 GB on the device.
 _MOST_WEIGHTS = 1 << 25
+_TINY = float(np.finfo(np.float32).tiny)
 # Of a kernel's largest weight: beyond, float32 loses squares or small weights.
 _LARGEST_WEIGHT = 1e-15, 1e12
 
@@ -29,10 +31,11 @@ class LayerSummary(NamedTuple):
 
   Attributes:
     path: of the kernel.
-    distortion: mean squared error of a weight over the kernel's variance; 0 is
-      lossless, 1 as bad as replacing every weight by the mean.
+    distortion: mean squared error of a weight over the kernel's variance, each
+      averaged over stacked layers; 0 is lossless, 1 as bad as replacing every
+      weight by the mean.
     distortion_by_step: [steps] mean squared error of a sub-vector at each
-      k-means step.
+      k-means step, averaged likewise.
   """
 
   path: str
@@ -52,8 +55,9 @@ def quantize_params(
   """Learns a codebook and codes for every kernel of the plan.
 
   Section 3.3 of arXiv 2010.15703 (SR-C). A layer's result depends on the key,
-  its path and its weights only, not on the other layers. Layers with the same
-  (D, K, steps) run as one program; programs are compiled side by side.
+  its path, its place in a stack and its weights only, not on the other layers.
+  Layers with the same (D, K, steps) run as one program; programs are compiled
+  side by side.
 
   Args:
     key: random number generator key, consumed.
@@ -76,29 +80,64 @@ def quantize_params(
   for path in plan:
     trees.check_finite(path, flat[path])
     _check_range(path, flat[path])
+  layers = {
+    path: [
+      _Layer(path, place, layer.spec.layer_shape(flat[path].shape))
+      for place in range(math.prod(layer.spec.stack_shape(flat[path].shape)))
+    ]
+    for path, layer in plan.items()
+  }
   run = functools.partial(_quantize, key, flat, plan, annealed)
+  results: dict[tuple[str, int], _Result] = {}
   nodes: dict[str, vq_array.VQArray] = {}
   summaries: dict[str, LayerSummary] = {}
 
-  def keep(quantized: list[tuple[vq_array.VQArray, LayerSummary]]) -> None:
-    for node, summary in quantized:
-      nodes[summary.path], summaries[summary.path] = node, summary
-      on_layer(summary)
+  def keep(done: dict[tuple[str, int], _Result]) -> None:
+    results.update(done)
+    for path in dict.fromkeys(path for path, _ in done):
+      places = [(one.path, one.place) for one in layers[path]]
+      if all(place in results for place in places):
+        nodes[path], summaries[path] = _join(
+          path, flat[path], plan[path].spec, [results.pop(p) for p in places]
+        )
+        on_layer(summaries[path])
 
-  batches = list(_batches(flat, plan))
   # A large layer is alone in its batch. One batch at a time: devices that
   # communicate must all get their programs in the same order.
   spread = mesh is not None and mesh.size > 1
-  large = [b for b in batches if spread and flat[b[0]].size > _MOST_WEIGHTS]
-  for paths in large:
-    keep(run(paths, mesh))
-  small = [paths for paths in batches if paths not in large]
+  small = []
+  for batch in _batches(layers, plan):
+    if spread and batch[0].size > _MOST_WEIGHTS:
+      keep(run(batch, mesh))
+    else:
+      small.append(batch)
   with futures.ThreadPoolExecutor(max(1, len(small))) as pool:
-    for done in futures.as_completed([pool.submit(run, b) for b in small]):
-      keep(done.result())
+    for future in futures.as_completed([pool.submit(run, b) for b in small]):
+      keep(future.result())
   return trees.replace(variables, nodes), {
     path: summaries[path] for path in plan
   }
+
+
+class _Layer(NamedTuple):
+  """One layer: a kernel, or the part of a stack at this place."""
+
+  path: str
+  place: int
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+
+class _Result(NamedTuple):
+  """What k-means gives for one layer; see `kmeans.KMeansResult`."""
+
+  codebook: jax.Array
+  codes: jax.Array
+  distortion: np.ndarray
+  variance: float
 
 
 def _check_range(path: str, kernel: trees.Array) -> None:
@@ -112,45 +151,46 @@ def _check_range(path: str, kernel: trees.Array) -> None:
 
 
 def _batches(
-  flat: Mapping[str, jax.Array], plan: plans.CompressionPlan
-) -> Iterator[tuple[str, ...]]:
-  """Yields paths of equal (D, K, steps), up to `_MOST_WEIGHTS` together."""
-  kinds: dict[tuple[int, int, int], list[str]] = {}
+  layers: Mapping[str, list[_Layer]], plan: plans.CompressionPlan
+) -> Iterator[list[_Layer]]:
+  """Yields layers of equal (D, K, steps), up to `_MOST_WEIGHTS` together."""
+  kinds: dict[tuple[int, int, int], list[_Layer]] = {}
   for path, layer in plan.items():
-    _, _, length = layer.spec.layout(flat[path].shape)
+    _, _, length = layer.spec.layout(layers[path][0].shape)
     kind = (length, layer.num_codes, layer.kmeans_steps)
-    kinds.setdefault(kind, []).append(path)
-  for paths in kinds.values():
-    batch: list[str] = []
+    kinds.setdefault(kind, []).extend(layers[path])
+  for kind_layers in kinds.values():
+    batch: list[_Layer] = []
     size = 0
-    for path in paths:
-      if batch and size + flat[path].size > _MOST_WEIGHTS:
-        yield tuple(batch)
+    for one in kind_layers:
+      if batch and size + one.size > _MOST_WEIGHTS:
+        yield batch
         batch, size = [], 0
-      batch.append(path)
-      size += flat[path].size
-    yield tuple(batch)
+      batch.append(one)
+      size += one.size
+    yield batch
 
 
 def _quantize(
   key: jax.Array,
-  flat: Mapping[str, jax.Array],
+  flat: Mapping[str, trees.Array],
   plan: plans.CompressionPlan,
   annealed: bool,
-  paths: tuple[str, ...],
+  batch: list[_Layer],
   mesh: sharding.Mesh | None = None,
-) -> list[tuple[vq_array.VQArray, LayerSummary]]:
-  """Quantizes a batch of layers of equal (D, K, steps)."""
-  kernels = tuple(jnp.asarray(flat[path]) for path in paths)
-  specs = tuple(plan[path].spec for path in paths)
-  layers = _to_vectors(kernels, specs)
-  num_codes, length = plan[paths[0]].num_codes, layers[0].shape[1]
-  hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+) -> dict[tuple[str, int], _Result]:
+  """Quantizes layers of equal (D, K, steps)."""
+  chosen = [plan[layer.path] for layer in batch]
+  specs = tuple(layer.spec for layer in chosen)
+  kernels = tuple(
+    jnp.asarray(spec.take_layer(flat[layer.path], layer.place))
+    for layer, spec in zip(batch, specs, strict=True)
+  )
   results = kmeans.kmeans_of_layers(
-    jax.vmap(jax.random.fold_in, (None, 0))(key, hashes),
-    layers,
-    num_codes=num_codes,
-    num_steps=plan[paths[0]].kmeans_steps,
+    _keys(key, batch, specs),
+    _to_vectors(kernels, specs),
+    num_codes=chosen[0].num_codes,
+    num_steps=chosen[0].kmeans_steps,
     annealed=annealed,
     mesh=mesh,
     donate=True,
@@ -161,20 +201,53 @@ def _quantize(
   codes = _to_codes([result.codes for result in results], specs, shapes)
   # One transfer for all layers; it also waits for them.
   lost = jax.device_get([(r.distortion, r.variance) for r in results])
-  quantized = []
-  for i, path in enumerate(paths):
-    distortion_by_step, variance = lost[i]
-    node = vq_array.VQArray(
+  return {
+    (layer.path, layer.place): _Result(
       results[i].codebook.astype(kernels[i].dtype),
-      codes[i].astype(vq_array.code_dtype(num_codes)),
-      kernels[i].shape,
-      specs[i],
+      codes[i].astype(vq_array.code_dtype(chosen[0].num_codes)),
+      *lost[i],
     )
-    # A constant kernel has no variance, and no error either.
-    variance = max(float(variance), np.finfo(np.float32).tiny)
-    distortion = float(distortion_by_step[-1]) / length / variance
-    quantized.append((node, LayerSummary(path, distortion, distortion_by_step)))
-  return quantized
+    for i, layer in enumerate(batch)
+  }
+
+
+def _keys(
+  key: jax.Array, batch: list[_Layer], specs: tuple[blocks.BlockSpec, ...]
+) -> jax.Array:
+  """Returns a key for each layer, by its path and its place in a stack."""
+  hashes = [zlib.crc32(layer.path.encode()) for layer in batch]
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = fold(key, np.array(hashes, np.uint32))
+  stacked = np.array([bool(spec.stack_axes) for spec in specs])
+  if not stacked.any():
+    return keys
+  places = np.array([layer.place for layer in batch], np.uint32)
+  return jnp.where(stacked, jax.vmap(jax.random.fold_in)(keys, places), keys)
+
+
+def _join(
+  path: str, kernel: trees.Array, spec: blocks.BlockSpec, parts: list[_Result]
+) -> tuple[vq_array.VQArray, LayerSummary]:
+  """Makes one node of a kernel's layers."""
+
+  def stack(leaves: list[jax.Array]) -> jax.Array:
+    if not spec.stack_axes:
+      return leaves[0]
+    shape = spec.stack_shape(kernel.shape)
+    return jnp.stack(leaves).reshape(*shape, *leaves[0].shape)
+
+  node = vq_array.stack_layers(
+    stack([part.codebook for part in parts]),
+    stack([part.codes for part in parts]),
+    spec.layer_shape(kernel.shape),
+    spec,
+  )
+  by_step = np.mean([part.distortion for part in parts], axis=0)
+  # A constant kernel has no variance, and no error either.
+  variance = float(np.mean([part.variance for part in parts]))
+  length = parts[0].codebook.shape[1]
+  distortion = float(by_step[-1]) / length / max(variance, _TINY)
+  return node, LayerSummary(path, distortion, by_step)
 
 
 @functools.partial(jax.jit, static_argnums=1)

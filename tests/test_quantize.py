@@ -110,7 +110,7 @@ def test_the_callers_kernels_survive():
   kernel = jnp.asarray(
     np.random.default_rng(0).normal(size=(64, 4)), jnp.float32
   )
-  spec = blocks.BlockSpec(4, in_axis=1, out_axis=0)
+  spec = blocks.BlockSpec(4, (1,), (0,))
   plan = {"a": plans.LayerPlan(spec, 16, 20)}
   quantized, _ = quantize.quantize_params(
     jax.random.key(0), {"a": kernel}, plan

@@ -29,7 +29,8 @@ NORM = (
   "batch_stats/{}/mean",
   "batch_stats/{}/var",
 )
-_KERNEL = re.compile(r"(.*/)?(kernel|embedding)")
+_NAMED = re.compile(r"(.*/)?(kernel|embedding)")
+_FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class Rule(NamedTuple):
@@ -42,12 +43,16 @@ class Rule(NamedTuple):
       or fewer for small kernels. None keeps the kernel dense.
     channels: input channels that share a sub-vector.
     kmeans_steps: k-means steps.
+    axes: what the axes of the kernel are for, where discovery cannot tell or
+      should not decide; the rule then also takes leaves that are no kernels by
+      themselves.
   """
 
   pattern: str
   num_codes: int | None
   channels: int = 1
   kmeans_steps: int = 1000
+  axes: blocks.KernelAxes | None = None
 
 
 class LayerPlan(NamedTuple):
@@ -112,11 +117,19 @@ class SizeReport(NamedTuple):
     return self.dense_bytes / self.payload_bytes
 
 
-def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
+def make_plan(
+  rules: Sequence[Rule],
+  variables: PyTree,
+  kernels: Mapping[str, blocks.KernelAxes] | None = None,
+) -> CompressionPlan:
   """Resolves the rules against a variable tree.
 
-  A kernel is a leaf named `kernel` or `embedding` of rank 2 or more. The
-  variables may be `jax.ShapeDtypeStruct`s.
+  Args:
+    rules: the first rule that matches a kernel's path decides about it.
+    variables: variable tree, maybe of `jax.ShapeDtypeStruct`s.
+    kernels: {path: axes} as `pqf_jax.find_kernels` reads them from the network.
+      None goes by names: a leaf `kernel` of rank 2 or more is `[..., in, out]`,
+      a leaf `embedding` is `[..., tokens, features]`, and nothing is stacked.
 
   Returns:
     The plan; K = 2^floor(log2(min(num_codes, N / 4))): a code has whole bits,
@@ -126,8 +139,30 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
   Raises:
     InputError: the tree has no kernel, no rule covers a kernel, a rule covers
       no kernel, a pattern is not a regular expression, or a kernel is not of
-      floats or does not fit the rule's block.
+      floats or does not fit the rule's block or axes.
   """
+  _check_rules(rules)
+  flat = trees.flatten(variables, vq_array.is_vq)
+  found = _named_kernels(flat) if kernels is None else kernels
+  first = {
+    path: rule
+    for path in flat
+    if (rule := next((r for r in rules if re.fullmatch(r.pattern, path)), None))
+  }
+  axes = {
+    path: chosen
+    for path in flat
+    if (chosen := (path in first and first[path].axes) or found.get(path))
+  }
+  _check_coverage(rules, flat, first, axes)
+  return {
+    path: _resolve(path, flat[path], first[path], axes[path])
+    for path in axes
+    if first[path].num_codes is not None
+  }
+
+
+def _check_rules(rules: Any) -> None:
   if (
     not isinstance(rules, Collection)
     or isinstance(rules, Rule)
@@ -144,44 +179,62 @@ def make_plan(rules: Sequence[Rule], variables: PyTree) -> CompressionPlan:
       warnings.warn(
         f"rule {rule.pattern!r}: num_codes={rule.num_codes} becomes {power}, "
         "the next power of two below",
-        stacklevel=2,
+        stacklevel=3,
       )
-  flat = trees.flatten(variables, vq_array.is_vq)
-  kernels = [
-    path
-    for path, leaf in flat.items()
-    if _KERNEL.fullmatch(path) and len(leaf.shape) >= 2
-  ]
+
+
+def _named_kernels(flat: Mapping[str, Any]) -> dict[str, blocks.KernelAxes]:
+  """Returns the kernels by name, and what the last two axes of each are for."""
+  found = {}
+  for path, leaf in flat.items():
+    match, rank = _NAMED.fullmatch(path), len(leaf.shape)
+    if match and rank >= 2:
+      ends = (rank - 2,), (rank - 1,)
+      found[path] = blocks.KernelAxes(
+        *(ends if match[2] == "kernel" else ends[::-1])
+      )
+  return found
+
+
+def _check_coverage(
+  rules: Collection[Rule],
+  flat: Mapping[str, Any],
+  first: Mapping[str, Rule],
+  kernels: Collection[str],
+) -> None:
+  """Refuses kernels without a rule, and rules without a kernel."""
   if not kernels:
     raise errors.InputError(
-      f"the tree has no kernel, only {trees.sample_paths(variables)}; kernels "
-      "are leaves of rank 2 or more with the name 'kernel' or 'embedding': "
-      "rename the leaves to compress"
+      "the tree has no kernel, only "
+      f"{', '.join(list(flat)[:5])}; kernels are what a matrix product, "
+      "convolution or lookup of the network reads (pqf_jax.find_kernels), or "
+      "without a network the leaves of rank 2 or more with the name 'kernel' "
+      "or 'embedding': name the axes of others by Rule(..., axes=...)"
     )
-  matches = {
-    path: [rule for rule in rules if re.fullmatch(rule.pattern, path)]
-    for path in kernels
-  }
-  uncovered = [path for path in kernels if not matches[path]]
+  uncovered = [path for path in kernels if path not in first]
   if uncovered:
     raise errors.InputError(
       f"no rule covers {', '.join(uncovered)}; add one, with num_codes=None "
       "to keep the kernel dense"
     )
-  unused = set(rules) - {first for first, *_ in matches.values()}
-  if unused:
-    patterns = sorted(rule.pattern for rule in unused)
-    near = difflib.get_close_matches(patterns[0], kernels, n=3, cutoff=0)
+  unused = set(rules) - {first[path] for path in kernels}
+  if not unused:
+    return
+  patterns = sorted(rule.pattern for rule in unused)
+  others = [path for path in flat if first.get(path) in unused]
+  if others:
     raise errors.InputError(
-      f"these rules match no kernel, or only kernels that an earlier rule "
-      f"matches: {patterns}; fix, remove or reorder them (kernels with similar "
-      f"names: {near})"
+      f"rule {first[others[0]].pattern!r} matches {others[0]} of shape "
+      f"{tuple(flat[others[0]].shape)}, but no matrix product, convolution or "
+      "lookup reads it as a kernel; remove the rule, or say what its axes are "
+      "for by Rule(..., axes=pqf_jax.KernelAxes(inputs, outputs))"
     )
-  return {
-    path: _resolve(path, flat[path], first, first.num_codes)
-    for path, (first, *_) in matches.items()
-    if first.num_codes is not None
-  }
+  near = difflib.get_close_matches(patterns[0], kernels, n=3, cutoff=0)
+  raise errors.InputError(
+    f"these rules match no kernel, or only kernels that an earlier rule "
+    f"matches: {patterns}; fix, remove or reorder them (kernels with similar "
+    f"names: {near})"
+  )
 
 
 def check_pattern(name: str, pattern: str) -> None:
@@ -218,18 +271,34 @@ def check_rule(rule: Rule) -> None:
       "num_codes must be 2 to 65536 or None, the others 1 to "
       f"{MOST}, all whole"
     )
-
-
-def _resolve(path: str, kernel: Any, rule: Rule, num_codes: int) -> LayerPlan:
-  shape = tuple(kernel.shape)
-  if not jnp.issubdtype(kernel.dtype, jnp.floating):
-    raise errors.InputError(
-      f"{path} is {kernel.dtype}, but only floats can be quantized; convert it "
-      f"or add a rule before {rule.pattern!r} that keeps it (num_codes=None)"
+  if rule.axes is not None and not (
+    isinstance(rule.axes, blocks.KernelAxes)
+    and all(
+      isinstance(part, tuple) and all(type(axis) is int for axis in part)
+      for part in rule.axes
     )
-  spec = blocks.BlockSpec(rule.channels)
+  ):
+    raise errors.InputError(
+      f"rule {rule.pattern!r} has axes={rule.axes!r}; give "
+      "pqf_jax.KernelAxes(inputs, outputs, stacked), three tuples of axes such "
+      "as KernelAxes((1,), (0,))"
+    )
+
+
+def _resolve(
+  path: str, kernel: Any, rule: Rule, axes: blocks.KernelAxes
+) -> LayerPlan:
+  shape = tuple(kernel.shape)
+  if jnp.dtype(kernel.dtype).name not in _FLOATS:
+    raise errors.InputError(
+      f"{path} is {kernel.dtype}, but only floats of 16 to 64 bits can be "
+      f"quantized; convert it or add a rule before {rule.pattern!r} that keeps "
+      "it (num_codes=None)"
+    )
+  _check_axes(f"{path} of shape {shape}", axes, len(shape))
+  spec = blocks.make_spec(rule.channels, axes, len(shape))
   try:
-    c_out, m, _ = spec.layout(shape)
+    c_out, m, _ = spec.layout(spec.layer_shape(shape))
   except errors.InputError as error:
     raise errors.InputError(
       f"{path}: {error} (rule {rule.pattern!r})"
@@ -237,12 +306,30 @@ def _resolve(path: str, kernel: Any, rule: Rule, num_codes: int) -> LayerPlan:
   most = c_out * m // _MIN_VECTORS_PER_CODE
   if most < 2:
     raise errors.InputError(
-      f"{path} of shape {shape} has only {c_out * m} sub-vectors, too few "
-      f"for a codebook; add a rule before {rule.pattern!r} that keeps it "
+      f"{path} of shape {shape} has only {c_out * m} sub-vectors a codebook, "
+      f"too few for one; add a rule before {rule.pattern!r} that keeps it "
       "dense (num_codes=None)"
     )
-  clamped = 1 << int(math.log2(min(num_codes, most)))
+  clamped = 1 << int(math.log2(min(int(rule.num_codes or 0), most)))
   return LayerPlan(spec, clamped, rule.kmeans_steps)
+
+
+def _check_axes(name: str, axes: blocks.KernelAxes, rank: int) -> None:
+  every = (*axes.inputs, *axes.outputs, *axes.stacked)
+  inside = all(0 <= axis < rank for axis in every)
+  if not inside or len(set(every)) < len(every) or not axes.inputs:
+    raise errors.InputError(
+      f"{name} has axes {axes}; name one input axis or more, and each axis "
+      f"once, from 0 to {rank - 1}"
+    )
+  start, *_ = (*axes.stacked, 0)
+  run = tuple(range(start, start + len(axes.stacked)))
+  if axes.stacked != run or start > blocks.LAST_STACK_AXIS:
+    raise errors.InputError(
+      f"{name} is stacked along axes {axes.stacked}; stack layers along "
+      f"neighbouring axes that begin at 0 to {blocks.LAST_STACK_AXIS}, or keep it "
+      "dense (num_codes=None)"
+    )
 
 
 def predict_size(
@@ -309,10 +396,14 @@ def _layer_size(
   if layer is None:
     itemsize = 2 if storage.rounds(path, leaf) else leaf.dtype.itemsize
     return LayerSize(path, shape, 0, 0, 0, itemsize * math.prod(shape))
-  c_out, m, length = layer.spec.layout(shape)
-  num_bytes = code_bytes(c_out * m, layer.num_codes)
-  num_bytes += storage.codebook_itemsize * layer.num_codes * length
-  return LayerSize(path, shape, length, layer.num_codes, c_out * m, num_bytes)
+  c_out, m, length = layer.spec.layout(layer.spec.layer_shape(shape))
+  count = math.prod(layer.spec.stack_shape(shape))
+  num_subvectors = count * c_out * m
+  num_bytes = code_bytes(num_subvectors, layer.num_codes)
+  num_bytes += storage.codebook_itemsize * count * layer.num_codes * length
+  return LayerSize(
+    path, shape, length, layer.num_codes, num_subvectors, num_bytes
+  )
 
 
 def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
@@ -321,12 +412,13 @@ def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
 
   def node(path: str) -> vq_array.VQArray:
     shape, layer = tuple(flat[path].shape), plan[path]
-    c_out, m, length = layer.spec.layout(shape)
-    return vq_array.VQArray(
-      jnp.zeros((layer.num_codes, length), jnp.float32),
-      jnp.zeros((c_out, m), vq_array.code_dtype(layer.num_codes)),
-      shape,
-      layer.spec,
+    spec, stack = layer.spec, layer.spec.stack_shape(shape)
+    c_out, m, length = spec.layout(spec.layer_shape(shape))
+    return vq_array.stack_layers(
+      jnp.zeros((*stack, layer.num_codes, length), jnp.float32),
+      jnp.zeros((*stack, c_out, m), vq_array.code_dtype(layer.num_codes)),
+      spec.layer_shape(shape),
+      spec,
     )
 
   nodes = jax.eval_shape(lambda: {path: node(path) for path in plan})

@@ -28,15 +28,20 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
   The gradient of the gather is the codebook gradient of the paper's section
   3.4: for each codeword, the sum of the gradients of its sub-vectors.
 
+  Stacked layers have their axes in both leaves at the same place as in the
+  dense array: an array [in, layers, out] has a codebook [K, layers, D]. So
+  whatever slices or maps the dense array (`lax.scan`, `nn.scan`, `vmap`) does
+  the same to the leaves, and a slice, without these axes, is one layer.
+
   Invariants (not checked here, because JAX rebuilds nodes with leaves that
   are not arrays): `codes < K`; `spec.layout(kernel_shape) == (C_out, M, D)`.
 
   Attributes:
-    codebook: [..., K, D] float, the trainable leaf. Leading axes are those of
-      stacked layers (`nn.scan`), and equal the leading axes of `codes`.
-    codes: [..., C_out, M] uint8 or uint16.
+    codebook: [K, D] float, the trainable leaf; and the axes of stacked layers.
+    codes: [C_out, M] uint8 or uint16, and the same axes.
     kernel_shape: the dense shape of one layer (static).
-    spec: the layout of its sub-vectors (static).
+    spec: the layout of its sub-vectors (static); the stack begins at the first
+      of its `stack_axes`, or at 0.
   """
 
   codebook: trees.Array
@@ -45,9 +50,17 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
   spec: blocks.BlockSpec = struct.field(pytree_node=False)
 
   @property
+  def stack_axes(self) -> tuple[int, ...]:
+    """Returns the axes of stacked layers, of the leaves and the dense array."""
+    start, *_ = (*self.spec.stack_axes, 0)
+    return tuple(range(start, start + self.codebook.ndim - 2))
+
+  @property
   def shape(self) -> tuple[int, ...]:
-    """Returns the dense shape, leading axes included."""
-    return self.codebook.shape[:-2] + self.kernel_shape
+    """Returns the dense shape, with the axes of stacked layers."""
+    start, *_ = (*self.spec.stack_axes, 0)
+    stack = tuple(self.codebook.shape[axis] for axis in self.stack_axes)
+    return self.kernel_shape[:start] + stack + self.kernel_shape[start:]
 
   @property
   def ndim(self) -> int:
@@ -65,13 +78,25 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
     return self.codebook.dtype
 
   def decode(self) -> jax.Array:
-    """Returns the dense kernel, of `shape`."""
+    """Returns the dense kernel, of `shape`.
+
+    Raises:
+      InputError: an axis is lost that is not one of stacked layers.
+    """
+    shapes = self.codebook.shape, self.codes.shape
+    if min(map(len, shapes)) < 2 or len(shapes[0]) != len(shapes[1]):
+      raise errors.InputError(
+        f"a VQArray has a codebook of shape {shapes[0]} and codes of shape "
+        f"{shapes[1]}, since something sliced or mapped an axis of it other "
+        f"than the stack axes {self.spec.stack_axes}; name that axis by "
+        "Rule(..., axes=pqf_jax.KernelAxes(inputs, outputs, stacked))"
+      )
 
     def decode_one(codebook: trees.Array, codes: trees.Array) -> jax.Array:
       return _decode(codebook, codes, self.kernel_shape, self.spec)
 
-    for _ in self.codebook.shape[:-2]:
-      decode_one = jax.vmap(decode_one)
+    for axis in self.stack_axes:
+      decode_one = jax.vmap(decode_one, axis, axis)
     return decode_one(self.codebook, self.codes)
 
   __jax_array__ = decode
@@ -201,6 +226,28 @@ def _decode_backward(
 
 
 _decode.defvjp(_decode_forward, _decode_backward)
+
+
+def stack_layers(
+  codebooks: trees.Array,
+  codes: trees.Array,
+  kernel_shape: tuple[int, ...],
+  spec: blocks.BlockSpec,
+) -> VQArray:
+  """Returns a kernel whose layers are stacked along `spec.stack_axes`.
+
+  Args:
+    codebooks: [..., K, D], the axes of the stack first.
+    codes: [..., C_out, M], likewise.
+    kernel_shape: the dense shape of one layer.
+    spec: the layout of its sub-vectors.
+  """
+  axes = spec.stack_axes
+  if axes and axes[0]:
+    codebooks, codes = (
+      jnp.moveaxis(leaf, range(len(axes)), axes) for leaf in (codebooks, codes)
+    )
+  return VQArray(codebooks, codes, kernel_shape, spec)
 
 
 def is_vq(leaf: Any) -> TypeGuard[VQArray]:

@@ -1,7 +1,8 @@
 """Consumers: the compressed kernels that read a channel group."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,38 +44,81 @@ def find_consumers(
   Raises:
     InputError: NaN or infinite weights.
   """
-  axis_of = {
-    path: axis
-    for path, row in axes.items()
-    if path in plan and (axis := row[plan[path].spec.in_axis]) is not None
-  }
   flat = trees.flatten(variables)
-  for path in axis_of:
+  reads = list(_reads(axes, plan, flat))
+  paths = tuple(dict.fromkeys(path for path, _ in reads))
+  for path in paths:
     trees.check_finite(path, flat[path])
-  specs = tuple(plan[path].spec for path in axis_of)
-  kernels = _to_channels([flat[path] for path in axis_of], specs)
+  specs = tuple(plan[path].spec for path in paths)
+  kernels = _to_channels([flat[path] for path in paths], specs)
+  weights_of = dict(zip(paths, jax.device_get(kernels), strict=True))
   consumers: dict[str, tuple[list[Consumer], list[str]]] = {}
-  for path, weights in zip(axis_of, jax.device_get(kernels), strict=True):
-    axis, layer = axis_of[path], plan[path]
-    usable, notes = consumers.setdefault(axis.group, ([], []))
-    note = _why_no_order_helps(path, weights, axis, layer.spec.channels)
+  for path, segments in reads:
+    layers, layer = weights_of[path], plan[path]
+    usable, notes = consumers.setdefault(segments[0].group, ([], []))
+    reasons = (
+      _why_no_order_helps(path, layers[0], axis, layer.spec.channels)
+      for axis in segments
+    )
+    note = next(filter(None, reasons), "")
     if note:
       notes.append(note)
       continue
-    c_out, _, taps = weights.shape
-    by_channel = weights.reshape(c_out * axis.outer, -1, axis.inner * taps)
-    slots = layer.spec.channels // axis.inner
-    usable.append(Consumer(path, by_channel, slots, layer.num_codes))
+    slots = layer.spec.channels // segments[0].inner
+    for weights in layers:
+      by_channel = _by_channel(weights, segments)
+      usable.append(Consumer(path, by_channel, slots, layer.num_codes))
   return consumers
+
+
+def _reads(
+  axes: channels.ChannelAxes,
+  plan: plans.CompressionPlan,
+  flat: Mapping[str, trees.Array],
+) -> Iterator[tuple[str, list[channels.ChannelAxis]]]:
+  """Yields the segments of each group along a compressed kernel's inputs."""
+  for path, row in axes.items():
+    if path not in plan:
+      continue
+    whole = plan[path].spec.whole_axes(plan[path].spec.in_axes, len(row))
+    sizes = [flat[path].shape[dim] for dim in whole]
+    for place, dim in enumerate(whole):
+      before, after = math.prod(sizes[:place]), math.prod(sizes[place + 1 :])
+      alike: dict[Any, list[channels.ChannelAxis]] = {}
+      for axis in channels.segments(row[dim]):
+        found = axis.flattened(before, sizes[place], after)
+        alike.setdefault((axis.group, axis.inner), []).extend(found)
+      for segments in alike.values():
+        yield path, segments
+
+
+def _by_channel(
+  weights: np.ndarray, segments: list[channels.ChannelAxis]
+) -> np.ndarray:
+  """Returns segments of [C_out, C_in, taps] as [rows, C, taps of a channel]."""
+  c_out, _, taps = weights.shape
+  parts = [
+    weights[:, axis.start : axis.stop].reshape(
+      c_out * axis.outer, -1, axis.inner * taps
+    )
+    for axis in segments
+  ]
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @functools.partial(jax.jit, static_argnames="specs")
 def _to_channels(
   kernels: Sequence[jax.Array], specs: tuple[blocks.BlockSpec, ...]
-) -> list[jax.Array]:
-  """Returns each as [C_out, C_in, taps] float32; compiled once for all."""
+) -> list[list[jax.Array]]:
+  """Returns the layers of each as [C_out, C_in, taps] float32.
+
+  Compiled once for all.
+  """
   return [
-    spec.to_channels(kernel).astype(jnp.float32)
+    [
+      spec.to_channels(spec.take_layer(kernel, index)).astype(jnp.float32)
+      for index in range(math.prod(spec.stack_shape(kernel.shape)))
+    ]
     for kernel, spec in zip(kernels, specs, strict=True)
   ]
 
@@ -83,8 +127,13 @@ def _why_no_order_helps(
   path: str, weights: np.ndarray, axis: channels.ChannelAxis, entries: int
 ) -> str:
   """Returns the reason, or '' where an order of the group may help."""
-  size = weights.shape[1] // (axis.outer * axis.inner)
+  size = axis.length(weights.shape[1]) // (axis.outer * axis.inner)
   slots, rest = divmod(entries, axis.inner)
+  if axis.start % entries:
+    return (
+      f"{path} has sub-vectors of {entries} entries, which reach over the "
+      f"start of its inputs {axis.start}:{axis.stop}: not considered"
+    )
   if axis.inner % entries == 0:
     return f"{path} has one channel in a sub-vector: no order helps it"
   if rest or size % slots:
@@ -92,6 +141,6 @@ def _why_no_order_helps(
       f"{path} has sub-vectors of {entries} entries, which cut its {size} "
       f"channels of {axis.inner} entries: not considered"
     )
-  if not weights.any():
+  if not weights[:, axis.start : axis.stop].any():
     return f"{path} is all zeros: no order helps it"
   return ""

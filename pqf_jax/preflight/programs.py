@@ -125,7 +125,7 @@ class Programs:
     path = max(cost, key=cost.__getitem__)
     layer = self._plan[path]
     shape = trees.flatten(self._template)[path].shape
-    c_out, m, length = layer.spec.layout(shape)
+    c_out, m, length = layer.spec.layout(layer.spec.layer_shape(shape))
     device = self._mesh.devices.flat[0]
 
     def lower(num_steps: int) -> Any:

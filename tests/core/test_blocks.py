@@ -39,7 +39,9 @@ def test_order_is_that_of_torch_linear_layers():
 def test_from_blocks_undoes_to_blocks(taps, blocks_in, c_out, channels, swap):
   ends = [blocks_in * channels, c_out]
   # A transposed convolution's kernel may have its axes the other way around.
-  spec = blocks.BlockSpec(channels, *((-1, -2) if swap else (-2, -1)))
+  spec = blocks.BlockSpec(
+    channels, *(((-1,), (-2,)) if swap else ((-2,), (-1,)))
+  )
   kernel = _kernel(*taps, *(ends[::-1] if swap else ends))
   cut = spec.to_blocks(kernel)
   assert cut.shape == spec.layout(kernel.shape)

@@ -156,7 +156,7 @@ def test_a_layer_too_small_for_a_codebook_is_named():
 
 def test_a_tree_without_kernels_is_refused_with_its_leaves():
   tree = {"mlp": {"w": jax.ShapeDtypeStruct((4, 5), jnp.float32)}}
-  with pytest.raises(errors.InputError, match="only mlp/w; kernels are leaves"):
+  with pytest.raises(errors.InputError, match="only mlp/w; kernels are what"):
     plans.make_plan([], tree)
 
 

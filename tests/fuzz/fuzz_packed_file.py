@@ -67,7 +67,7 @@ def seeds() -> list[bytes]:
   network = norm()
   network["params"]["fc"] = {"kernel": kernel((4, 3), 3, blocks.BlockSpec(2))}
   odd = {
-    "a/~b": [kernel((6, 4, 3), 4, blocks.BlockSpec(2, 1, 0)), (None, {}, ())],
+    "a/~b": [kernel((6, 4, 3), 4, blocks.BlockSpec(2, (1,), (0,))), (None, {}, ())],
     "": {7: np.arange(3, dtype=np.int16)},
   }
   made = [
@@ -82,7 +82,7 @@ def seeds() -> list[bytes]:
   }
   buffers = {
     "codes": made[0].buffers[header.CODES],
-    "codebooks": made[0].buffers[header.CODEBOOKS],
+    "codebooks": made[0].buffers[header.CODEBOOKS["float16"]],
     "bn.norm": made[0].buffers["bn~norm"],
     "params/fc/bias": np.ones(3, np.float32),
   }

@@ -276,7 +276,7 @@ def test_what_their_layout_cannot_hold_is_refused():
   stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), node)
   with pytest.raises(errors.InputError, match="fc/kernel is stacked"):
     authors_files.to_authors_layout({"params": {"fc": {"kernel": stacked}}})
-  other = node.replace(spec=blocks.BlockSpec(4, in_axis=-1, out_axis=-2))
+  other = node.replace(spec=blocks.BlockSpec(4, (-1,), (-2,)))
   with pytest.raises(errors.InputError, match="cut along other axes"):
     authors_files.to_authors_layout({"params": {"fc": {"kernel": other}}})
 
