@@ -13,12 +13,8 @@ def get_config() -> ml_collections.ConfigDict:
   """The settings shared by all recipes (section 4.1 of arXiv 2010.15703)."""
   config = ml_collections.ConfigDict()
 
-  # What is run: 'compress' does the whole job, 'train' its stage 0, whose
-  # checkpoint other workdirs may begin with, 'evaluate' counts the accuracy of
-  # --config.weights, 'pack' writes them as a file of this library, 'plan'
-  # prints layers and sizes and stops, 'predict' finds the objects of one image,
-  # --config.image, 'preflight' compiles everything for --config.topology and
-  # prints what each of its chips would need; neither data nor chips are needed.
+  # What is run; --help lists the modes. 'preflight' needs neither data nor the
+  # chips of the topology.
   config.mode = "compress"
   config.image = ""
   config.topology = ""  # v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, h100:8, ...

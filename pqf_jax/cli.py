@@ -1,4 +1,7 @@
-"""The command line: `python main.py --config=configs/resnet18.py`."""
+"""The command line: `python main.py --config=configs/resnet18.py`.
+
+Installed, it is `pqf-jax --recipe=resnet18` in any folder.
+"""
 
 import difflib
 import os
@@ -6,11 +9,13 @@ import re
 import resource
 import runpy
 import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pqf_jax import errors, pipeline
+from pqf_jax import errors, extras, pipeline, recipes
 from pqf_jax.pipeline import settings
 from pqf_jax.runtime import xla_flags
 
@@ -20,6 +25,20 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where checkpoints and results go; default runs/<name>."
 )
+# The settings that most runs need, and what to write about them.
+_SETTINGS = {
+  "data.dir": "where the data set is",
+  "data.unlabelled": "images without labels, for calibration and a teacher",
+  "weights": "FILE, or hf://OWNER/REPO[/FILE]; empty: train from scratch",
+  "rules": "what is compressed, and how: see pqf_jax.Rule",
+  "calibrate.images": "training images that calibrate; 0: none",
+  "finetune.epochs": "0: no training, the calibrated network is packed",
+  "finetune.batch_size": "images of a step, over all devices",
+  "finetune.learning_rate": "of the first step",
+  "distillation.share": "of the loss that follows the dense network",
+  "dtype": "of training steps: float32 or bfloat16",
+  "seed": "of all that is random",
+}
 
 
 def main() -> None:
@@ -29,17 +48,55 @@ def main() -> None:
   when the process was asked to stop and has saved.
   """
   xla_flags.set_defaults()
-  for name in ("config", "workdir"):
-    # So that --help of whatever script calls this shows them.
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+  if {"-h", "--help"} & {*sys.argv[1:]}:
+    print(_help())
+    return
+  # Recipes import configs.common.
+  sys.path.insert(0, os.fspath(recipes.folder().parent))
   try:
     app.run(_run, flags_parser=_parse_flags)
   except errors.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(143)
+  except ModuleNotFoundError as missing:
+    _fail(extras.explain(missing))
   except (errors.InputError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(2)
+
+
+def _help() -> str:
+  """Returns what --help prints."""
+  defaults = settings.flatten(_common_config())
+  tables: dict[str, dict[str, str]] = {
+    "recipes": {name: recipes.summary(name) for name in recipes.names()},
+    "modes, --config.mode=MODE": settings.MODES,
+    "settings, --config.NAME=VALUE [default]": {
+      name: f"{text} [{defaults[name]}]" for name, text in _SETTINGS.items()
+    },
+  }
+  lines = [
+    "usage: pqf-jax --recipe=NAME[:VARIANT] [--workdir=DIR] [--config.KEY=V]",
+    "       python main.py --config=FILE.py[:VARIANT] ...",
+    "",
+    "Permutes, quantizes and fine-tunes a network, and packs it into one",
+    "small file. Results go to --workdir, by default runs/NAME; the same",
+    "command goes on where it stopped.",
+  ]
+  for title, rows in tables.items():
+    lines += ["", f"{title}:"]
+    lines += [f"  {name:22} {text}" for name, text in rows.items()]
+  return "\n".join([*lines, "", f"all settings: {recipes.folder()}/common.py"])
+
+
+def _common_config() -> dict[str, Any]:
+  """Returns the settings that all recipes begin with."""
+  common = runpy.run_path(os.fspath(recipes.folder() / "common.py"))
+  return dict(common["get_config"]().to_dict())
 
 
 def _run(argv: list[str]) -> None:
@@ -53,6 +110,7 @@ def _run(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Runs absl's parser; a bad recipe or setting becomes an `InputError`."""
+  argv = list(_name_files(argv))
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, ValueError) as error:
@@ -64,20 +122,32 @@ def _parse_flags(argv: list[str]) -> list[str]:
     raise errors.InputError(f"{' '.join(argv[1:])}: {reason}") from error
   if not flags.FLAGS["config"].present:
     raise errors.InputError(
-      "no recipe given: python main.py --config=configs/resnet18.py"
+      "no recipe given: python main.py --config=configs/resnet18.py, or "
+      f"--recipe=NAME with one of {', '.join(recipes.names())}"
     )
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   path, _, _ = name.partition(":")
   if not os.path.isfile(path):
     raise errors.InputError(
-      f"no recipe {path!r} in {os.getcwd()}; run main.py in its own folder, "
-      "where the recipes are configs/*.py"
+      f"no recipe {path!r} in {os.getcwd()}; give the file of one, or "
+      f"--recipe=NAME with one of {', '.join(recipes.names())}"
     )
   if rest[1:]:
     raise errors.InputError(
       f"unknown argument {rest[1]!r}; settings are given as --config.KEY=VALUE"
     )
   return rest
+
+
+def _name_files(argv: list[str]) -> Iterator[str]:
+  """Puts --config=FILE in the place of --recipe=NAME and of '--recipe NAME'."""
+  words = iter(argv)
+  for word in words:
+    name, equals, recipe = word.partition("=")
+    if name in ("-recipe", "--recipe"):
+      recipe = recipe if equals else next(words, "")
+      word = f"--config={recipes.path(recipe)}"
+    yield word
 
 
 def _check_keys(argv: list[str]) -> None:

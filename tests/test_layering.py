@@ -47,7 +47,10 @@ ALLOWED = {
   "report": ("core",),
   "pipeline": ("",),
   "preflight": ("",),
-  "cli": ("pipeline", "runtime"),
+  "recipes": (),
+  "extras": (),
+  "cli": ("extras", "pipeline", "recipes", "runtime"),
+  "__main__": ("cli", "extras"),
   "pqf_jax": ("",),  # the types of its lazy names
   "": (),
 }

@@ -60,7 +60,7 @@ def _main(arguments, folder, files):
     (("--config=configs/nope.py",), "no recipe 'configs/nope.py'"),
     (
       ("--config=configs/resnet18.py:cifar11",),
-      "no variant 'cifar11'; its words are cifar10,",
+      "no variant 'cifar11'; its words are best, cifar10,",
     ),
     (
       ("--config=configs/resnet18.py", "--config.finetune.epoch=3"),
@@ -92,6 +92,24 @@ def test_bad_input_is_one_message(run, arguments, message):
   assert errors[-1].startswith("error: ")
   assert message in errors[-1]
   assert "Traceback" not in done.stderr
+
+
+def test_help_lists_recipes_modes_and_settings(run):
+  for flag in ("-h", "--help"):
+    done = run(flag)
+    assert done.returncode in (0, None)
+    for word in ("resnet18", "evaluate", "finetune.epochs", "[9]"):
+      assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_recipes_are_found_by_name_in_any_folder(run, tmp_path):
+  for words in (
+    ("--recipe=resnet18:cifar10", "--config.mode=plan"),
+    ("--config.mode=plan", "--recipe", "resnet18:cifar10"),
+  ):
+    done = run(*words, folder=tmp_path)
+    assert done.stdout.endswith("payload_bytes=1392168\n"), done.stderr
 
 
 def test_missing_data_is_named_before_any_work(tmp_path):

@@ -17,16 +17,18 @@ SEARCHES: dict[str, permute.Search] = {
   "paper": search.search_like_authors,
   "none": search.keep_order,
 }
+# What `config.mode` may be, and what each does.
+MODES = {
+  "compress": "the whole job, from weights or training to a packed file",
+  "train": "stage 0 alone, whose checkpoint other workdirs may begin with",
+  "evaluate": "counts the accuracy of config.weights",
+  "pack": "writes config.weights as a file of this library",
+  "plan": "prints layers and sizes; needs neither data nor weights",
+  "predict": "finds the objects of one image, config.image",
+  "preflight": "compiles all for config.topology and prints what a chip needs",
+}
 CHOICES: Mapping[str, tuple[str, ...]] = {
-  "mode": (
-    "compress",
-    "evaluate",
-    "pack",
-    "plan",
-    "predict",
-    "preflight",
-    "train",
-  ),
+  "mode": tuple(MODES),
   "distributed": ("auto", "off", "on"),
   "permute.search": tuple(SEARCHES),
   "norm_statistics": ("batch", "device"),

@@ -1,0 +1,11 @@
+"""Packages of the wheel: the library, and the recipes inside of it."""
+
+import setuptools
+
+setuptools.setup(
+  packages=[
+    *setuptools.find_packages(include=["pqf_jax*"]),
+    "pqf_jax.configs",
+  ],
+  package_dir={"pqf_jax.configs": "configs"},
+)
