@@ -1,11 +1,12 @@
 """Stage 4: writes one `.safetensors` file, as small as the plan predicts.
 
 Compressed kernels share two buffers: codes with exactly ceil(N * log2(K) / 8)
-bytes a kernel, and float16 codebooks, K * D numbers a kernel. Two buffers for
-each kernel would cost a small network more than 2 % in names. Where kernels are
+bytes a kernel, and codebooks, K * D numbers a kernel. Two buffers for each
+kernel would cost a small network more than 2 % in names. Where kernels are
 compressed, each batch norm is one buffer, scale and bias with mean and variance
 folded in; a file without any keeps the statistics, so that training may go on
-from it. Every other variable is a buffer of its own type. The JSON header is
+from it. Every other variable is a buffer of its own. `Storage` says of which
+types: float16 codebooks and the rest as it is, or smaller. The JSON header is
 the metadata `pqf_jax`; `packing/header.py` describes it. Files of format 2 are
 read as they were. Loading needs no training code and no pickle.
 """
@@ -14,7 +15,6 @@ import functools
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -24,8 +24,9 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.core import plan as plans
+from pqf_jax.core import storage as storages
 from pqf_jax.core import vq_array
-from pqf_jax.packing import container, header, layers, structure
+from pqf_jax.packing import container, header, layers, norms, scaling, structure
 from pqf_jax.runtime import files
 
 PyTree = Any
@@ -56,43 +57,54 @@ def pack_model(
   *,
   norm_epsilon: float | Mapping[str, float] | None,
   architecture: Mapping[str, Any],
+  storage: storages.Storage = storages.PAPER,
 ) -> PackedModel:
   """Packs a variable tree; see the module docstring for the layout.
 
   Args:
     variables: dicts, lists, tuples, None, arrays and `VQArray`s. They come back
-      as they are, but for codebooks in float16 and folded norms.
+      as they are, but for codebooks, folded norms and what the storage rounds.
     norm_epsilon: of the batch norms that are folded, those of a network with
       `VQArray`s: of all, or {full-match pattern (regex) of the norm's path,
       such as `layer1/0/bn1`: epsilon}, where the first match wins. None where
       no norm is folded.
     architecture: JSON data that identifies the model for programs that load
       it.
+    storage: types of codebooks and of the rest.
 
   Raises:
     InputError: a node or a type that a file cannot hold, a number that is not
       finite or too large for the file, a norm without an epsilon or a
-      pattern without a norm, or an architecture that is not JSON.
+      pattern without a norm, an architecture that is not JSON, or a codebook or
+      norm of which the storage would keep too little; or no `Storage`.
   """
+  storages.check(storage)
   leaves, nodes = structure.take_apart(variables, vq_array.is_vq)
   kernels = {
-    path: layers.pack(path, leaf)
+    path: layers.pack(path, leaf, storage)
     for path, leaf in sorted(leaves.items())
     if vq_array.is_vq(leaf)
   }
-  norms = plans.foldable_norms(leaves) if kernels else {}
-  epsilons = _epsilons(norms, norm_epsilon)
-  buffers = {}
+  members = plans.foldable_norms(leaves) if kernels else {}
+  epsilons = norms.choose_epsilons(members, norm_epsilon)
+  folded = {path for paths in members.values() for path in paths}
+  rest = {
+    norm + header.NORM: norms.fold(
+      norm, [leaves[path] for path in paths], epsilons[norm], storage
+    )
+    for norm, paths in members.items()
+  } | dict(
+    _store(path, leaves[path], storage)
+    for path in leaves.keys() - folded - kernels.keys()
+  )
+  buffers = {name: scaled.numbers for name, scaled in rest.items()}
   if kernels:
     parts = kernels.values()
     buffers[header.CODES] = np.concatenate([codes for _, codes, _ in parts])
-    buffers[header.CODEBOOKS] = np.concatenate([c.ravel() for _, _, c in parts])
-  for norm, members in norms.items():
-    values = [np.asarray(leaves[path]) for path in members]
-    buffers[norm + header.NORM] = _fold(norm, values, epsilons[norm])
-  folded = {path for members in norms.values() for path in members}
-  for path in leaves.keys() - folded - kernels.keys():
-    buffers[path] = _array(path, leaves[path])
+    buffers[header.CODEBOOKS[storage.codebook]] = np.concatenate(
+      [codebook.ravel() for _, _, codebook in parts]
+    )
+  exponents = {name: x.exponent for name, x in rest.items() if x.exponent}
   common, entries = _share(
     {path: layers.to_fields(layer) for path, (layer, _, _) in kernels.items()}
   )
@@ -103,7 +115,7 @@ def pack_model(
     "layers": entries,
     "nodes": nodes,
     "norm_epsilon": _one_if_alike(epsilons),
-  }
+  } | ({header.EXPONENTS: exponents} if exponents else {})
   fields[header.SHA256] = header.digest(fields, buffers)
   return PackedModel(fields, buffers)
 
@@ -126,12 +138,14 @@ def save(
   *,
   norm_epsilon: float | Mapping[str, float] | None = None,
   architecture: Mapping[str, Any] | None = None,
+  storage: storages.Storage = storages.PAPER,
 ) -> PackedModel:
   """Packs a variable tree (see `pack_model`) and writes the file (`write`)."""
   packed = pack_model(
     variables,
     norm_epsilon=norm_epsilon,
     architecture={} if architecture is None else architecture,
+    storage=storage,
   )
   write(path, packed)
   return packed
@@ -229,64 +243,22 @@ def _build(contents: header.Contents) -> PyTree:
     kernels = pool.map(lambda x: layers.unpack(*x), contents.layers.values())
   leaves: dict[str, Any] = dict(zip(contents.layers, kernels, strict=True))
   for norm, (epsilon, folded) in contents.norms.items():
-    scale, bias = map(np.array, folded)
-    mean, var = np.zeros_like(scale), np.full_like(scale, 1 - epsilon)
-    values = scale, bias, mean, var
+    values = norms.unfold(epsilon, folded)
     for member, value in zip(plans.NORM, values, strict=True):
       leaves[member.format(norm)] = value
   # Copies, because a view would keep the bytes of the whole file.
-  leaves |= {path: array.copy() for path, array in contents.dense.items()}
+  leaves |= {path: dense.restore() for path, dense in contents.dense.items()}
   return structure.put_together(leaves, contents.nodes)
 
 
-def _epsilons(
-  norms: Mapping[str, Any], given: float | Mapping[str, float] | None
-) -> dict[str, float]:
-  """Returns {norm: its epsilon}.
-
-  Raises:
-    InputError: norms have none, or a pattern matches no norm.
-  """
-  if not isinstance(given, Mapping):
-    given = {} if given is None else {".*": given}
-  for pattern, epsilon in given.items():
-    header.check_epsilon(f"norm_epsilon of {pattern!r}", epsilon)
-    plans.check_pattern("norm_epsilon", pattern)
-  matches = {
-    norm: [p for p in given if re.fullmatch(p, norm)] for norm in norms
-  }
-  without = [norm for norm in norms if not matches[norm]]
-  if without:
-    raise errors.InputError(
-      f"batch norms {', '.join(without[:5])} ({len(without)} of {len(norms)}) "
-      "cannot be folded without their epsilon; pass norm_epsilon=EPSILON, or "
-      "{pattern of the norm's path: EPSILON}"
-    )
-  unused = given.keys() - {first for first, *_ in matches.values()}
-  if norms and unused:
-    raise errors.InputError(
-      f"norm_epsilon has patterns that match no norm, or only norms that an "
-      f"earlier one matches: {sorted(unused)}; fix or remove them (norms: "
-      f"{', '.join(list(norms)[:5])})"
-    )
-  return {norm: float(given[first]) for norm, (first, *_) in matches.items()}
-
-
-def _fold(norm: str, values: list[np.ndarray], epsilon: float) -> np.ndarray:
-  """Returns float32 [scale, bias] of a norm with mean 0 and variance 1."""
-  for value in values:
-    header.check_numbers(norm, value)
-  scale, bias, mean, var = (value.astype(np.float64) for value in values)
-  if (var + epsilon <= 0).any():
-    raise errors.InputError(
-      f"{norm} has a variance of {var.min():g}, and epsilon {epsilon:g} does "
-      "not make it positive; use weights whose variances are"
-    )
-  slope = scale / np.sqrt(var + epsilon)
-  with np.errstate(over="ignore"):
-    folded = np.stack([slope, bias - mean * slope]).astype(np.float32)
-  header.check_numbers(f"{norm}, folded into float32,", folded)
-  return folded
+def _store(
+  path: str, leaf: Any, storage: storages.Storage
+) -> tuple[str, scaling.Scaled]:
+  """Returns a leaf that stays dense, under the name of its buffer."""
+  array = _array(path, leaf)
+  if storage.rounds(structure.name(path), array):
+    return path + header.HALF, scaling.halve(array)
+  return path, scaling.Scaled(array, 0, array.dtype)
 
 
 def _array(path: str, leaf: Any) -> np.ndarray:

@@ -58,3 +58,15 @@ class Storage:
 
 
 PAPER = Storage()
+
+
+def check(storage: Any) -> None:
+  """Refuses what is no `Storage`.
+
+  Raises:
+    InputError: names it.
+  """
+  if not isinstance(storage, Storage):
+    raise errors.InputError(
+      f"storage is {storage!r}; give pqf_jax.Storage(codebook=..., rest=...)"
+    )

@@ -8,10 +8,15 @@ as canonical JSON: sorted names, no spaces. Fields that all layers share are in
 `common`; `layers.FIELDS` lists them. Buffers have the path of their variable,
 in its own type, but for
 
-    ~codes, ~codebooks   of all layers, in their order
-    <path>~norm          a batch norm with folded statistics, [scale, bias]
+    ~codes         of all layers, in their order
+    ~codebooks     float16, of layers that have such, in their order
+    ~codebooks8    int8, likewise
+    <path>~norm    a batch norm with folded statistics, [scale, bias], float32
+                   or rounded to float16
+    <path>~half    a float32 variable that is rounded to float16
 
-which no path can be, see `structure`.
+which no path can be, see `structure`. A field more, `"exponents": {buffer:
+integer}`, is there only where rounded buffers are times a power of two.
 """
 
 import collections
@@ -27,17 +32,22 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.core import plan as plans
-from pqf_jax.packing import container, layers, structure
+from pqf_jax.packing import container, layers, scaling, structure
 from pqf_jax.runtime import files
 
 VERSION = 3
 READ = (2, VERSION)
 SHA256 = "sha256"
-CODES, CODEBOOKS, NORM = "~codes", "~codebooks", "~norm"
+CODES, NORM, HALF = "~codes", "~norm", "~half"
+CODEBOOKS = {"float16": "~codebooks", "int8": "~codebooks8"}
+# Buffers of all layers together, and their types.
+_SHARED = {CODES: "uint8"} | {name: dtype for dtype, name in CODEBOOKS.items()}
 FIELDS = (
   *("architecture", "common", "format", "layers", "nodes", "norm_epsilon"),
   SHA256,
 )
+EXPONENTS = "exponents"
+_MOST_EXPONENT = 200
 
 Header = dict[str, Any]
 Buffers = Mapping[str, np.ndarray]
@@ -48,14 +58,14 @@ class Contents(NamedTuple):
 
   Attributes:
     layers: {path: (layer, its codes, its codebook)}, the last two as stored.
-    norms: {norm: (epsilon, [scale, bias])}.
-    dense: {path: array}.
+    norms: {norm: (epsilon, [scale, bias])}, the last as stored.
+    dense: {path: array as stored}.
     nodes: {path: kind}, see `structure`.
   """
 
   layers: dict[str, tuple[layers.Layer, np.ndarray, np.ndarray]]
-  norms: dict[str, tuple[float, np.ndarray]]
-  dense: dict[str, np.ndarray]
+  norms: dict[str, tuple[float, scaling.Scaled]]
+  dense: dict[str, scaling.Scaled]
   nodes: dict[str, str]
 
 
@@ -134,24 +144,26 @@ def check(header: Header, buffers: Buffers) -> Contents:
   """
   if header["format"] == 2:
     header, buffers = _upgrade(header, buffers)
-  layers.check_names("the header", header, FIELDS)
-  for name in ("architecture", "common", "layers", "nodes"):
+  header = {EXPONENTS: {}} | header
+  layers.check_names("the header", header, (*FIELDS, EXPONENTS))
+  for name in ("architecture", "common", EXPONENTS, "layers", "nodes"):
     layers.check(
       isinstance(header[name], dict), name, header[name], "an object"
     )
+  found = _check_layers(header["common"], header["layers"], buffers)
+  rest = _check_rest(header[EXPONENTS], buffers)
+  dense = [name for name in rest if not name.endswith(NORM)]
   contents = Contents(
-    _check_layers(header["common"], header["layers"], buffers),
-    _check_norms(header["norm_epsilon"], buffers),
-    {name: buffers[name] for name in buffers if not _is_special(name)},
+    found,
+    _check_norms(header["norm_epsilon"], rest),
+    {name.removesuffix(HALF): rest[name] for name in dense},
     header["nodes"],
   )
   for path, kind in contents.nodes.items():
     known = isinstance(kind, str) and kind in structure.KINDS
     expected = " or ".join(structure.KINDS)
     layers.check(known, f"nodes/{path}", kind, expected)
-  for path, array in contents.dense.items():
-    check_numbers(path, array)
-  paths = [*contents.layers, *contents.dense]
+  paths = [*contents.layers, *(name.removesuffix(HALF) for name in dense)]
   paths += [name.format(norm) for norm in contents.norms for name in plans.NORM]
   twice = [path for path, n in collections.Counter(paths).items() if n > 1]
   layers.check(not twice, "the list of variables", twice, "each path once")
@@ -173,10 +185,6 @@ def check_numbers(path: str, array: np.ndarray) -> None:
     )
 
 
-def _is_special(name: str) -> bool:
-  return name in (CODES, CODEBOOKS) or name.endswith(NORM)
-
-
 def _check_layers(
   common: dict[str, Any], entries: dict[str, Any], buffers: Buffers
 ) -> dict[str, tuple[layers.Layer, np.ndarray, np.ndarray]]:
@@ -189,36 +197,68 @@ def _check_layers(
     twice = sorted(fields.keys() & common.keys())
     layers.check(not twice, where, twice, "no field that is in common")
     found[path] = layers.from_fields(path, common | fields)
-  for name, dtype, needed in (
-    (CODES, np.uint8, sum(layer.code_bytes for layer in found.values())),
-    (CODEBOOKS, np.float16, sum(x.codebook_size for x in found.values())),
-  ):
+  needed: collections.Counter[str] = collections.Counter()
+  for layer in found.values():
+    needed[CODES] += layer.code_bytes
+    needed[CODEBOOKS[layer.codebook]] += layer.codebook_size
+  for name, dtype in _SHARED.items():
     buffer = buffers.get(name, np.empty(0, dtype))
-    if buffer.dtype != dtype or buffer.shape != (needed,):
+    if buffer.dtype != dtype or buffer.shape != (needed[name],):
       raise errors.InputError(
         f"buffer {name!r} is {buffer.dtype} {buffer.shape}, but the "
-        f"{len(found)} layers need {np.dtype(dtype)} ({needed},)"
+        f"{len(found)} layers need {dtype} ({needed[name]},)"
       )
-  parts, code_start, entry_start = {}, 0, 0
+  ends: collections.Counter[str] = collections.Counter()
+
+  def take(name: str, count: int) -> np.ndarray:
+    ends[name] += count
+    return buffers[name][ends[name] - count : ends[name]]
+
+  parts = {}
   for path, layer in found.items():
-    code_end = code_start + layer.code_bytes
-    entry_end = entry_start + layer.codebook_size
-    codes = buffers[CODES][code_start:code_end]
-    codebook = buffers[CODEBOOKS][entry_start:entry_end]
+    codes = take(CODES, layer.code_bytes)
+    codebook = take(CODEBOOKS[layer.codebook], layer.codebook_size)
     layers.check_values(path, layer, codes, codebook)
     parts[path] = layer, codes, codebook
-    code_start, entry_start = code_end, entry_end
   return parts
 
 
+def _check_rest(
+  exponents: dict[str, Any], buffers: Buffers
+) -> dict[str, scaling.Scaled]:
+  """Returns {buffer: its numbers}, of buffers that are not all layers'."""
+  rest, rounded = {}, []
+  for name in (name for name in buffers if name not in _SHARED):
+    buffer = buffers[name]
+    dtype = buffer.dtype
+    if name.endswith(HALF) or (name.endswith(NORM) and dtype == np.float16):
+      layers.check(
+        dtype == np.float16, f"buffer {name!r}", dtype.name, "float16"
+      )
+      rounded.append(name)
+      dtype = np.dtype(np.float32)
+    check_numbers(name.removesuffix(HALF).removesuffix(NORM), buffer)
+    rest[name] = scaling.Scaled(buffer, 0, dtype)
+  unknown = sorted(exponents.keys() - set(rounded))
+  layers.check(not unknown, "exponents", unknown, "none of other buffers")
+  for name, exponent in exponents.items():
+    whole = type(exponent) is int and abs(exponent) <= _MOST_EXPONENT
+    rest[name] = rest[name]._replace(exponent=exponent if whole else 0)
+    layers.check(
+      whole and rest[name].is_finite(),
+      f"exponents/{name}",
+      exponent,
+      "an integer under which float32 overflows nowhere",
+    )
+  return rest
+
+
 def _check_norms(
-  epsilon: Any, buffers: Buffers
-) -> dict[str, tuple[float, np.ndarray]]:
+  epsilon: Any, rest: Mapping[str, scaling.Scaled]
+) -> dict[str, tuple[float, scaling.Scaled]]:
   """Returns {norm: (epsilon, [scale, bias])}."""
   norms = {
-    name.removesuffix(NORM): buffers[name]
-    for name in buffers
-    if name.endswith(NORM)
+    name.removesuffix(NORM): rest[name] for name in rest if name.endswith(NORM)
   }
   if isinstance(epsilon, dict):
     given = epsilon
@@ -231,13 +271,12 @@ def _check_norms(
       check_epsilon("norm_epsilon", epsilon)
   for norm, value in given.items():
     check_epsilon(f"norm_epsilon/{norm}", value)
-    buffer = norms[norm]
-    if buffer.dtype != np.float32 or buffer.shape[:1] != (2,):
+    dtype, shape = norms[norm].dtype, norms[norm].numbers.shape
+    if dtype != np.float32 or shape[:1] != (2,):
       raise errors.InputError(
-        f"buffer {norm + NORM!r} is {buffer.dtype} {buffer.shape} where "
-        "float32 (2, ...) is expected"
+        f"buffer {norm + NORM!r} is {dtype} {shape} where float32 or float16 "
+        "(2, ...) is expected"
       )
-    check_numbers(norm, buffer)
   return {norm: (given[norm], norms[norm]) for norm in norms}
 
 
@@ -278,7 +317,7 @@ def _upgrade(header: Header, buffers: Buffers) -> tuple[Header, Buffers]:
   common = {
     "in_axis": -2,
     "out_axis": -1,
-    "codebook": layers.CODEBOOK,
+    "codebook": "float16",
     "dtype": "float32",
     "exponent": 0,
     "coding": layers.CODING,

@@ -1,8 +1,6 @@
 """Compressed kernels: what the header says of each, and their buffers.
 
-A codebook is float16 times a power of two, the largest under which no entry
-overflows: float16 then has 40 binades for what is smaller, whatever the scale
-of the layer. The power costs no bit, because it rounds nothing.
+A codebook is float16 or int8 times a power of two, see `scaling`.
 """
 
 import numbers
@@ -16,13 +14,17 @@ import numpy as np
 from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.packing import bits
+from pqf_jax.core import storage as storages
+from pqf_jax.packing import bits, scaling
 
 # Types of a codebook in memory.
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 TYPES = {name: jnp.dtype(name) for name in _FLOATS}
 MAX_CODES = 1 << 16
-CODEBOOK, CODING = "float16", "fixed"
+CODING = "fixed"
+# int8 may cost so much of the energy of a kernel; it costs trained networks a
+# thousandth at most.
+_MOST_LOST = 0.01
 
 
 class Layer(NamedTuple):
@@ -32,6 +34,7 @@ class Layer(NamedTuple):
     shape: dense shape.
     spec: the layout of its sub-vectors.
     num_codes: K.
+    codebook: type of the codebook in the file, see `Storage`.
     dtype: type of the codebook in memory.
     exponent: the codebook is 2^exponent times what is stored.
   """
@@ -39,6 +42,7 @@ class Layer(NamedTuple):
   shape: tuple[int, ...]
   spec: blocks.BlockSpec
   num_codes: int
+  codebook: str
   dtype: np.dtype[Any]
   exponent: int
 
@@ -65,20 +69,14 @@ def to_fields(layer: Layer) -> dict[str, Any]:
   return {
     "shape": list(map(_plain, layer.shape)),
     "channels": _plain(layer.spec.channels),
-    "in_axis": _axes_field(layer.spec.in_axes),
-    "out_axis": _axes_field(layer.spec.out_axes),
+    "in_axis": _plain(layer.spec.in_axis),
+    "out_axis": _plain(layer.spec.out_axis),
     "num_codes": layer.num_codes,
-    "codebook": CODEBOOK,
+    "codebook": layer.codebook,
     "dtype": layer.dtype.name,
     "exponent": layer.exponent,
     "coding": CODING,
   }
-
-
-def _axes_field(axes: tuple[int, ...]) -> Any:
-  """Returns one axis as a number, others as a list."""
-  plain = list(map(_plain, axes))
-  return plain[0] if len(plain) == 1 else plain
 
 
 def _plain(number: Any) -> Any:
@@ -103,13 +101,6 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
     valid = type(fields[name]) is int and low <= fields[name] <= high
     return int(take(name, valid, f"a whole number from {low} to {high}"))
 
-  def take_axes(name: str) -> tuple[int, ...]:
-    value = fields[name]
-    axes = value if isinstance(value, list) else [value]
-    valid = all(type(n) is int and -rank <= n < rank for n in axes)
-    take(name, valid, f"axes from {-rank} to {rank - 1}")
-    return tuple(axes)
-
   def take_name(name: str, known: tuple[str, ...]) -> str:
     text = isinstance(fields[name], str)
     return str(take(name, text and fields[name] in known, " or ".join(known)))
@@ -122,23 +113,22 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
   rank = len(shape)
   spec = blocks.BlockSpec(
     take_integer("channels", 1, max(shape)),
-    take_axes("in_axis"),
-    take_axes("out_axis"),
+    take_integer("in_axis", -rank, rank - 1),
+    take_integer("out_axis", -rank, rank - 1),
   )
-  every = {axis % rank for axis in (*spec.in_axes, *spec.out_axes)}
-  once = len(every) == len(spec.in_axes) + len(spec.out_axes)
-  take("out_axis", once, "other axes than in_axis, each once,")
-  take_name("codebook", (CODEBOOK,))
+  other = (spec.in_axis - spec.out_axis) % rank != 0
+  take("out_axis", other, "another axis than in_axis")
   take_name("coding", (CODING,))
   layer = Layer(
     tuple(shape),
     spec,
     take_integer("num_codes", 2, MAX_CODES),
+    take_name("codebook", storages.CHOICES["codebook"]),
     TYPES[take_name("dtype", tuple(TYPES))],
-    take_integer("exponent", -1100, 1008),
+    take_integer("exponent", -1100, 1017),
   )
-  blocked = shape[spec.in_axes[-1]] if spec.in_axes else 1
-  take("channels", blocked % spec.channels == 0, f"a divisor of {blocked}")
+  divides = shape[spec.in_axis] % spec.channels == 0
+  take("channels", divides, f"a divisor of {shape[spec.in_axis]}")
   return layer
 
 
@@ -173,16 +163,18 @@ def check(valid: bool, field: str, value: Any, expected: str) -> None:
 
 
 def pack(
-  path: str, node: vq_array.VQArray
+  path: str, node: vq_array.VQArray, storage: storages.Storage
 ) -> tuple[Layer, np.ndarray, np.ndarray]:
   """Packs a kernel.
 
   Returns:
-    What the header says of it, its codes (uint8) and codebook (float16 [K, D]).
+    What the header says of it, its codes (uint8) and codebook [K, D] in the
+    type of the storage.
 
   Raises:
     InputError: the codebook is stacked, not of finite floats, or not of 2 to
-      65,536 codewords; or codes and shapes do not fit each other.
+      65,536 codewords; codes and shapes do not fit each other; or the codebook
+      spans more than int8 holds.
   """
   trees.check_arrays(path, node)
   codebook, codes = np.asarray(node.codebook), np.asarray(node.codes)
@@ -193,7 +185,9 @@ def pack(
       "dense kernel that pqf_jax.decode_params(variables) returns"
     )
   num_codes, length = codebook.shape
-  layer = Layer(node.kernel_shape, node.spec, num_codes, codebook.dtype, 0)
+  layer = Layer(
+    node.kernel_shape, node.spec, num_codes, storage.codebook, codebook.dtype, 0
+  )
   layer = from_fields(path, to_fields(layer))  # whatever cannot be read back
   shape = layer.shape
   if node.spec.layout(shape) != (*codes.shape, length):
@@ -208,11 +202,31 @@ def pack(
       f"its {num_codes} codewords need integers from 0 to {num_codes - 1}"
     )
   trees.check_finite(path, codebook)
-  stored, exponent = _scale(codebook)
-  layer = layer._replace(exponent=exponent)
+  scaled = scaling.scale(codebook, storage.codebook)
+  if storage.codebook == "int8":
+    _check_loss(path, codes, codebook, scaled)
+  layer = layer._replace(exponent=scaled.exponent)
   packed = bits.pack_codes(codes, num_codes)
-  check_values(path, layer, packed, stored)
-  return layer, packed, stored
+  check_values(path, layer, packed, scaled.numbers)
+  return layer, packed, scaled.numbers
+
+
+def _check_loss(
+  path: str, codes: np.ndarray, codebook: np.ndarray, scaled: scaling.Scaled
+) -> None:
+  """Refuses a codebook of which int8 would keep little."""
+  flat = codes.reshape(-1)
+  parts = np.array_split(flat, -(-flat.size >> 16))
+  uses = sum(np.bincount(part, minlength=len(codebook)) for part in parts)
+  exact = np.ldexp(codebook.astype(np.float64), -scaled.exponent)
+  lost = uses @ np.square(exact - scaled.numbers).sum(1)
+  energy = uses @ np.square(exact).sum(1)
+  if lost > _MOST_LOST * energy:
+    raise errors.InputError(
+      f"{path} has a codebook of which int8 would lose {lost / energy:.1%}, "
+      f"because its largest number is {np.abs(codebook).max():g}; pack with "
+      "Storage(codebook='float16')"
+    )
 
 
 def unpack(
@@ -222,7 +236,7 @@ def unpack(
   c_out, m, length = layer.spec.layout(layer.shape)
   indices = bits.unpack_codes(codes, layer.num_codes, c_out * m)
   return vq_array.VQArray(
-    _unscale(layer, codebook).reshape(layer.num_codes, length),
+    _scaled(layer, codebook).restore().reshape(layer.num_codes, length),
     indices.reshape(c_out, m),
     layer.shape,
     layer.spec,
@@ -250,25 +264,11 @@ def check_values(
       last,
       f"a number below {layer.num_codes}",
     )
-  with np.errstate(over="ignore", invalid="ignore"):
-    largest = np.ldexp(np.float64(np.abs(codebook).max()), layer.exponent)
-  if not largest <= float(jnp.finfo(layer.dtype).max):
+  if not _scaled(layer, codebook).is_finite():
     raise errors.InputError(
       f"the codebook of {path} is not finite in {layer.dtype}"
     )
 
 
-def _scale(codebook: np.ndarray) -> tuple[np.ndarray, int]:
-  """Returns the codebook in float16, and the exponent that it lacks."""
-  wide = codebook.astype(np.result_type(codebook.dtype, np.float32))
-  mantissa, exponent = np.frexp(np.abs(wide).max())
-  # A mantissa that float16 rounds up to 1 has the next exponent; 16 bits more
-  # would overflow.
-  exponent = int(exponent) + int(np.float16(mantissa) == 1) - 16
-  return np.ldexp(wide, -exponent).astype(np.float16), exponent
-
-
-def _unscale(layer: Layer, codebook: np.ndarray) -> np.ndarray:
-  """Returns the codebook in its own type; undoes `_scale`."""
-  wide = codebook.astype(np.result_type(layer.dtype, np.float32))
-  return np.ldexp(wide, layer.exponent).astype(layer.dtype)
+def _scaled(layer: Layer, codebook: np.ndarray) -> scaling.Scaled:
+  return scaling.Scaled(codebook, layer.exponent, layer.dtype)

@@ -103,6 +103,11 @@ def path_of(keys: list[str]) -> str:
   return "/".join(_escape("", key) for key in keys)
 
 
+def name(path: str) -> str:
+  """Returns a path as `core.trees` writes it, which may have many meanings."""
+  return "/".join(_keys(path)[1:])
+
+
 def _open(path: str, node: Any) -> tuple[str | None, dict[Any, Any]]:
   """Returns a container's kind, None for the plain one, and its children."""
   if node is None:
