@@ -154,9 +154,9 @@ def test_any_tree_of_any_type_comes_back(tree):
 @pytest.mark.parametrize(
   ("shape", "spec"),
   [
-    ((8, 8), blocks.BlockSpec(4, in_axis=1, out_axis=0)),
-    ((8, 6, 3), blocks.BlockSpec(2, in_axis=1, out_axis=0)),
-    ((8, 6, 3), blocks.BlockSpec(3, in_axis=-1, out_axis=0)),
+    ((8, 8), blocks.BlockSpec(4, (1,), (0,))),
+    ((8, 6, 3), blocks.BlockSpec(2, (1,), (0,))),
+    ((8, 6, 3), blocks.BlockSpec(3, (-1,), (0,))),
     ((3, 3, 4, 5), blocks.BlockSpec(2)),
   ],
 )
@@ -362,7 +362,10 @@ def test_the_home_folder_is_the_same_for_writing_and_reading(
     ),
     ({"k": KERNEL.replace(codes=KERNEL.codes[:1])}, "k of shape .* has codes"),
     ({"k": KERNEL.replace(kernel_shape=(0, 6))}, "k/shape is"),
-    ({"k": KERNEL.replace(spec=blocks.BlockSpec(2, 1, 1))}, "k/out_axis is 1"),
+    (
+      {"k": KERNEL.replace(spec=blocks.BlockSpec(2, (1,), (1,)))},
+      "k/out_axis is 1",
+    ),
     ({"k": KERNEL.replace(spec=blocks.BlockSpec(3))}, "k/channels is 3"),
     ({"k": KERNEL.replace(spec=blocks.BlockSpec(2.0))}, "k/channels is 2.0"),
     ({"k": KERNEL.replace(kernel_shape=(8.5, 6))}, r"k/shape is \[8.5, 6\]"),
@@ -507,7 +510,7 @@ WRONG_LAYERS_3 = [
   ({"dtype": "float8"}, "conv/kernel/dtype is 'float8'"),
   ({"dtype": ["float32"]}, "conv/kernel/dtype is "),
   ({"in_axis": 4}, "conv/kernel/in_axis is 4"),
-  ({"in_axis": 3}, "conv/kernel/out_axis is -1 where another axis"),
+  ({"in_axis": 3}, "conv/kernel/out_axis is -1 where other axes"),
   ({"out_axis": "1"}, "conv/kernel/out_axis is '1'"),
   ({"exponent": 0.5}, "conv/kernel/exponent is 0.5"),
   ({"exponent": 2000}, "conv/kernel/exponent is 2000"),

@@ -69,14 +69,20 @@ def to_fields(layer: Layer) -> dict[str, Any]:
   return {
     "shape": list(map(_plain, layer.shape)),
     "channels": _plain(layer.spec.channels),
-    "in_axis": _plain(layer.spec.in_axis),
-    "out_axis": _plain(layer.spec.out_axis),
+    "in_axis": _axes_field(layer.spec.in_axes),
+    "out_axis": _axes_field(layer.spec.out_axes),
     "num_codes": layer.num_codes,
     "codebook": layer.codebook,
     "dtype": layer.dtype.name,
     "exponent": layer.exponent,
     "coding": CODING,
   }
+
+
+def _axes_field(axes: tuple[int, ...]) -> Any:
+  """Returns one axis as a number, others as a list."""
+  plain = list(map(_plain, axes))
+  return plain[0] if len(plain) == 1 else plain
 
 
 def _plain(number: Any) -> Any:
@@ -101,6 +107,13 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
     valid = type(fields[name]) is int and low <= fields[name] <= high
     return int(take(name, valid, f"a whole number from {low} to {high}"))
 
+  def take_axes(name: str) -> tuple[int, ...]:
+    value = fields[name]
+    axes = value if isinstance(value, list) else [value]
+    valid = all(type(n) is int and -rank <= n < rank for n in axes)
+    take(name, valid, f"axes from {-rank} to {rank - 1}")
+    return tuple(axes)
+
   def take_name(name: str, known: tuple[str, ...]) -> str:
     text = isinstance(fields[name], str)
     return str(take(name, text and fields[name] in known, " or ".join(known)))
@@ -113,11 +126,12 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
   rank = len(shape)
   spec = blocks.BlockSpec(
     take_integer("channels", 1, max(shape)),
-    take_integer("in_axis", -rank, rank - 1),
-    take_integer("out_axis", -rank, rank - 1),
+    take_axes("in_axis"),
+    take_axes("out_axis"),
   )
-  other = (spec.in_axis - spec.out_axis) % rank != 0
-  take("out_axis", other, "another axis than in_axis")
+  every = {axis % rank for axis in (*spec.in_axes, *spec.out_axes)}
+  once = len(every) == len(spec.in_axes) + len(spec.out_axes)
+  take("out_axis", once, "other axes than in_axis, each once,")
   take_name("coding", (CODING,))
   layer = Layer(
     tuple(shape),
@@ -127,8 +141,8 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
     TYPES[take_name("dtype", tuple(TYPES))],
     take_integer("exponent", -1100, 1017),
   )
-  divides = shape[spec.in_axis] % spec.channels == 0
-  take("channels", divides, f"a divisor of {shape[spec.in_axis]}")
+  blocked = shape[spec.in_axes[-1]] if spec.in_axes else 1
+  take("channels", blocked % spec.channels == 0, f"a divisor of {blocked}")
   return layer
 
 

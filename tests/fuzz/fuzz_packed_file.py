@@ -67,7 +67,10 @@ def seeds() -> list[bytes]:
   network = norm()
   network["params"]["fc"] = {"kernel": kernel((4, 3), 3, blocks.BlockSpec(2))}
   odd = {
-    "a/~b": [kernel((6, 4, 3), 4, blocks.BlockSpec(2, 1, 0)), (None, {}, ())],
+    "a/~b": [
+      kernel((6, 4, 3), 4, blocks.BlockSpec(2, (1,), (0,))),
+      (None, {}, ()),
+    ],
     "": {7: np.arange(3, dtype=np.int16)},
   }
   made = [
