@@ -100,6 +100,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.distillation.share = 0.0
   config.distillation.temperature = 1.0
 
+  # Types in the packed file; see pqf_jax.Storage. A finished workdir is only
+  # packed and evaluated again where they change.
+  config.storage = ml_collections.ConfigDict()
+  config.storage.codebook = "float16"  # or 'int8'
+  config.storage.rest = "float32"  # or 'float16', of weights that stay dense
+
   # Which weights of the fine-tuning are packed: 'last', as the paper reports,
   # or 'best' by the test images (which then are no longer unseen): top-1, or
   # mask AP.

@@ -343,7 +343,11 @@ def predict_size(
   of norms are not counted if the plan has any kernel: packing then folds mean
   and variance into scale and bias, two vectors a norm, as the published sizes
   count them.
+
+  Raises:
+    InputError: the storage is none, or two leaves have the same path.
   """
+  storages.check(storage)
   flat = trees.flatten(variables, vq_array.is_vq)
   norms = foldable_norms(flat).values() if plan else ()
   folded = {path for norm in norms for path in norm[2:]}

@@ -90,7 +90,7 @@ def prepare(
   network, template = build_network(config)
   task.check(config, network, template, num_devices=jax.device_count())
   plan = make_plan(config, template)
-  print_plan(plan, template)
+  print_plan(config, plan, template)
   finetune.check_frozen(config.frozen, plans.compressed_shapes(plan, template))
   variables = None
   if config.weights:
@@ -245,6 +245,7 @@ def write_packed(
     variables,
     norm_epsilon=contract.norm_epsilon(network),
     architecture=dict(config.model),
+    storage=settings.make_storage(config),
   )
   if distributed.is_lead():
     pack.write(files.packed_file, packed)
@@ -260,9 +261,11 @@ def make_plan(
 
 
 def print_plan(
-  plan: plans.CompressionPlan, template: PyTree
+  config: ml_collections.ConfigDict,
+  plan: plans.CompressionPlan,
+  template: PyTree,
 ) -> plans.SizeReport:
   """Shows what will be compressed and how large the file will be."""
-  size = plans.predict_size(plan, template)
+  size = plans.predict_size(plan, template, settings.make_storage(config))
   progress.show(report.plan_table(size.layers))
   return size

@@ -10,6 +10,7 @@ import ml_collections
 
 from pqf_jax import errors, permute, tasks
 from pqf_jax.core import plan as plans
+from pqf_jax.core import storage as storages
 from pqf_jax.permutation import search
 
 SEARCHES: dict[str, permute.Search] = {
@@ -35,7 +36,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
   "dtype": ("float32", "bfloat16"),  # float16 would need its losses scaled
   "finetune_from": ("calibrated", "quantized"),
   "pack": ("last", "best"),
-}
+} | {f"storage.{name}": names for name, names in storages.CHOICES.items()}
 MOST = 2**31 - 1
 # Least and most of the numbers in `config.train` and `config.finetune`.
 TRAINING = {
@@ -114,6 +115,15 @@ def make_rules(config: ml_collections.ConfigDict) -> list[plans.Rule]:
     rules.append(plans.Rule(*values))
     plans.check_rule(rules[-1])
   return rules
+
+
+def make_storage(config: ml_collections.ConfigDict) -> storages.Storage:
+  """Returns `config.storage` as a storage.
+
+  Raises:
+    InputError: names a type that it cannot have.
+  """
+  return storages.Storage(**config.storage)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -245,7 +245,8 @@ def finish(
   packed = jobs.write_packed(job.config, job.network, files, variables)
   loaded, record = job.evaluated(pack.load(files.packed_file))
   records["packed"] = record | {"seconds": time.perf_counter() - start}
-  size = plans.predict_size(job.plan, job.template)
+  storage = settings.make_storage(job.config)
+  size = plans.predict_size(job.plan, job.template, storage)
   results = make_results(job, size, packed.payload_bytes, records)
   if distributed.is_lead():
     pictures = job.loaded.pictures({"dense": dense, "compressed": loaded})
@@ -292,6 +293,7 @@ def make_results(
     "ratio": size.dense_bytes / file_bytes,
     "seconds": {stage: record["seconds"] for stage, record in records.items()},
     "file": job.files.packed_file.name,
+    "storage": job.config.storage.to_dict(),
   }
 
 

@@ -10,13 +10,18 @@ import ml_collections
 from etils import epath
 
 from pqf_jax import errors, report
+from pqf_jax.core import storage
 from pqf_jax.pipeline import settings
 from pqf_jax.runtime import checkpoint, distributed, files, progress
 
 Results = dict[str, Any]
-# How processes find each other changes no result, so a run may be resumed with
-# other values of these settings.
-NOT_COMPARED = ("distributed", "distributed_timeout")
+# How processes find each other changes no result, and how numbers are stored
+# only what is packed at the end, so a run may be resumed with other values of
+# these settings.
+NOT_COMPARED = (
+  *("distributed", "distributed_timeout"),
+  *(f"storage.{name}" for name in storage.CHOICES),
+)
 # Field of config.json with the digests of weights and data, and of results.json
 # with its own.
 SHA256 = "sha256"
@@ -102,6 +107,8 @@ class Workspace:
   def results(self) -> Results | None:
     """Reads results.json; None unless the run is finished and all is there.
 
+    A file that is packed with another storage than the config's does not count.
+
     Raises:
       InputError: the file is not one that `write_results` wrote.
     """
@@ -115,11 +122,12 @@ class Workspace:
         f"field {SHA256!r}; move it elsewhere, and the same command makes it "
         "again from the finished stages"
       )
-    if stored == self._digest(results) and self.report_file.exists():
+    whole = stored == self._digest(results) and self.report_file.exists()
+    if whole and results.get("storage") == self._config["storage"]:
       return results
     progress.say(
-      f"the results in {self.results_file.parent} are not what was written; "
-      "they are made again from the finished stages"
+      f"the results in {self.results_file.parent} are not what was written, or "
+      "of another storage; they are made again from the finished stages"
     )
     return None
 

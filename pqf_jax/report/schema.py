@@ -32,6 +32,7 @@ Results = Mapping[str, Any]
     ratio          dense_bytes / file_bytes
     seconds        {stage: seconds}
     file           name of the packed file
+    storage        {part: type} of its numbers, see `Storage`
     sha256         of all this and of the packed file
 """
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from configs import resnet18
-from pqf_jax import data, errors, pipeline
+from pqf_jax import data, errors, pack, pipeline
 from pqf_jax.models import torch_names
 from pqf_jax.pipeline import workspace
 from pqf_jax.runtime import files
@@ -204,6 +204,31 @@ def test_what_is_damaged_or_gone_is_made_again(
     assert results[0][name] == results[1][name]
   pipeline.run(config, str(finished))
   assert "already done" in capsys.readouterr().out
+
+
+def test_another_storage_costs_no_stage(config, finished, made):
+  def read(name):
+    return json.loads((finished / name).read_text())
+
+  stages = {
+    path: path.read_bytes()
+    for path in (finished / "checkpoints").glob("*.json")
+  }
+  metrics = (finished / "metrics.jsonl").read_bytes()
+  before = read("results.json")
+  config.storage.codebook, config.storage.rest = "int8", "float16"
+  pipeline.run(config, str(finished))
+  after = read("results.json")
+  codebooks = pack.read(finished / "model.safetensors").buffers["~codebooks8"]
+  assert codebooks.nbytes < before["payload_bytes"] - after["payload_bytes"]
+  assert after["storage"] == {"codebook": "int8", "rest": "float16"}
+  assert after["top1_packed"] == pytest.approx(before["top1_packed"], abs=0.02)
+  assert stages and (finished / "metrics.jsonl").read_bytes() == metrics
+  assert all(path.read_bytes() == stages[path] for path in stages)
+  config.storage.codebook, config.storage.rest = "float16", "float32"
+  pipeline.run(config, str(finished))
+  packed = [folder / "model.safetensors" for folder in (finished, made)]
+  assert packed[0].read_bytes() == packed[1].read_bytes()
 
 
 @pytest.mark.parametrize("content", ["", '{"a": 1}', '{"name": "t', "[]", "5"])
