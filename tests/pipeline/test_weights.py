@@ -75,9 +75,9 @@ def tensors(torch, state_dict):
   return {name: torch.as_tensor(array) for name, array in state_dict.items()}
 
 
-@pytest.mark.parametrize("name", ["w.pth", "w.pt"])
+@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.pth.tar", "a.b.ckpt"])
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("wrapper", ["", "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model", "net"])
 def test_files_of_torch_are_read(torch, tmp_path, name, zipped, wrapper):
   content = collections.OrderedDict(tensors(torch, STATE_DICT))
   # Torch's own counters, and a tensor that learns.
@@ -87,6 +87,42 @@ def test_files_of_torch_are_read(torch, tmp_path, name, zipped, wrapper):
     content = {wrapper: content, "epoch": 3, "arch": "tiny"}
   torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
   assert_equal(read(tmp_path / name), VARIABLES)
+
+
+def test_averages_are_read_before_the_last_weights(torch, tmp_path, capsys):
+  last = tensors(torch, STATE_DICT)
+  average = {name: tensor + 1 for name, tensor in last.items()}
+  for name in ("state_dict_ema", "ema"):
+    torch.save({"state_dict": last, name: average}, tmp_path / "w.pth")
+    found = torch_names.flax_to_torch(read(tmp_path / "w.pth"))
+    for path, tensor in average.items():
+      np.testing.assert_array_equal(found[path], tensor.numpy())
+    assert f"{name!r} is read, not 'state_dict'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model."]
+)
+def test_prefixes_of_all_names_are_taken_off(tmp_path, prefix, capsys):
+  state_dict = {f"{prefix}{name}": x for name, x in STATE_DICT.items()}
+  safetensors.numpy.save_file(state_dict, tmp_path / "w.safetensors")
+  assert_equal(read(tmp_path / "w.safetensors"), VARIABLES)
+  said = capsys.readouterr().out
+  assert said.count(f"{len(STATE_DICT)} names without") == prefix.count(".")
+  state_dict["head.weight"] = np.zeros(3, np.float32)
+  safetensors.numpy.save_file(state_dict, tmp_path / "w.safetensors")
+  with pytest.raises(errors.InputError, match="12 missing .* 13 extra"):
+    read(tmp_path / "w.safetensors")
+
+
+def test_names_that_a_network_has_itself_are_no_prefix(tmp_path):
+  template = {
+    collection: {"model": modules} for collection, modules in TEMPLATE.items()
+  }
+  state_dict = {f"model.{name}": x for name, x in STATE_DICT.items()}
+  safetensors.numpy.save_file(state_dict, tmp_path / "w.safetensors")
+  found = read(tmp_path / "w.safetensors", template)
+  assert_equal(found["params"]["model"], VARIABLES["params"])
 
 
 def test_types_that_numpy_lacks_are_widened(torch, tmp_path):
@@ -187,7 +223,7 @@ def test_damaged_files_of_torch_are_refused(torch, tmp_path, zipped, kept):
   ("content", "message"),
   [
     ([1, 2], "holds a value of type list"),
-    ({"epoch": 3, "net": {}}, "'epoch' of type int, 'net' of type dict"),
+    ({"epoch": 3, "nets": {}}, "'epoch' of type int, 'nets' of type dict"),
     ({"model": {"fc.bias": 1.0}}, "'fc.bias' of type float"),
     ({0: np.ones(2)}, "0 of type Tensor, where a state dict has tensors by"),
   ],

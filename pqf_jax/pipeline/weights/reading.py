@@ -11,14 +11,18 @@ from pqf_jax import errors, models, pack
 from pqf_jax.core import trees, vq_array
 from pqf_jax.models import authors_files, torch_names
 from pqf_jax.pipeline.weights import hub, torch_files
-from pqf_jax.runtime import files
+from pqf_jax.runtime import files, progress
 
 PyTree = Any
 READERS = {
   ".safetensors": torch_names.read_safetensors,
-  ".pth": torch_files.read,
-  ".pt": torch_files.read,
+  **dict.fromkeys(
+    (".pth", ".pt", ".pth.tar", ".ckpt", ".bin"), torch_files.read
+  ),
 }
+# What wrappers of torch's modules put before every name: data parallelism,
+# torch.compile, Lightning.
+PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def read(
@@ -34,8 +38,9 @@ def read(
     source: a file, here or in a bucket (gs://...), or of the Hugging Face hub,
       `hf://OWNER/REPO[/FILE]`:
       `.safetensors`, packed by this library (compressed or dense) or with
-      torch's names; or `.pth`, `.pt` of torch. Torch's names may also be those
-      of the authors' compressed networks, see `models.authors_files`.
+      torch's names; or a file of torch.save, see `READERS`. Torch's names may
+      all begin with `PREFIXES`, or be those of the authors' compressed
+      networks, see `models.authors_files`.
     model_name: of the module under `pqf_jax.models` that knows torch's names.
     template: the model's variables as `jax.ShapeDtypeStruct`s.
     norm_epsilon: of the network's norms; None: it has none.
@@ -58,6 +63,7 @@ def read(
         f"the file has torch's names, which model {model_name!r} has no "
         "function load_torch to read; give a file that pqf_jax packed"
       )
+    content = _without_prefixes(source, content, template)
     if not authors_files.is_authors_layout(content):
       return model.load_torch(content, template)
     if hasattr(model, "arrange"):
@@ -112,13 +118,30 @@ def _locate(source: str) -> tuple[str, str]:
   known = ", ".join(READERS)
   fetch = hub.fetch if source.startswith(hub.SCHEME) else files.fetch
   path = fetch(source)
-  suffix = os.path.splitext(path)[1]
-  if suffix not in READERS:
+  name = os.path.basename(path)
+  suffix = max((s for s in READERS if name.endswith(s)), key=len, default="")
+  if not suffix:
     raise errors.InputError(
       f"{source} is of no known kind; weights are files named {known}, or "
       f"{hub.SCHEME}OWNER/REPO[/FILE]"
     )
   return path, suffix
+
+
+def _without_prefixes(
+  source: str, state_dict: torch_names.StateDict, template: PyTree
+) -> torch_names.StateDict:
+  """Takes prefixes off that all names have and the network's have not."""
+  modules = {path.split("/")[1] for path in trees.flatten(template)}
+  for prefix in PREFIXES * len(PREFIXES):
+    ours = prefix.removesuffix(".") in modules
+    if ours or not all(name.startswith(prefix) for name in state_dict):
+      continue
+    progress.say(f"{source}: {len(state_dict)} names without {prefix!r}")
+    state_dict = {
+      name.removeprefix(prefix): array for name, array in state_dict.items()
+    }
+  return state_dict
 
 
 def _check_epsilon(

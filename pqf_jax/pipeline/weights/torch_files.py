@@ -10,9 +10,12 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.models import torch_names
+from pqf_jax.runtime import progress
 
-# What training scripts wrap a state dict in, next to epoch and optimizer.
-WRAPPERS = ("state_dict", "model")
+# What training scripts wrap a state dict in, next to epoch and optimizer; of
+# several the first is taken, averages of the weights before the last ones.
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = (*AVERAGES, "state_dict", "model_state_dict", "model", "net")
 # The first bytes of what torch.save writes: a zip file, or, before torch 1.6,
 # a pickled number.
 TORCH_SAVE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
@@ -22,7 +25,8 @@ def read(path: str) -> torch_names.StateDict:
   """Reads {name: array} from a file of `torch.save`; needs torch.
 
   Torch unpickles tensors and plain containers only, so that no file can run
-  code. The state dict may be the value of 'state_dict' or 'model'.
+  code. The state dict may be the value of one of `WRAPPERS`; where averages
+  are taken instead of the last weights, this is said.
 
   Raises:
     InputError: torch is not installed; the file is damaged, compressed or of
@@ -86,10 +90,13 @@ def _unreadable(path: str, error: Exception) -> errors.InputError:
 
 def _entries(path: str, content: Any, tensor_type: type) -> Mapping[str, Any]:
   """Returns the state dict, which may be inside a wrapper."""
-  for wrapper in WRAPPERS:
-    if isinstance(content, Mapping):
-      inner = content.get(wrapper)
-      content = inner if isinstance(inner, Mapping) else content
+  while isinstance(content, Mapping):
+    inside = [w for w in WRAPPERS if isinstance(content.get(w), Mapping)]
+    if not inside:
+      break
+    if inside[0] in AVERAGES and len(inside) > 1:
+      progress.say(f"{path}: {inside[0]!r} is read, not {inside[1]!r}")
+    content = content[inside[0]]
   if isinstance(content, Mapping):
     others = [
       f"{name!r} of type {type(value).__name__}"
