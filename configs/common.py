@@ -27,6 +27,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.distributed = "auto"
   config.distributed_timeout = 300  # seconds to wait for the others
 
+  # Folder of compiled programs, which later runs then need not compile; 'auto'
+  # is JAX_COMPILATION_CACHE_DIR, or pqf_jax/ in the user's cache folder, 'off'
+  # none. Beyond so many megabytes those that were unused for longest go.
+  config.compilation_cache = "auto"
+  config.compilation_cache_megabytes = 1000
+
   # Weights of the trained network: .safetensors or .pth with torch's names, the
   # compressed files of the paper's authors, a file of this library, or a hub's,
   # hf://OWNER/REPO[/FILE]. Empty: stage 0 trains the network from scratch.

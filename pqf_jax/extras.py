@@ -6,8 +6,8 @@ from pqf_jax import errors
 EXTRAS = {
   **dict.fromkeys(
     (
-      *("absl", "array_record", "google_crc32c", "grain", "jinja2"),
-      *("ml_collections", "orbax", "PIL", "rich", "sklearn"),
+      *("absl", "array_record", "filelock", "google_crc32c", "grain"),
+      *("jinja2", "ml_collections", "orbax", "PIL", "rich", "sklearn"),
       *("tensorflow_datasets", "importlib_resources"),
     ),
     "train",

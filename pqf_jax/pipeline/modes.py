@@ -10,7 +10,7 @@ from pqf_jax import errors, tasks
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import settings, stages, workspace
-from pqf_jax.runtime import distributed, files, progress
+from pqf_jax.runtime import compilation, distributed, files, progress
 
 PyTree = Any
 
@@ -37,6 +37,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     return
   distributed.start(
     config.distributed, timeout_seconds=config.distributed_timeout
+  )
+  compilation.keep_programs(
+    config.compilation_cache, config.compilation_cache_megabytes
   )
   progress.say_everywhere(distributed.banner())
   distributed.check_agreement(

@@ -55,6 +55,7 @@ TRAINING = {
 LIMITS: Mapping[str, tuple[float, float]] = {
   "seed": (0, 2**32 - 1),
   "distributed_timeout": (1, MOST),
+  "compilation_cache_megabytes": (1, MOST),
   "model.num_classes": (1, 2**20),
   "data.image_size": (0, 2**14),
   "data.num_objects": (0, 2**14),

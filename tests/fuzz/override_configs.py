@@ -89,6 +89,8 @@ KEYS = {
   "seed": WHOLE,
   "distributed": WORDS,
   "distributed_timeout": WHOLE,
+  "compilation_cache": ("/proc/nosuch", "nosuch://x/y"),
+  "compilation_cache_megabytes": WHOLE,
   "weights": ("nosuch", "None", "/", "http://x", "hf://", "nosuch://x/y"),
   "backbone": ("nosuch", "None", "/", "http://x"),
   "model": WORDS,
@@ -131,6 +133,7 @@ ACCEPTED = {
   "name": ("a name of a folder, which --workdir replaces", WORDS),
   "seed": ("a seed", ("0", "2147483647")),
   "distributed_timeout": ("as long as it takes", ("2147483647",)),
+  "compilation_cache_megabytes": ("as many as it takes", ("2147483647",)),
   "data.dir": ("not read: digits come with scikit-learn", DIGITS_DIR),
   "data.image_size": ("the usual size; one pixel is an image", ("0", "1")),
   "data.num_objects": ("as many as there are; digits have none", ("0",)),
@@ -160,6 +163,7 @@ ACCEPTED = {
 # What they name must be read or built before they can be refused, or their
 # values depend on other settings.
 NEED_MORE = {
+  "compilation_cache",
   "weights",
   "backbone",
   "model.name",
