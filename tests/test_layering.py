@@ -21,6 +21,7 @@ ALLOWED = {
   "numerics": (),
   "core": ("numerics",),
   "discovery": ("core",),
+  "inference": ("core", "discovery.tracing"),
   "permutation": ("core",),
   "kmeans": ("numerics",),
   "permute": ("core", "permutation", "kmeans", "runtime.threads"),

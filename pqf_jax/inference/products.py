@@ -1,0 +1,165 @@
+"""Products of activations with a kernel that stays codebook and codes.
+
+Axis letters: B rows of activations, C_in = M * D input channels, C_out output
+channels, K codewords of length D. The codes lie position by position, [M,
+C_out], so that a loop over the M positions reads them in order.
+
+Both forms loop over groups of positions and never hold the kernel:
+
+- tables: each sub-vector of the input is multiplied by all codewords once,
+  K * D * M multiplications a row; then each output adds up the M entries that
+  its codes name. Of the weights only the codes are read.
+- blocks: the weights of a group are decoded, and multiplied as dense ones.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pqf_jax import errors
+from pqf_jax.core import trees
+
+# The most numbers that tables may hold to serve better than blocks, on a CPU;
+# docs/inference.md has the measured times.
+_MOST_TABLES = 2**21
+
+# Entries that a step of each loop adds or decodes: enough for XLA to share them
+# among the cores, and few enough for their caches.
+_TABLE_ENTRIES = 2**17
+_BLOCK_ENTRIES = 2**20
+
+
+def product(
+  inputs: jax.Array,
+  codebook: trees.Array,
+  codes: trees.Array,
+  *,
+  crossover: int | None = None,
+  precision: lax.PrecisionLike = None,
+) -> jax.Array:
+  """Returns `inputs @ kernel`, [B, C_out], in float32 (or float64).
+
+  Args:
+    inputs: [B, C_in] float.
+    codebook: [K, D] float.
+    codes: [M, C_out] integer below K: `kernel[m * D : m * D + D, o]` is
+      `codebook[codes[m, o]]`.
+    crossover: up to so many rows are multiplied by tables, more by blocks; by
+      default up to D rows, unless the tables grow too large for the caches.
+    precision: of the products, as of `jnp.dot`.
+
+  Raises:
+    InputError: the codebook and codes are of another number of inputs.
+  """
+  (num_positions, c_out), length = codes.shape, codebook.shape[1]
+  if inputs.shape[1] != num_positions * length:
+    raise errors.InputError(
+      f"inputs have shape {inputs.shape}, but codes of shape {codes.shape} and "
+      f"codewords of length {length} make a kernel of {num_positions * length} "
+      "inputs; give inputs [rows, M * D] and codes [M, C_out]"
+    )
+  is_wide = jnp.float64 in (inputs.dtype, codebook.dtype)
+  dtype = jnp.float64 if is_wide else jnp.float32
+  if not inputs.shape[0]:
+    return jnp.zeros((0, c_out), dtype)
+  if crossover is None:
+    fitting = _MOST_TABLES // (num_positions * codebook.shape[0])
+    crossover = min(length, fitting)
+  form = _by_tables if inputs.shape[0] <= crossover else _by_blocks
+  return form(
+    inputs.astype(dtype),
+    jnp.asarray(codebook, dtype),
+    jnp.asarray(codes),
+    precision,
+  )
+
+
+def _by_tables(
+  inputs: jax.Array,
+  codebook: jax.Array,
+  codes: jax.Array,
+  precision: lax.PrecisionLike,
+) -> jax.Array:
+  (num_rows, _), (num_codes, length) = inputs.shape, codebook.shape
+  num_positions, c_out = codes.shape
+  vectors = inputs.reshape(num_rows * num_positions, length)
+  tables = jnp.matmul(vectors, codebook.T, precision=precision)
+  pairs = _to_pairs(tables.reshape(num_rows, -1))
+  size = _group_size(num_positions, len(pairs) * c_out, _TABLE_ENTRIES)
+  groups = pairs.reshape(len(pairs), -1, size, num_codes)
+  shape = (size, len(pairs), c_out)
+
+  def add(
+    sums: jax.Array, group: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, None]:
+    tables, codes = group
+    return sums + _pick(tables, codes[:, None], shape), None
+
+  sums, _ = lax.scan(
+    add,
+    jnp.zeros(shape, pairs.dtype),
+    (jnp.moveaxis(groups, 0, 2), codes.reshape(-1, size, c_out)),
+  )
+  return _from_pairs(sums.sum(0), num_rows)
+
+
+def _by_blocks(
+  inputs: jax.Array,
+  codebook: jax.Array,
+  codes: jax.Array,
+  precision: lax.PrecisionLike,
+) -> jax.Array:
+  num_rows, length = inputs.shape[0], codebook.shape[1]
+  num_positions, c_out = codes.shape
+  # Several steps also of small kernels: the block of a single one would not
+  # depend on the inputs, and be decoded together with those of all layers.
+  entries = min(_BLOCK_ENTRIES, codes.size * length // 4)
+  size = _group_size(num_positions, length * c_out, entries)
+  shape = (size, length, c_out)
+  columns = jnp.broadcast_to(codebook.T, (size, length, codebook.shape[0]))
+
+  def add(
+    sums: jax.Array, group: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, None]:
+    inputs, codes = group
+    block = _pick(columns, codes[:, None], shape).reshape(-1, c_out)
+    return sums + jnp.matmul(inputs, block, precision=precision), None
+
+  sums, _ = lax.scan(
+    add,
+    jnp.zeros((num_rows, c_out), inputs.dtype),
+    (
+      jnp.moveaxis(inputs.reshape(num_rows, -1, size * length), 1, 0),
+      codes.reshape(-1, size, c_out),
+    ),
+  )
+  return sums
+
+
+def _pick(
+  tables: jax.Array, codes: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """Returns the entries of tables [..., K] that codes of this shape name."""
+  chosen = jnp.broadcast_to(codes.astype(jnp.int32), shape)
+  return jnp.take_along_axis(tables, chosen, -1, mode="promise_in_bounds")
+
+
+def _group_size(num_positions: int, entries: int, target: int) -> int:
+  """Returns the positions of a step: the most that divide M, up to a target."""
+  most = max(1, min(num_positions, target // entries))
+  return next(n for n in range(most, 0, -1) if num_positions % n == 0)
+
+
+def _to_pairs(rows: jax.Array) -> jax.Array:
+  """Joins two rows as one of complex numbers: one gather serves both."""
+  if len(rows) == 1:
+    return rows
+  rows = jnp.pad(rows, ((0, len(rows) % 2), (0, 0)))
+  return lax.complex(rows[0::2], rows[1::2])
+
+
+def _from_pairs(pairs: jax.Array, num_rows: int) -> jax.Array:
+  if not jnp.iscomplexobj(pairs):
+    return pairs
+  rows = jnp.stack([pairs.real, pairs.imag], axis=1)
+  return rows.reshape(-1, pairs.shape[-1])[:num_rows]

@@ -1,0 +1,134 @@
+"""Equations that read a kernel straight from its codes."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pqf_jax.discovery import tracing
+from pqf_jax.inference import kernels, products
+
+
+def matrix_product(
+  eqn: tracing.Equation, operands: list[Any], crossover: int | None
+) -> jax.Array | None:
+  """Returns the result of a `dot_general` of activations and a kernel, or None.
+
+  None: it contracts other axes than the kernel's inputs, or has batch axes.
+  """
+  (place,) = (i for i, x in enumerate(operands) if kernels.is_kernel(x))
+  kernel, inputs = operands[place], operands[1 - place]
+  contracted, batch = eqn.params["dimension_numbers"]
+  summed = dict(zip(contracted[place], contracted[1 - place], strict=True))
+  if any(map(len, batch)) or not _is_matrix(kernel):
+    return None
+  if set(summed) != set(kernel.in_axes):
+    return None
+  axes = [summed[axis] for axis in kernel.in_axes]
+  rows = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
+  outputs = _multiply(eqn, rows, kernel, crossover)
+  # The kernel's axes come in their own order, before or after those of rows.
+  num_free = inputs.ndim - len(axes)
+  order = sorted(range(len(kernel.out_axes)), key=kernel.out_axes.__getitem__)
+  of_kernel, of_rows = [num_free + i for i in order], list(range(num_free))
+  return outputs.transpose(
+    of_rows + of_kernel if place else of_kernel + of_rows
+  )
+
+
+def convolution(
+  eqn: tracing.Equation, operands: list[Any], crossover: int | None
+) -> jax.Array | None:
+  """Returns the result of a convolution that is a product, or None.
+
+  None: the kernel has taps or groups, or the inputs are padded or dilated.
+  """
+  inputs, kernel = operands
+  if not kernels.is_kernel(kernel) or kernels.is_kernel(inputs):
+    return None
+  params, numbers = eqn.params, eqn.params["dimension_numbers"]
+  out_axis, in_axis, *spatial = numbers.rhs_spec
+  is_pointwise = (
+    (in_axis,) == kernel.in_axes
+    and (out_axis,) == kernel.out_axes
+    and all(kernel.layer_shape[axis] == 1 for axis in spatial)
+    and params["feature_group_count"] == params["batch_group_count"] == 1
+    and not any(map(any, params["padding"]))
+    and set(params["lhs_dilation"]) <= {1}
+  )
+  if not is_pointwise:
+    return None
+  images = inputs.transpose(numbers.lhs_spec)  # [images, channels, ...]
+  strides = tuple(slice(None, None, s) for s in params["window_strides"])
+  rows = jnp.moveaxis(images[(..., *strides)], 1, -1)
+  outputs = jnp.moveaxis(_multiply(eqn, rows, kernel, crossover), -1, 1)
+  place = [numbers.out_spec.index(axis) for axis in range(outputs.ndim)]
+  return outputs.transpose(place)
+
+
+def rows_of_table(
+  eqn: tracing.Equation, operands: list[Any], crossover: int | None
+) -> jax.Array | None:
+  """Returns the rows that a gather takes of an embedding, or None.
+
+  None: it gathers something else than whole rows along the output axis.
+  """
+  del crossover
+  table, indices = operands
+  if not kernels.is_kernel(table) or not _is_matrix(table):
+    return None
+  numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+  (num_rows, width), rank = table.layer_shape, indices.ndim - 1
+  is_rows = (
+    table.out_axes == (0,)
+    and numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
+    and not numbers.operand_batching_dims
+    and numbers.offset_dims == (rank,)
+    and tuple(eqn.params["slice_sizes"]) == (1, width)
+  )
+  if not is_rows:
+    return None
+  numbers = indices[..., 0]
+  codes = jnp.take(table.codes, numbers, axis=1, mode="clip")
+  vectors = jnp.take(table.codebook, jnp.moveaxis(codes, 0, -1), axis=0)
+  rows = vectors.reshape(*numbers.shape, width)
+  if mode != lax.GatherScatterMode.FILL_OR_DROP:
+    return rows
+  inside = (numbers >= 0) & (numbers < num_rows)
+  return jnp.where(inside[..., None], rows, jnp.nan).astype(rows.dtype)
+
+
+READERS = {
+  "dot_general": matrix_product,
+  "conv_general_dilated": convolution,
+  "gather": rows_of_table,
+}
+"""By primitive: (equation, operands, crossover) -> result or None."""
+
+
+def _is_matrix(kernel: kernels.Kernel) -> bool:
+  """Returns whether every axis is one of inputs or outputs."""
+  return len(kernel.layer_shape) == len(kernel.in_axes + kernel.out_axes)
+
+
+def _multiply(
+  eqn: tracing.Equation,
+  inputs: jax.Array,
+  kernel: kernels.Kernel,
+  crossover: int | None,
+) -> jax.Array:
+  """Returns rows [..., *in] times a kernel: [..., *out]."""
+  num_inputs = len(kernel.in_axes)
+  free = inputs.shape[: inputs.ndim - num_inputs]
+  shape = [kernel.layer_shape[axis] for axis in kernel.out_axes]
+  outputs = products.product(
+    inputs.reshape(math.prod(free), -1),
+    kernel.codebook,
+    kernel.codes,
+    crossover=crossover,
+    precision=eqn.params["precision"],
+  )
+  dtype = eqn.params["preferred_element_type"] or inputs.dtype
+  return outputs.astype(dtype).reshape(*free, *shape)
