@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from pqf_jax import errors, pack
-from pqf_jax.core import blocks, vq_array
+from pqf_jax.core import blocks, storage, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.packing import container, header, structure
 
@@ -44,7 +44,7 @@ class Failure(NamedTuple):
 
 
 def seeds() -> list[bytes]:
-  """Small files: compressed with norms, odd trees, dense, and format 2."""
+  """Small files: compressed with norms, odd trees, dense, rounded, format 2."""
   rng = np.random.default_rng(0)
 
   def kernel(shape: tuple[int, ...], num_codes: int, spec: blocks.BlockSpec):
@@ -76,6 +76,12 @@ def seeds() -> list[bytes]:
   made = [
     pack.pack_model(tree, norm_epsilon=1e-3, architecture={"name": "net"})
     for tree in (network, odd, norm())
+  ]
+  smallest = storage.Storage("int8", "float16")
+  tiny = {"params": {"bias": np.full(3, 1e-6, np.float32)}, "step": np.ones(1)}
+  made += [
+    pack.pack_model(tree, norm_epsilon=1e-3, architecture={}, storage=smallest)
+    for tree in (network, [odd, tiny], tiny)
   ]
   old = {
     "format": 2,
@@ -159,7 +165,7 @@ def noise(rng: np.random.Generator, data: bytes) -> bytes:
 
 VALUES = (
   *(None, True, False, -1, 0, 1, 2, 3, 4, 7, 255, 65536, 1 << 40, 1 << 70),
-  *(0.5, -1.5, 1e308, "", "x", "2", "float16", "float64", "list", "none"),
+  *(0.5, -1.5, 1e308, "", "x", "2", "float16", "int8", "list", "none"),
   *([], {}, [1], [2, 2], [3, 4], [1 << 40] * 4, [[[[]]]], {"a": 1}, {"": []}),
 )
 
