@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pqf_jax.core import blocks
+from pqf_jax.core import blocks, trees
 
 # Sub-vectors that a tree is grown on: with all those of a large layer it is no
 # more exact.
@@ -21,7 +21,7 @@ _LEAST_KEPT = 1e-3
 
 
 def predict_distortions(
-  kernel: np.ndarray, spec: blocks.BlockSpec, bits: int
+  kernel: trees.Array, spec: blocks.BlockSpec, bits: int
 ) -> np.ndarray:
   """Returns [bits + 1] relative distortions, with 1, 2, 4, ... codewords.
 

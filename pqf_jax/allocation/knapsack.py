@@ -12,7 +12,7 @@ _UNITS = 1 << 19
 
 def pick_least_loss(
   sizes: Sequence[np.ndarray], losses: Sequence[np.ndarray], budget: int
-) -> list[int] | None:
+) -> list[int]:
   """Returns a choice of each item, of least loss within the budget.
 
   Optimal up to the units of size, see above, to which sizes are rounded up.
@@ -20,15 +20,13 @@ def pick_least_loss(
   Args:
     sizes: bytes of the choices of each item.
     losses: their losses, alike.
-    budget: bytes of all that are picked.
+    budget: bytes of all that are picked; enough for the smallest of each item.
 
   Returns:
-    The index of the choice of each item; None if even the smallest ones need
-    more than the budget.
+    The index of the choice of each item.
   """
   spare = budget - sum(int(size.min()) for size in sizes)
-  if spare < 0:
-    return None
+  assert spare >= 0
   unit = max(1, sum(int(size.max()) for size in sizes) // _UNITS)
   costs = [-(-(size - size.min()) // unit) for size in sizes]
   room = min(spare // unit, sum(int(cost.max()) for cost in costs))
