@@ -14,6 +14,9 @@ from pqf_jax.calibration import streams
 
 # Against a division by zero, as a share of the norm's own variance.
 _TINY = 1e-6
+# Channels without a signal have variances near 0, whose shares float32 lacks;
+# beside any epsilon this is 0 too.
+_LEAST_VARIANCE = 1e-20
 
 
 def match_norm(
@@ -33,11 +36,13 @@ def match_norm(
   """
   of_dense = _mean_and_variance([pair.dense for pair in pairs], axis)
   of_quantized = _mean_and_variance([pair.quantized for pair in pairs], axis)
-  floor = _TINY * (var + jnp.finfo(jnp.float32).tiny)
+  variance = jnp.maximum(var, _LEAST_VARIANCE)
+  floor = _TINY * variance
   ratio = (of_quantized[1] + floor) / (of_dense[1] + floor)
   scale = jnp.sqrt(ratio)
   matched = mean * scale + (of_quantized[0] - of_dense[0] * scale)
-  return matched.astype(mean.dtype), (var * ratio).astype(var.dtype)
+  scaled = jnp.where(ratio == 1, var, variance * ratio)
+  return matched.astype(mean.dtype), scaled.astype(var.dtype)
 
 
 def match_bias(

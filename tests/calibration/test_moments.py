@@ -62,3 +62,20 @@ def test_what_did_not_change_stays_to_the_bit(pairs):
     strict=True,
   ):
     np.testing.assert_array_equal(found, given)
+
+
+@pytest.mark.parametrize("var", [0.0, 5.6e-45, 1e-39, 1e-12])
+def test_a_channel_without_a_signal_stays_silent(var):
+  # torchvision's MobileNetV2 has such norms: their layer only gives zeros.
+  rng = np.random.default_rng(0)
+  dense = jnp.zeros((8, CHANNELS))
+  noise = jnp.asarray(rng.normal(0.2, 3.0, (8, CHANNELS)), jnp.float32)
+  statistics = jnp.zeros(CHANNELS), jnp.full(CHANNELS, var, jnp.float32)
+  kept = moments.match_norm([streams.Pair(dense, dense)], 1, *statistics)
+  for found, given in zip(kept, statistics, strict=True):
+    np.testing.assert_array_equal(found, given)
+  mean, found = moments.match_norm([streams.Pair(dense, noise)], 1, *statistics)
+  outputs = (np.asarray(noise) - np.asarray(mean)) / np.sqrt(
+    np.asarray(found) + 1e-5
+  )
+  assert np.abs(outputs).max() < 0.01
