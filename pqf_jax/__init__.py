@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.core.vq_array import split_trainable as split_trainable
   from pqf_jax.discovery.discover import discover_channels as discover_channels
   from pqf_jax.errors import InputError as InputError
+  from pqf_jax.exporting import export as export
   from pqf_jax.finetune import FinetuneState as FinetuneState
   from pqf_jax.finetune import LossFn as LossFn
   from pqf_jax.finetune import cosine_adam as cosine_adam
@@ -68,6 +69,7 @@ _NAMES = {  # by module
   "core.vq_array": "VQArray decode_params merge_trainable split_trainable",
   "discovery.discover": "discover_channels",
   "errors": "InputError",
+  "exporting": "export",
   "finetune": "FinetuneState LossFn cosine_adam init_state make_finetune_step "
   "state_variables",
   "kmeans": "KMeansResult annealed_kmeans",

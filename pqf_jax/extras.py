@@ -13,6 +13,7 @@ EXTRAS = {
     "train",
   ),
   "faster_coco_eval": "detection",
+  "flatbuffers": "export",
   "pycocotools": "detection",
   "huggingface_hub": "hub",
   "torch": "torch",

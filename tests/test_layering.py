@@ -34,6 +34,7 @@ ALLOWED = {
   "finetune": ("core",),
   "packing": ("core",),
   "pack": ("core", "packing"),
+  "exporting": ("core", "extras", "packing"),
   "compression": ("calibrate", "permute", "quantize", "core", "discovery"),
   "models": ("core", "registry"),
   "data": ("registry",),

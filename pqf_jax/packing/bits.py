@@ -7,6 +7,8 @@ for thousands of eights at once.
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax.core import plan as plans
@@ -57,3 +59,20 @@ def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
       words: Any = np.ndarray(len(rows), word, padded, first, bits)
       rows[:, j] = (words >> word(shift)) & word((1 << bits) - 1)
   return codes.reshape(-1)[:count]
+
+
+def unpack_traced(packed: jax.Array, num_codes: int, count: int) -> jax.Array:
+  """Unpacks codes as `unpack_codes` does, in a program of JAX."""
+  bits = plans.code_bits(num_codes)
+  num_eights = -(-count // 8)
+  padded = jnp.pad(packed, (0, num_eights * bits - packed.size))
+  columns = padded.reshape(num_eights, bits).astype(jnp.uint32)
+  codes = []
+  for j in range(8):
+    first, shift = divmod(j * bits, 8)
+    word = columns[:, first] >> shift
+    for k in range(1, -(-(shift + bits) // 8)):
+      word |= columns[:, first + k] << (8 * k - shift)
+    codes.append(word & ((1 << bits) - 1))
+  flat = jnp.stack(codes, axis=1).reshape(-1)[:count]
+  return flat.astype(vq_array.code_dtype(num_codes))

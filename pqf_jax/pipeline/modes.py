@@ -9,7 +9,7 @@ import ml_collections
 from pqf_jax import errors, tasks
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import settings, stages, workspace
+from pqf_jax.pipeline import settings, stages, weights, workspace
 from pqf_jax.runtime import compilation, distributed, files, progress
 
 PyTree = Any
@@ -52,6 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   modes = {
     "compress": stages.compress,
     "evaluate": evaluate,
+    "export": export,
     "pack": repack,
     "plan": show_plan,
     "predict": predict,
@@ -107,6 +108,23 @@ def repack(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   progress.say(
     f"written: {files.packed_file} payload_bytes={packed.payload_bytes}"
   )
+
+
+def export(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Writes `config.weights` dense, as `torch.safetensors` with torch's names.
+
+  The weights of a compressed file are those of `pqf_jax.load`: its norms have
+  their statistics folded into scale and bias.
+  """
+  _, variables = read_weights(config)
+  data = weights.to_torch(variables, config.model.name)
+  name = workdir or f"runs/{config.name}_export"
+  with workspace.Workspace(name, config) as run_files:
+    run_files.claim()
+    path = files.absolute(name) / "torch.safetensors"
+    if distributed.is_lead():
+      files.write(path, data)
+  progress.say(f"written: {path}")
 
 
 def predict(config: ml_collections.ConfigDict, workdir: str | None) -> None:

@@ -23,6 +23,7 @@ MODES = {
   "compress": "the whole job, from weights or training to a packed file",
   "train": "stage 0 alone, whose checkpoint other workdirs may begin with",
   "evaluate": "counts the accuracy of config.weights",
+  "export": "writes config.weights dense, as safetensors with torch's names",
   "pack": "writes config.weights as a file of this library",
   "plan": "prints layers and sizes; needs neither data nor weights",
   "predict": "finds the objects of one image, config.image",

@@ -15,9 +15,9 @@ from pqf_jax.pipeline import settings
 from pqf_jax.runtime import checkpoint, distributed, files, progress
 
 Results = dict[str, Any]
-# How processes find each other, and programs, changes no result, and how numbers
-# are stored only what is packed at the end, so a run may be resumed with other
-# values of these settings.
+# How processes find each other, and programs, changes no result, and how
+# numbers are stored only what is packed at the end, so a run may be resumed
+# with other values of these settings.
 NOT_COMPARED = (
   *("distributed", "distributed_timeout"),
   *("compilation_cache", "compilation_cache_megabytes"),
