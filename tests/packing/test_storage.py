@@ -34,7 +34,8 @@ def kernel(shape, num_codes, channels, dtype=np.float32, scale=1.0):
 
 
 def vector(seed, size=6, dtype=np.float32):
-  return np.random.default_rng(seed).uniform(0.5, 1.5, size).astype(dtype)
+  rng = np.random.default_rng(seed)
+  return np.asarray(rng.uniform(0.5, 1.5, size), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +129,17 @@ def test_only_weights_are_rounded(network):
     np.testing.assert_allclose(loaded[path], flat[path], rtol=2**-11)
 
 
-def test_folded_norms_are_rounded_alike(network):
-  exact = save(network, Storage())[2]["params"]["bn"]
-  rounded = save(network, SMALLEST)[2]["params"]["bn"]
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_folded_norms_are_rounded_alike(shape):
+  tree = {
+    "params": {"bn": {"scale": vector(0, shape), "bias": vector(1, shape)}},
+    "batch_stats": {"bn": {"mean": vector(2, shape), "var": vector(3, shape)}},
+    "kernel": kernel((4, 6), 4, 2),
+  }
+  exact = save(tree, Storage())[2]["params"]["bn"]
+  rounded = save(tree, SMALLEST)[2]["params"]["bn"]
   for name in ("scale", "bias"):
+    assert rounded[name].shape == shape
     np.testing.assert_allclose(rounded[name], exact[name], rtol=2**-11)
     assert (rounded[name] != exact[name]).any()
 
