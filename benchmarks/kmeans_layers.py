@@ -93,11 +93,13 @@ def _kinds(network: str) -> dict[tuple[int, int], list[int]]:
   config = importlib.import_module(f"configs.{network}").get_config(
     "imagenet2012"
   )
-  _, template = jobs.build_model(config)
+  network, template = jobs.build_network(config)
   shapes = trees.flatten(template)
   kinds = collections.defaultdict(list)
-  for path, layer in jobs.make_plan(config, template).items():
-    c_out, m, length = layer.spec.layout(shapes[path].shape)
+  for path, layer in jobs.make_plan(config, network, template).items():
+    c_out, m, length = layer.spec.layout(
+      layer.spec.layer_shape(shapes[path].shape)
+    )
     kinds[length, layer.num_codes].append(c_out * m)
   return kinds
 

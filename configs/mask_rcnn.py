@@ -29,12 +29,14 @@ nuclei:
 
 import ml_collections
 
+import pqf_jax
 from configs import common
 
 BODY, HEADS = "params/backbone/body/", "params/roi_heads/"
 # As in the paper: sub-vectors of 4 weights, 9 in 3x3 convolutions, 16 in fc6.
 # The layers that stay dense are small, and all outputs depend on them.
 STEPS = 1000
+IN_OUT = pqf_jax.KernelAxes(inputs=(2,), outputs=(3,))
 RULES = (
   (f"{BODY}conv1/kernel", None, 1, STEPS),
   ("params/rpn/head/(cls_logits|bbox_pred)/kernel", None, 1, STEPS),
@@ -48,8 +50,8 @@ RULES = (
   (f"{HEADS}box_head/fc6(_hwc)?/kernel", 256, 16, STEPS),
   (f"{HEADS}(box_head/fc7|box_predictor/.*)/kernel", 256, 4, STEPS),
   (f"{HEADS}mask_head/mask_fcn./kernel", 256, 1, STEPS),
-  # Transposed, 2x2: four taps a channel.
-  (f"{HEADS}mask_predictor/conv5_mask/kernel", 256, 1, STEPS),
+  # Transposed, 2x2: four taps a channel, though the network multiplies by all.
+  (f"{HEADS}mask_predictor/conv5_mask/kernel", 256, 1, STEPS, IN_OUT),
 )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.compression import Compressed as Compressed
   from pqf_jax.compression import compress as compress
   from pqf_jax.core.blocks import BlockSpec as BlockSpec
+  from pqf_jax.core.blocks import KernelAxes as KernelAxes
   from pqf_jax.core.channels import ChannelAxis as ChannelAxis
   from pqf_jax.core.channels import apply_permutations as apply_permutations
   from pqf_jax.core.plan import CompressionPlan as CompressionPlan
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.core.vq_array import merge_trainable as merge_trainable
   from pqf_jax.core.vq_array import split_trainable as split_trainable
   from pqf_jax.discovery.discover import discover_channels as discover_channels
+  from pqf_jax.discovery.kernels import find_kernels as find_kernels
   from pqf_jax.errors import InputError as InputError
   from pqf_jax.exporting import export as export
   from pqf_jax.finetune import FinetuneState as FinetuneState
@@ -61,13 +63,14 @@ __version__ = "0.1.0"
 _NAMES = {  # by module
   "calibrate": "LayerError calibrate_params",
   "compression": "Compressed compress",
-  "core.blocks": "BlockSpec",
+  "core.blocks": "BlockSpec KernelAxes",
   "core.channels": "ChannelAxis apply_permutations",
   "core.plan": "CompressionPlan LayerPlan Rule SizeReport make_plan "
   "predict_size",
   "core.storage": "Storage",
   "core.vq_array": "VQArray decode_params merge_trainable split_trainable",
   "discovery.discover": "discover_channels",
+  "discovery.kernels": "find_kernels",
   "errors": "InputError",
   "exporting": "export",
   "finetune": "FinetuneState LossFn cosine_adam init_state make_finetune_step "

@@ -8,7 +8,7 @@ import jax
 from pqf_jax import calibrate, permute, quantize
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
-from pqf_jax.discovery import discover
+from pqf_jax.discovery import discover, kernels, readers
 
 PyTree = Any
 
@@ -49,20 +49,23 @@ def compress(
     apply_fn: (variables, sample) -> outputs, traceable by JAX.
     variables: dense variable tree.
     sample: one small input; the network is run on it a few times.
-    rules: see `plan.Rule`; every kernel must be covered.
+    rules: see `plan.Rule`; every kernel (`find_kernels`) must be covered.
     key: random number generator key, consumed.
     calibration: batches of inputs like `sample`, all of one shape; about 1,000
       samples without labels, with which the result follows the dense network:
       see `calibrate_params`. Without any, fine-tune the result.
 
   Raises:
-    InputError: variables or samples are not arrays; see `make_plan`,
-      `discover_channels`, `quantize_params` and `calibrate_params`.
+    InputError: variables or samples are not arrays, or a layer takes no
+      compressed kernel; see `make_plan`, `discover_channels`,
+      `quantize_params` and `calibrate_params`.
   """
   vq_array.check_dense(variables)
   trees.check_arrays("sample", sample)
   trees.check_arrays("calibration", list(calibration))
-  plan = plans.make_plan(rules, variables)
+  found = kernels.find_kernels(apply_fn, variables, sample)
+  plan = plans.make_plan(rules, variables, found)
+  readers.check_readers(apply_fn, plan, variables, sample)
   permute_key, quantize_key = jax.random.split(key)
   axes = discover.discover_channels(apply_fn, variables, sample)
   permuted, _, groups = permute.permute_channels(

@@ -837,8 +837,8 @@ def test_a_file_is_hardly_larger_than_its_payload(recipe, tmp_path):
   config = importlib.import_module(f"configs.{recipe}").get_config(
     "imagenet2012,large"
   )
-  _, template = job.build_network(config)
-  plan = job.make_plan(config, template)
+  network, template = job.build_network(config)
+  plan = job.make_plan(config, network, template)
   variables = jax.tree.map(
     lambda leaf: np.zeros(leaf.shape, leaf.dtype),
     plans.compressed_shapes(plan, template),

@@ -419,7 +419,7 @@ def compressed_shapes(plan: CompressionPlan, variables: PyTree) -> PyTree:
     spec, stack = layer.spec, layer.spec.stack_shape(shape)
     c_out, m, length = spec.layout(spec.layer_shape(shape))
     return vq_array.stack_layers(
-      jnp.zeros((*stack, layer.num_codes, length), jnp.float32),
+      jnp.zeros((*stack, layer.num_codes, length), flat[path].dtype),
       jnp.zeros((*stack, c_out, m), vq_array.code_dtype(layer.num_codes)),
       spec.layer_shape(shape),
       spec,

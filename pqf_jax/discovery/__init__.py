@@ -1,6 +1,9 @@
-"""Discovery of the tied channel axes of a network, from its own program.
+"""Discovery of kernels and tied channel axes, from a network's own program.
 
 discover       names the groups of tied axes of a tree's variables
+kernels        finds the kernels, and what their axes are for
+probes         show where a layer reads a kernel
+readers        checks that layers can read compressed kernels
 tracing        traces the apply function into one program (jaxpr)
 propagation    walks the program equation by equation
 rules          states which axes each primitive ties, and which it blocks

@@ -11,6 +11,7 @@ import ml_collections
 from pqf_jax import errors, finetune, models, pack, report, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
+from pqf_jax.discovery import kernels
 from pqf_jax.models import contract
 from pqf_jax.pipeline import settings, training, weights, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
@@ -89,7 +90,7 @@ def prepare(
   check_batches(config, stages)
   network, template = build_network(config)
   task.check(config, network, template, num_devices=jax.device_count())
-  plan = make_plan(config, template)
+  plan = make_plan(config, network, template)
   print_plan(config, plan, template)
   finetune.check_frozen(config.frozen, plans.compressed_shapes(plan, template))
   variables = None
@@ -254,10 +255,12 @@ def write_packed(
 
 
 def make_plan(
-  config: ml_collections.ConfigDict, template: PyTree
+  config: ml_collections.ConfigDict, network: contract.Network, template: PyTree
 ) -> plans.CompressionPlan:
   """Makes the plan of the config's rules."""
-  return plans.make_plan(settings.make_rules(config), template)
+  sample = tasks.get(config.task).sample(config)
+  found = kernels.find_kernels(network.apply, template, *sample)
+  return plans.make_plan(settings.make_rules(config), template, found)
 
 
 def print_plan(

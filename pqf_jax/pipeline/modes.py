@@ -64,8 +64,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   """Prints the plan; the last line is `payload_bytes=N`. Needs no data."""
   del workdir
-  _, template = jobs.build_network(config)
-  size = jobs.print_plan(config, jobs.make_plan(config, template), template)
+  network, template = jobs.build_network(config)
+  plan = jobs.make_plan(config, network, template)
+  size = jobs.print_plan(config, plan, template)
   progress.say(f"payload_bytes={size.payload_bytes}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from pqf_jax import errors, permute, tasks
+from pqf_jax.core import blocks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.permutation import search
@@ -109,14 +110,24 @@ def make_rules(config: ml_collections.ConfigDict) -> list[plans.Rule]:
   """
   rules = []
   for number, values in enumerate(config.rules):
-    if not isinstance(values, (tuple, list)) or not 2 <= len(values) <= 4:
+    if not isinstance(values, (tuple, list)) or not 2 <= len(values) <= 5:
       raise errors.InputError(
         f"config.rules[{number}] is {values!r}; a rule is (pattern, num_codes "
-        "or None, channels a sub-vector, k-means steps)"
+        "or None, channels a sub-vector, k-means steps, axes)"
       )
-    rules.append(plans.Rule(*values))
+    rules.append(plans.Rule(*values[:4], *map(_make_axes, values[4:])))
     plans.check_rule(rules[-1])
   return rules
+
+
+def _make_axes(value: Any) -> Any:
+  """Returns axes that JSON has made lists; all else as it is."""
+  lists = isinstance(value, (tuple, list)) and all(
+    isinstance(part, (tuple, list)) for part in value
+  )
+  if not lists or not 2 <= len(value) <= 3:
+    return value
+  return blocks.KernelAxes(*map(tuple, value))
 
 
 def make_storage(config: ml_collections.ConfigDict) -> storages.Storage:

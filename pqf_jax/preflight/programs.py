@@ -59,7 +59,7 @@ class Programs:
   ):
     self._config, self._target, self._mesh = config, target, mesh
     network, self._template = jobs.build_network(config)
-    self._plan = jobs.make_plan(config, self._template)
+    self._plan = jobs.make_plan(config, network, self._template)
     task = tasks.get(config.task)
     task.check(config, network, self._template, num_devices=target.num_chips)
     self._abstract = task.abstract_programs(config, network)

@@ -87,8 +87,8 @@ def tiny_targets() -> dict[str, PyTree]:
   """Returns the trees that the stages of the tiny job save."""
   models.register("tiny", "tests.pipeline.tiny")
   config = tiny.get_config()
-  _, template = jobs.build_network(config)
-  plan = jobs.make_plan(config, template)
+  network, template = jobs.build_network(config)
+  plan = jobs.make_plan(config, network, template)
   compressed = trees.shapes(plans.compressed_shapes(plan, template))
   return {
     "dense": template,
