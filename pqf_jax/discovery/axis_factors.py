@@ -147,19 +147,20 @@ def _aligned_runs(sides: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
   Each side lists its axes, first to last. A run has one segment, unless this
   cannot be cut where a segment of the other side ends.
   """
-  runs = ([_take_first(sides[0])], [_take_first(sides[1])])
+  runs: tuple[Axes, Axes] = ([], [])
   while True:
+    for run, side in zip(runs, sides, strict=True):
+      if not run:
+        run.append(_take_first(side))
     lengths = [sum(map(axis_length, run)) for run in runs]
     if lengths[0] == lengths[1]:
       return runs
-    long = int(lengths[1] > lengths[0])
-    last = runs[long][-1]
-    surplus = lengths[long] - lengths[1 - long]
-    if _cut(last, axis_length(last) - surplus):
-      sides[long].insert(0, last)
-      runs[long][-1] = _take_first(sides[long])
+    short = int(lengths[1] < lengths[0])
+    long = 1 - short
+    if _cut(runs[long][-1], lengths[long] - lengths[short]):
+      sides[long].insert(0, runs[long].pop())
     else:
-      runs[1 - long].append(_take_first(sides[1 - long]))
+      runs[short].append(_take_first(sides[short]))
 
 
 def _take_first(axes: Axes) -> Axis:
@@ -169,10 +170,15 @@ def _take_first(axes: Axes) -> Axis:
   return first
 
 
-def _cut(axis: Axis, at: int) -> bool:
-  """Cuts a segment in two before an index, or returns that it cannot."""
+def _cut(axis: Axis, surplus: int) -> bool:
+  """Cuts entries off the end of a segment, or returns that it cannot.
+
+  What has become several segments by the cut of another, or is no longer than
+  the surplus, needs no cut.
+  """
   segment, *others = find_segments(axis)
-  if others:  # cut already, together with another one
+  at = axis_length(segment) - surplus
+  if others or at <= 0:
     return True
   major, *minor = segment
   count, rest = divmod(at, axis_length(tuple(minor)))

@@ -1,6 +1,8 @@
 """The union-find of axis factors."""
 
+import itertools
 import math
+from typing import Any
 
 import hypothesis
 from hypothesis import strategies as st
@@ -78,6 +80,45 @@ def test_only_the_segments_that_do_not_fit_are_blocked():
     assert not segments[-1][0].blocked_by
     for part in segments[1:-1]:
       assert all(f.blocked_by == {axis_factors.MISFIT} for f in part)
+
+
+PRODUCTS = st.lists(st.sampled_from([2, 3, 4]), max_size=2)
+SUMS_OF_PRODUCTS = st.lists(PRODUCTS, min_size=1, max_size=4)
+
+
+@hypothesis.given(st.lists(SUMS_OF_PRODUCTS, min_size=2, max_size=6))
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_both_sides_have_the_same_segments_or_are_blocked(sums):
+  """Also where one factor is in both sides, or twice in one."""
+  pool = [axis_factors.new_axis(size) for size in (2, 3, 4)]
+  longest = max(sum(map(math.prod, terms)) for terms in sums)
+  axes = []
+  for terms in sums:
+    parts = [sum((pool[size - 2] for size in term), ()) for term in terms]
+    rest = longest - sum(map(math.prod, terms))
+    axes.append(axis_factors.add_axes([*parts, axis_factors.new_axis(rest)]))
+  for one, other in itertools.pairwise(axes):
+    axis_factors.tie_axes(one, other)
+  for one, other in itertools.pairwise(axes):
+    assert free_places(one) == free_places(other)
+
+
+def free_places(axis: axis_factors.Axis) -> list[tuple[int, int, Any]]:
+  """Every free factor of an axis: (start of its segment, stride, factor)."""
+  places, start = [], 0
+  for segment in axis_factors.find_segments(axis):
+    stride = axis_factors.axis_length(segment)
+    for factor in segment:
+      stride //= factor.size
+      if factor.terms:
+        places += [
+          (start + place, stride * inner, free)
+          for place, inner, free in free_places((factor,))
+        ]
+      elif not factor.blocked_by:
+        places.append((start, stride, factor))
+    start += axis_factors.axis_length(segment)
+  return places
 
 
 def test_a_long_chain_of_cuts_and_ties_is_no_recursion():
