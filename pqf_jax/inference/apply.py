@@ -54,8 +54,9 @@ def make_apply(
     large.
   - layer: each kernel is decoded where it is read, after the layer's inputs are
     computed: memory for the codes and the largest kernel.
-  - fused: matrix products and 1x1 convolutions are made straight from the codes
-    (`products`); other kernels are decoded where they are read.
+  - fused: matrix products, rows of embeddings, and 1x1 convolutions of few
+    positions are made straight from the codes (`products`); other kernels are
+    decoded where they are read.
   - auto: fused for matrices that no cache holds, whose reading takes the time;
     dense for the others, and for convolutions, which read a weight often.
 
@@ -161,7 +162,9 @@ class _Evaluator(NamedTuple):
   ) -> Sequence[Any]:
     read = list(filter(kernels.is_kernel, operands))
     called = tracing.called_program(eqn)
-    if read and called is not None:
+    # The gradients that a function defines for itself need its call.
+    is_custom = eqn.primitive.name.startswith("custom_")
+    if read and called is not None and not is_custom:
       return self.run(called, operands)
     if read and eqn.primitive.name == "scan":
       return self._scan(eqn, operands)
@@ -235,10 +238,11 @@ def _change(
 
 
 def _is_number(value: Any) -> bool:
+  kinds = jnp.floating, jnp.integer
   return (
     isinstance(value, jax.Array)
-    and jnp.issubdtype(value.dtype, jnp.number)
     and value.size > 0
+    and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
   )
 
 

@@ -62,16 +62,24 @@ def product(
   dtype = jnp.float64 if is_wide else jnp.float32
   if not inputs.shape[0]:
     return jnp.zeros((0, c_out), dtype)
-  if crossover is None:
-    fitting = _MOST_TABLES // (num_positions * codebook.shape[0])
-    crossover = min(length, fitting)
-  form = _by_tables if inputs.shape[0] <= crossover else _by_blocks
+  most_rows = most_by_tables(codebook, codes, crossover)
+  form = _by_tables if inputs.shape[0] <= most_rows else _by_blocks
   return form(
     inputs.astype(dtype),
     jnp.asarray(codebook, dtype),
     jnp.asarray(codes),
     precision,
   )
+
+
+def most_by_tables(
+  codebook: trees.Array, codes: trees.Array, crossover: int | None
+) -> int:
+  """Returns the most rows that `product` multiplies by tables."""
+  if crossover is not None:
+    return crossover
+  num_codes, length = codebook.shape
+  return min(length, _MOST_TABLES // (codes.shape[0] * num_codes))
 
 
 def _by_tables(

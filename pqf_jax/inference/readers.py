@@ -43,7 +43,9 @@ def convolution(
 ) -> jax.Array | None:
   """Returns the result of a convolution that is a product, or None.
 
-  None: the kernel has taps or groups, or the inputs are padded or dilated.
+  None: the kernel has taps or groups, the inputs are padded or dilated, or they
+  have more positions than tables serve: then XLA's convolution is faster than a
+  product by blocks.
   """
   inputs, kernel = operands
   if not kernels.is_kernel(kernel) or kernels.is_kernel(inputs):
@@ -63,6 +65,9 @@ def convolution(
   images = inputs.transpose(numbers.lhs_spec)  # [images, channels, ...]
   strides = tuple(slice(None, None, s) for s in params["window_strides"])
   rows = jnp.moveaxis(images[(..., *strides)], 1, -1)
+  most_rows = products.most_by_tables(kernel.codebook, kernel.codes, crossover)
+  if math.prod(rows.shape[:-1]) > most_rows:
+    return None
   outputs = jnp.moveaxis(_multiply(eqn, rows, kernel, crossover), -1, 1)
   place = [numbers.out_spec.index(axis) for axis in range(outputs.ndim)]
   return outputs.transpose(place)
@@ -79,25 +84,26 @@ def rows_of_table(
   table, indices = operands
   if not kernels.is_kernel(table) or not _is_matrix(table):
     return None
-  numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+  params, numbers = eqn.params, eqn.params["dimension_numbers"]
   (num_rows, width), rank = table.layer_shape, indices.ndim - 1
   is_rows = (
     table.out_axes == (0,)
     and numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
     and not numbers.operand_batching_dims
     and numbers.offset_dims == (rank,)
-    and tuple(eqn.params["slice_sizes"]) == (1, width)
+    and tuple(params["slice_sizes"]) == (1, width)
   )
   if not is_rows:
     return None
-  numbers = indices[..., 0]
-  codes = jnp.take(table.codes, numbers, axis=1, mode="clip")
+  chosen = indices[..., 0]
+  codes = jnp.take(table.codes, chosen, axis=1, mode="clip")
   vectors = jnp.take(table.codebook, jnp.moveaxis(codes, 0, -1), axis=0)
-  rows = vectors.reshape(*numbers.shape, width)
-  if mode != lax.GatherScatterMode.FILL_OR_DROP:
+  rows = vectors.reshape(*chosen.shape, width)
+  if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
     return rows
-  inside = (numbers >= 0) & (numbers < num_rows)
-  return jnp.where(inside[..., None], rows, jnp.nan).astype(rows.dtype)
+  fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+  inside = (chosen >= 0) & (chosen < num_rows)
+  return jnp.where(inside[..., None], rows, jnp.asarray(fill, rows.dtype))
 
 
 READERS = {
@@ -130,5 +136,5 @@ def _multiply(
     crossover=crossover,
     precision=eqn.params["precision"],
   )
-  dtype = eqn.params["preferred_element_type"] or inputs.dtype
+  dtype = getattr(eqn.outvars[0].aval, "dtype", inputs.dtype)
   return outputs.astype(dtype).reshape(*free, *shape)
