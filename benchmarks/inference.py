@@ -1,0 +1,194 @@
+"""Memory and latency of the forms in which a compressed network is applied.
+
+    python -m benchmarks.inference
+    python -m benchmarks.inference --networks resnet50 --batches 1 8
+
+mlp: three layers of 4,096 x 4,096, D = 8, K = 256. Others: modules of configs/,
+with the blocks of their recipe for ImageNet and images of 224 x 224 pixels.
+Codes and codebooks are drawn at random. Prints a table of Markdown a network:
+
+- MB: of the variables that a call takes;
+- compile s: of the first batch, in processor seconds;
+- at each batch the time of a call by the wall and of all processors, medians of
+  --repeats rounds in which the forms take turns of a few calls, and the
+  temporary memory.
+
+`as loaded` is the network's own function, compiled, with the variables as
+`pqf_jax.load` returns them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pqf_jax import inference
+from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
+from pqf_jax.pipeline import job as jobs
+
+PyTree = Any
+
+_CALLS = 3  # one after the other, of a form whose turn it is
+
+
+class Network(NamedTuple):
+  """A network to measure.
+
+  Attributes:
+    apply_fn: (variables, inputs) -> outputs.
+    variables: with compressed kernels.
+    sample: the shape of one input.
+  """
+
+  apply_fn: Callable[[PyTree, jax.Array], jax.Array]
+  variables: PyTree
+  sample: tuple[int, ...]
+
+
+def main() -> None:
+  """Prints a table for each network."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--networks", nargs="*", default=["mlp", "resnet50"])
+  parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64])
+  parser.add_argument("--repeats", type=int, default=11)
+  options = parser.parse_args()
+  print(jax.devices()[0].device_kind)
+  for name in options.networks:
+    network = _mlp() if name == "mlp" else _from_recipe(name)
+    _print_table(name, network, options.batches, options.repeats)
+
+
+def _print_table(
+  name: str, network: Network, batches: list[int], repeats: int
+) -> None:
+  forms = _forms(network)
+  cells = {form: [f"{_bytes(v) / 1e6:.1f}"] for form, (_, v) in forms.items()}
+  for batch in batches:
+    inputs = jnp.ones((batch, *network.sample))
+    calls: dict[str, Callable[[], jax.Array]] = {}
+    for form, (apply_fn, variables) in forms.items():
+      start = time.process_time()
+      compiled = jax.jit(apply_fn).lower(variables, inputs).compile()
+      if batch == batches[0]:
+        cells[form].append(f"{time.process_time() - start:.1f}")
+      temporary = compiled.memory_analysis().temp_size_in_bytes
+      cells[form].append(f"{temporary / 1e6:.1f}")
+      calls[form] = lambda run=compiled, v=variables, x=inputs: run(v, x)
+    for form, (wall, used) in _milliseconds(calls, repeats).items():
+      cells[form].insert(-1, f"{wall:.2f} / {used:.2f}")
+  print(f"\n| {name} | MB | compile s |", end="")
+  for batch in batches:
+    print(f" batch {batch}: wall / processor ms | temporary MB |", end="")
+  print("\n" + "|---" * (3 + 2 * len(batches)) + "|")
+  for form, row in cells.items():
+    print("| " + " | ".join([form, *row]) + " |", flush=True)
+
+
+def _forms(network: Network) -> dict[str, tuple[Callable[..., Any], PyTree]]:
+  """Returns {name: (function, its variables)}."""
+  apply_fn, variables, _ = network
+  made = {"dense float32": (apply_fn, vq_array.decode_params(variables))}
+  half = jax.tree.map(_halved, made["dense float32"][1])
+
+  def apply_half(variables: PyTree, inputs: jax.Array) -> jax.Array:
+    return apply_fn(variables, inputs.astype(jnp.bfloat16))
+
+  made["dense bfloat16"] = (apply_half, half)
+  made["as loaded"] = (apply_fn, variables)
+  for form in ("layer", "fused", "auto"):
+    made[form] = tuple(inference.make_apply(apply_fn, variables, form))
+  return made
+
+
+def _halved(leaf: jax.Array) -> jax.Array:
+  is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+  return leaf.astype(jnp.bfloat16) if is_float else leaf
+
+
+def _bytes(variables: PyTree) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+
+
+def _milliseconds(
+  calls: dict[str, Callable[[], jax.Array]], repeats: int
+) -> dict[str, tuple[float, float]]:
+  """Returns {name: medians of (wall, processor) milliseconds}."""
+  times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+  for _ in range(repeats):
+    for name, call in calls.items():
+      jax.block_until_ready(call())  # fetches its weights into the caches
+      start = time.perf_counter(), time.process_time()
+      for _ in range(_CALLS):
+        jax.block_until_ready(call())
+      end = time.perf_counter(), time.process_time()
+      spent = tuple((b - a) / _CALLS for a, b in zip(start, end, strict=True))
+      times[name].append(spent)
+  return {
+    name: tuple(1e3 * statistics.median(t) for t in zip(*rounds, strict=True))
+    for name, rounds in times.items()
+  }
+
+
+def _mlp() -> Network:
+  size, names = 4096, ("first", "second", "third")
+  plan = plans.make_plan(
+    [plans.Rule(".*", 256, 8)],
+    {
+      name: {"kernel": jax.ShapeDtypeStruct((size, size), jnp.float32)}
+      for name in names
+    },
+  )
+  shapes = {f"{name}/kernel": (size, size) for name in names}
+
+  def apply_fn(variables: PyTree, x: jax.Array) -> jax.Array:
+    for name in names:
+      x = jax.nn.relu(x @ variables[name]["kernel"][...])
+    return x
+
+  return Network(apply_fn, trees.nest(_draw(plan, shapes)), (size,))
+
+
+def _from_recipe(name: str) -> Network:
+  recipe = importlib.import_module(f"configs.{name}")
+  config = recipe.get_config("imagenet2012")
+  network, template = jobs.build_network(config)
+  shapes = {path: leaf.shape for path, leaf in trees.flatten(template).items()}
+  dense = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), template)
+  plan = jobs.make_plan(config, network, template)
+  variables = trees.replace(dense, _draw(plan, shapes))
+  return Network(network.apply, variables, (224, 224, 3))
+
+
+def _draw(
+  plan: plans.CompressionPlan, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, vq_array.VQArray]:
+  """Returns a random kernel for each layer of a plan."""
+  rng = np.random.default_rng(0)
+  kernels = {}
+  for path, layer in plan.items():
+    c_out, m, length = layer.spec.layout(shapes[path])
+    codebook = rng.standard_normal((layer.num_codes, length), np.float32)
+    dtype = vq_array.code_dtype(layer.num_codes)
+    codes = rng.integers(0, layer.num_codes, (c_out, m), dtype)
+    kernels[path] = vq_array.VQArray(
+      jnp.array(codebook / np.sqrt(m * length, dtype=np.float32)),
+      jnp.array(codes),
+      shapes[path],
+      layer.spec,
+    )
+  return kernels
+
+
+if __name__ == "__main__":
+  main()
