@@ -17,6 +17,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
+  from pqf_jax.budget import Allocation as Allocation
+  from pqf_jax.budget import allocate_bytes as allocate_bytes
+  from pqf_jax.budget import auto_rules as auto_rules
   from pqf_jax.calibrate import LayerError as LayerError
   from pqf_jax.calibrate import calibrate_params as calibrate_params
   from pqf_jax.compression import Compressed as Compressed
@@ -57,10 +60,13 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.permute import permute_channels as permute_channels
   from pqf_jax.quantize import LayerSummary as LayerSummary
   from pqf_jax.quantize import quantize_params as quantize_params
+  from pqf_jax.rules import paper_large as paper_large
+  from pqf_jax.rules import paper_small as paper_small
 
 __version__ = "0.1.0"
 
 _NAMES = {  # by module
+  "budget": "Allocation allocate_bytes auto_rules",
   "calibrate": "LayerError calibrate_params",
   "compression": "Compressed compress",
   "core.blocks": "BlockSpec KernelAxes",
@@ -79,6 +85,7 @@ _NAMES = {  # by module
   "pack": "PackedModel load pack_model save unpack_model",
   "permute": "GroupReport permute_channels",
   "quantize": "LayerSummary quantize_params",
+  "rules": "paper_large paper_small",
 }
 _HOMES = {name: home for home in _NAMES for name in _NAMES[home].split()}
 __all__ = sorted(_HOMES)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pqf_jax import calibrate, permute, quantize
+from pqf_jax import budget, calibrate, errors, permute, quantize
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import discover, kernels, readers
@@ -38,10 +38,12 @@ def compress(
   apply_fn: Callable[..., PyTree],
   variables: PyTree,
   sample: PyTree,
-  rules: Sequence[plans.Rule],
+  rules: Sequence[plans.Rule] | str,
   *,
   key: jax.Array,
   calibration: Sequence[PyTree] = (),
+  target_ratio: float | None = None,
+  target_bytes: int | None = None,
 ) -> Compressed:
   """Permutes, quantizes and calibrates any network; `save` writes the result.
 
@@ -49,20 +51,35 @@ def compress(
     apply_fn: (variables, sample) -> outputs, traceable by JAX.
     variables: dense variable tree.
     sample: one small input; the network is run on it a few times.
-    rules: see `plan.Rule`; every kernel (`find_kernels`) must be covered.
+    rules: see `plan.Rule`; every kernel (`find_kernels`) must be covered. Or
+      'auto', which chooses them for a target: see `allocate_bytes`. The first
+      batch of the calibration then tells which kernels matter.
     key: random number generator key, consumed.
     calibration: batches of inputs like `sample`, all of one shape; about 1,000
       samples without labels, with which the result follows the dense network:
       see `calibrate_params`. Without any, fine-tune the result.
+    target_ratio: with 'auto', how many times smaller the file is to be; or
+    target_bytes: its bytes, without the header.
 
   Raises:
-    InputError: variables or samples are not arrays, or a layer takes no
-      compressed kernel; see `make_plan`, `discover_channels`,
-      `quantize_params` and `calibrate_params`.
+    InputError: variables or samples are not arrays, a target without 'auto', or
+      a layer takes no compressed kernel; see `make_plan`, `allocate_bytes`,
+      `discover_channels`, `quantize_params` and `calibrate_params`.
   """
   vq_array.check_dense(variables)
   trees.check_arrays("sample", sample)
   trees.check_arrays("calibration", list(calibration))
+  targets = {"target_ratio": target_ratio, "target_bytes": target_bytes}
+  if isinstance(rules, str) and rules == "auto":
+    batches = [(batch,) for batch in calibration[:1]]
+    rules = budget.auto_rules(
+      apply_fn, variables, sample, **targets, batches=batches
+    )
+  elif isinstance(rules, str) or targets != dict.fromkeys(targets):
+    raise errors.InputError(
+      f"rules is {rules!r} and the targets are {targets}; give a list of "
+      "pqf_jax.Rule and no target, or rules='auto' and one target"
+    )
   found = kernels.find_kernels(apply_fn, variables, sample)
   plan = plans.make_plan(rules, variables, found)
   readers.check_readers(apply_fn, plan, variables, sample)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pqf_jax
-from pqf_jax import errors
+from pqf_jax import budget, errors
 from pqf_jax.core import trees, vq_array
 
 
@@ -146,6 +146,41 @@ def test_what_cannot_be_compressed_is_named(variables, compressed):
   refused("sample is of type ShapeDtypeStruct", sample=shapes[1])
   refused("give a list of pqf_jax.Rule", rules=RULES[1])
   refused("no rule covers params/conv0/kernel", rules=[])
+
+
+def test_rules_can_be_chosen_for_a_target(variables, compressed, monkeypatch):
+  asked = {}
+
+  def choose(apply_fn, variables, sample, **settings):
+    asked.update(settings)
+    return RULES
+
+  monkeypatch.setattr(budget, "auto_rules", choose)
+  result = pqf_jax.compress(
+    Net().apply,
+    variables,
+    IMAGES,
+    "auto",
+    key=jax.random.key(0),
+    target_ratio=3,
+  )
+  assert asked == {"target_ratio": 3, "target_bytes": None, "batches": []}
+  assert result.plan == compressed.plan
+
+
+def test_targets_and_rules_that_contradict_are_refused(variables):
+  def refused(message, rules, **targets):
+    with pytest.raises(errors.InputError, match=message):
+      pqf_jax.compress(
+        Net().apply, variables, IMAGES, rules, key=jax.random.key(0), **targets
+      )
+
+  refused("'target_ratio': 3", RULES, target_ratio=3)
+  refused("'target_bytes': 9", RULES, target_bytes=9)
+  refused("rules is 'all'", "all", target_bytes=9)
+  refused("give one of them", "auto")
+  refused("give one of them", "auto", target_ratio=3, target_bytes=9000)
+  refused("of which 320 are no kernels", "auto", target_bytes=9)
 
 
 def test_the_root_may_be_a_tuple():

@@ -40,10 +40,8 @@ def output_changes(
     batches: inputs, of equal shapes.
 
   Raises:
-    InputError: there are no batches, or outputs are not finite.
+    InputError: outputs are not finite.
   """
-  if not batches:
-    raise errors.InputError("batches is empty; give samples, or None")
   flat = trees.flatten(variables)
   key = jax.random.key(0)
 
