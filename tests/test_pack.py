@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pqf_jax import errors, pack
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.core import storage as storages
 from pqf_jax.packing import container, header
 from pqf_jax.pipeline import job
 from tests.packing import test_structure
@@ -168,6 +169,28 @@ def test_kernels_come_back_whatever_their_layout(shape, spec, num_codes):
   loaded = pack.unpack_model(packed)
   assert jax.tree.structure(loaded) == jax.tree.structure(tree)
   assert digest(loaded) == digest(tree)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "axes"), [((3,), ()), ((3,), (1,)), ((2, 3), (0, 1)), ((1,), (2,))]
+)
+@pytest.mark.parametrize("codebook", ["float16", "int8"])
+def test_stacked_layers_come_back(sizes, axes, codebook):
+  spec = blocks.BlockSpec(2, stack_axes=axes)
+  rng = np.random.default_rng(0)
+  codebooks = rng.normal(size=(*sizes, 4, 2)).astype(np.float32)
+  codes = rng.integers(0, 4, (*sizes, 6, 4)).astype(np.uint8)
+  node = vq_array.stack_layers(codebooks, codes, (8, 6), spec)
+  packed = pack.pack_model(
+    {"k": node},
+    norm_epsilon=None,
+    architecture={},
+    storage=storages.Storage(codebook=codebook),
+  )
+  loaded = pack.unpack_model(packed)["k"]
+  assert loaded.shape == node.shape
+  np.testing.assert_array_equal(loaded.codes, node.codes)
+  np.testing.assert_allclose(loaded.decode(), node.decode(), atol=0.05)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e-6, 1.0, 1e6, 1e30])
@@ -348,7 +371,8 @@ def test_the_home_folder_is_the_same_for_writing_and_reading(
     ({"a": np.array([None])}, "a is of type object"),
     ({"a": np.array([1, np.nan])}, "a has values up to nan"),
     ({"a": np.array([1, -np.inf], np.float16)}, "a has values up to inf"),
-    ({"k": KERNEL.replace(codebook=np.ones((3, 4, 2)))}, "k has.*stacked"),
+    ({"k": KERNEL.replace(codebook=np.ones((3, 4, 2)))}, "k of shape.* codes"),
+    ({"k": KERNEL.replace(codebook=np.ones(4))}, r"k has a codebook.*\[K, D\]"),
     (
       {"k": jax.eval_shape(lambda: KERNEL)},
       "k, leaf 'codebook', is of type Sh",
@@ -360,7 +384,10 @@ def test_the_home_folder_is_the_same_for_writing_and_reading(
       {"k": KERNEL.replace(codes=KERNEL.codes + 4)},
       "k has codes of uint8 from",
     ),
-    ({"k": KERNEL.replace(codes=KERNEL.codes[:1])}, "k of shape .* has codes"),
+    (
+      {"k": KERNEL.replace(codes=KERNEL.codes[:1])},
+      "k of shape .* and codes of shape",
+    ),
     ({"k": KERNEL.replace(kernel_shape=(0, 6))}, "k/shape is"),
     (
       {"k": KERNEL.replace(spec=blocks.BlockSpec(2, (1,), (1,)))},
@@ -512,6 +539,12 @@ WRONG_LAYERS_3 = [
   ({"in_axis": 4}, "conv/kernel/in_axis is 4"),
   ({"in_axis": 3}, "conv/kernel/out_axis is -1 where other axes"),
   ({"out_axis": "1"}, "conv/kernel/out_axis is '1'"),
+  ({"stack": [0, 2]}, "buffer '~codes' is uint8"),
+  ({"stack": [3, 2]}, "conv/kernel/stack is"),
+  ({"stack": [0]}, "conv/kernel/stack is"),
+  ({"stack": [0, 0]}, "conv/kernel/stack is"),
+  ({"stack": [1, 0.5]}, "conv/kernel/stack is"),
+  ({"stack": "2"}, "conv/kernel/stack is"),
   ({"exponent": 0.5}, "conv/kernel/exponent is 0.5"),
   ({"exponent": 2000}, "conv/kernel/exponent is 2000"),
   ({"exponent": 120}, "codebook of params/conv/kernel is not finite in float3"),

@@ -5,8 +5,9 @@
      "norm_epsilon": null | epsilon | {norm: epsilon}, "sha256": "..."}
 
 as canonical JSON: sorted names, no spaces. Fields that all layers share are in
-`common`; `layers.FIELDS` lists them. Buffers have the path of their variable,
-in its own type, but for
+`common`; `layers.FIELDS` lists them. Stacked layers have `layers.STACK` too,
+and their codes and codebooks lie as in the arrays. Buffers have the path of
+their variable, in its own type, but for
 
     ~codes         of all layers, in their order
     ~codebooks     float16, of layers that have such, in their order

@@ -3,6 +3,8 @@
 A codebook is float16 or int8 times a power of two, see `scaling`.
 """
 
+import dataclasses
+import math
 import numbers
 import reprlib
 from collections.abc import Mapping
@@ -31,12 +33,13 @@ class Layer(NamedTuple):
   """What a file says of a compressed kernel.
 
   Attributes:
-    shape: dense shape.
+    shape: dense shape of one layer.
     spec: the layout of its sub-vectors.
-    num_codes: K.
+    num_codes: K, of each codebook.
     codebook: type of the codebook in the file, see `Storage`.
     dtype: type of the codebook in memory.
     exponent: the codebook is 2^exponent times what is stored.
+    stack: how many layers are stacked along each of `spec.stack_axes`.
   """
 
   shape: tuple[int, ...]
@@ -45,27 +48,44 @@ class Layer(NamedTuple):
   codebook: str
   dtype: np.dtype[Any]
   exponent: int
+  stack: tuple[int, ...] = ()
+
+  @property
+  def codes_shape(self) -> tuple[int, ...]:
+    """Returns the shape of its codes."""
+    return self._stacked(*self.spec.layout(self.shape)[:2])
+
+  @property
+  def codebook_shape(self) -> tuple[int, ...]:
+    """Returns the shape of its codebook."""
+    return self._stacked(self.num_codes, self.spec.layout(self.shape)[2])
+
+  def _stacked(self, *shape: int) -> tuple[int, ...]:
+    start, *_ = (*self.spec.stack_axes, 0)
+    return shape[:start] + self.stack + shape[start:]
 
   @property
   def code_bytes(self) -> int:
     """Returns the bytes of its codes."""
-    c_out, m, _ = self.spec.layout(self.shape)
-    return plans.code_bytes(c_out * m, self.num_codes)
+    return plans.code_bytes(math.prod(self.codes_shape), self.num_codes)
 
   @property
   def codebook_size(self) -> int:
-    """Returns the numbers of its codebook, K * D."""
-    return self.num_codes * self.spec.layout(self.shape)[2]
+    """Returns the numbers of its codebook, K * D for each layer of a stack."""
+    return math.prod(self.codebook_shape)
 
 
 FIELDS = (
   *("shape", "channels", "in_axis", "out_axis", "num_codes"),
   *("codebook", "dtype", "exponent", "coding"),
 )
+# [axis, size, ...] of the axes of stacked layers; only stacks have the field.
+STACK = "stack"
 
 
 def to_fields(layer: Layer) -> dict[str, Any]:
   """Returns the fields of a layer in the header."""
+  stack = [layer.spec.stack_axes[0], *layer.stack] if layer.stack else []
   return {
     "shape": list(map(_plain, layer.shape)),
     "channels": _plain(layer.spec.channels),
@@ -76,7 +96,7 @@ def to_fields(layer: Layer) -> dict[str, Any]:
     "dtype": layer.dtype.name,
     "exponent": layer.exponent,
     "coding": CODING,
-  }
+  } | ({STACK: list(map(_plain, stack))} if stack else {})
 
 
 def _axes_field(axes: tuple[int, ...]) -> Any:
@@ -97,7 +117,8 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
     InputError: a field is missing, unknown or has a value that cannot be.
   """
   where = f"layers/{path}"
-  check_names(where, fields, FIELDS)
+  fields = {STACK: []} | dict(fields)
+  check_names(where, fields, (*FIELDS, STACK))
 
   def take(name: str, valid: bool, expected: str) -> Any:
     check(valid, f"{where}/{name}", fields[name], expected)
@@ -124,10 +145,22 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
   )
   take("shape", sizes and 2 <= len(shape) <= 32, "2 to 32 positive sizes")
   rank = len(shape)
+  stack = fields[STACK]
+  whole = isinstance(stack, list) and all(
+    type(n) is int and 0 <= n < 1 << 40 for n in stack
+  )
+  sound = whole and (
+    not stack
+    or (stack[0] <= blocks.LAST_STACK_AXIS and 0 < len(stack) - 1 <= 32 - rank)
+  )
+  sound = sound and 0 not in stack[1:]
+  take(STACK, sound, "an axis from 0 to 2, and positive sizes")
+  start, *sizes_of_stack = stack or [0]
   spec = blocks.BlockSpec(
     take_integer("channels", 1, max(shape)),
     take_axes("in_axis"),
     take_axes("out_axis"),
+    tuple(range(start, start + len(sizes_of_stack))),
   )
   every = {axis % rank for axis in (*spec.in_axes, *spec.out_axes)}
   once = len(every) == len(spec.in_axes) + len(spec.out_axes)
@@ -140,6 +173,7 @@ def from_fields(path: str, fields: Mapping[str, Any]) -> Layer:
     take_name("codebook", storages.CHOICES["codebook"]),
     TYPES[take_name("dtype", tuple(TYPES))],
     take_integer("exponent", -1100, 1017),
+    tuple(sizes_of_stack),
   )
   blocked = shape[spec.in_axes[-1]] if spec.in_axes else 1
   take("channels", blocked % spec.channels == 0, f"a divisor of {blocked}")
@@ -182,32 +216,39 @@ def pack(
   """Packs a kernel.
 
   Returns:
-    What the header says of it, its codes (uint8) and codebook [K, D] in the
-    type of the storage.
+    What the header says of it, its codes (uint8) and codebook in the type of
+    the storage; those of stacked layers in the order of the leaves.
 
   Raises:
-    InputError: the codebook is stacked, not of finite floats, or not of 2 to
-      65,536 codewords; codes and shapes do not fit each other; or the codebook
-      spans more than int8 holds.
+    InputError: the codebook is not of finite floats, or not of 2 to 65,536
+      codewords; codes and shapes do not fit each other; or the codebook spans
+      more than int8 holds.
   """
   trees.check_arrays(path, node)
   codebook, codes = np.asarray(node.codebook), np.asarray(node.codes)
-  if codebook.ndim != 2:
+  if codebook.ndim < 2:
     raise errors.InputError(
-      f"{path} has a codebook of shape {codebook.shape}, but a packed file "
-      "holds no stacked layers; give each layer a VQArray of its own, or the "
-      "dense kernel that pqf_jax.decode_params(variables) returns"
+      f"{path} has a codebook of shape {codebook.shape}; give [K, D], and the "
+      "axes of stacked layers"
     )
-  num_codes, length = codebook.shape
+  axes = node.stack_axes
+  others = [n for dim, n in enumerate(codebook.shape) if dim not in axes]
   layer = Layer(
-    node.kernel_shape, node.spec, num_codes, storage.codebook, codebook.dtype, 0
+    node.kernel_shape,
+    dataclasses.replace(node.spec, stack_axes=axes),
+    others[0],
+    storage.codebook,
+    codebook.dtype,
+    0,
+    tuple(codebook.shape[axis] for axis in axes),
   )
   layer = from_fields(path, to_fields(layer))  # whatever cannot be read back
-  shape = layer.shape
-  if node.spec.layout(shape) != (*codes.shape, length):
+  num_codes, needed = layer.num_codes, (layer.codebook_shape, layer.codes_shape)
+  if (codebook.shape, codes.shape) != needed:
     raise errors.InputError(
-      f"{path} of shape {shape} has codes of shape {codes.shape} and codewords "
-      f"of {length} numbers, but {node.spec} needs {node.spec.layout(shape)}"
+      f"{path} of shape {node.shape} has a codebook of shape {codebook.shape} "
+      f"and codes of shape {codes.shape}, but {layer.spec} needs {needed[0]} "
+      f"and {needed[1]}"
     )
   integers = np.issubdtype(codes.dtype, np.integer)
   if not integers or codes.min() < 0 or codes.max() >= num_codes:
@@ -218,11 +259,34 @@ def pack(
   trees.check_finite(path, codebook)
   scaled = scaling.scale(codebook, storage.codebook)
   if storage.codebook == "int8":
-    _check_loss(path, codes, codebook, scaled)
+    _check_losses(path, layer, codes, codebook, scaled)
   layer = layer._replace(exponent=scaled.exponent)
   packed = bits.pack_codes(codes, num_codes)
   check_values(path, layer, packed, scaled.numbers)
   return layer, packed, scaled.numbers
+
+
+def _check_losses(
+  path: str,
+  layer: Layer,
+  codes: np.ndarray,
+  codebook: np.ndarray,
+  scaled: scaling.Scaled,
+) -> None:
+  """Refuses a codebook, of any layer of a stack, that int8 would hurt."""
+  axes = layer.spec.stack_axes
+  c_out, m, length = layer.spec.layout(layer.shape)
+  parts = [
+    np.moveaxis(array, axes, range(len(axes))).reshape(-1, *shape)
+    for array, shape in (
+      (codes, (c_out, m)),
+      (codebook, (layer.num_codes, length)),
+      (scaled.numbers, (layer.num_codes, length)),
+    )
+  ]
+  for part_codes, part, numbers_of_part in zip(*parts, strict=True):
+    rounded = scaled._replace(numbers=numbers_of_part)
+    _check_loss(path, part_codes, part, rounded)
 
 
 def _check_loss(
@@ -247,11 +311,11 @@ def unpack(
   layer: Layer, codes: np.ndarray, codebook: np.ndarray
 ) -> vq_array.VQArray:
   """Unpacks a kernel; undoes `pack`."""
-  c_out, m, length = layer.spec.layout(layer.shape)
-  indices = bits.unpack_codes(codes, layer.num_codes, c_out * m)
+  count = math.prod(layer.codes_shape)
+  indices = bits.unpack_codes(codes, layer.num_codes, count)
   return vq_array.VQArray(
-    _scaled(layer, codebook).restore().reshape(layer.num_codes, length),
-    indices.reshape(c_out, m),
+    _scaled(layer, codebook).restore().reshape(layer.codebook_shape),
+    indices.reshape(layer.codes_shape),
     layer.shape,
     layer.spec,
   )
@@ -265,13 +329,13 @@ def check_values(
   Raises:
     InputError: names the kernel.
   """
-  c_out, m, _ = layer.spec.layout(layer.shape)
+  count = math.prod(layer.codes_shape)
   num_bits = plans.code_bits(layer.num_codes)
-  unused = -c_out * m * num_bits % 8
+  unused = -count * num_bits % 8
   if unused and codes[-1] >> (8 - unused):
     raise errors.InputError(f"the codes of {path} have bits after the last")
   if layer.num_codes < 1 << num_bits:
-    last = int(bits.unpack_codes(codes, layer.num_codes, c_out * m).max())
+    last = int(bits.unpack_codes(codes, layer.num_codes, count).max())
     check(
       last < layer.num_codes,
       f"a code of {path}",
