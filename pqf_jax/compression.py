@@ -69,16 +69,21 @@ def compress(
   vq_array.check_dense(variables)
   trees.check_arrays("sample", sample)
   trees.check_arrays("calibration", list(calibration))
-  targets = {"target_ratio": target_ratio, "target_bytes": target_bytes}
+  targeted = target_ratio is not None or target_bytes is not None
   if isinstance(rules, str) and rules == "auto":
-    batches = [(batch,) for batch in calibration[:1]]
     rules = budget.auto_rules(
-      apply_fn, variables, sample, **targets, batches=batches
+      apply_fn,
+      variables,
+      sample,
+      target_ratio=target_ratio,
+      target_bytes=target_bytes,
+      batches=[(batch,) for batch in calibration[:1]],
     )
-  elif isinstance(rules, str) or targets != dict.fromkeys(targets):
+  elif isinstance(rules, str) or targeted:
     raise errors.InputError(
-      f"rules is {rules!r} and the targets are {targets}; give a list of "
-      "pqf_jax.Rule and no target, or rules='auto' and one target"
+      f"rules is {rules!r}, target_ratio {target_ratio!r} and target_bytes "
+      f"{target_bytes!r}; give a list of pqf_jax.Rule and no target, or "
+      "rules='auto' and one target"
     )
   found = kernels.find_kernels(apply_fn, variables, sample)
   plan = plans.make_plan(rules, variables, found)

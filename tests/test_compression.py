@@ -175,8 +175,8 @@ def test_targets_and_rules_that_contradict_are_refused(variables):
         Net().apply, variables, IMAGES, rules, key=jax.random.key(0), **targets
       )
 
-  refused("'target_ratio': 3", RULES, target_ratio=3)
-  refused("'target_bytes': 9", RULES, target_bytes=9)
+  refused("target_ratio 3 and", RULES, target_ratio=3)
+  refused("target_bytes 9; give a list", RULES, target_bytes=9)
   refused("rules is 'all'", "all", target_bytes=9)
   refused("give one of them", "auto")
   refused("give one of them", "auto", target_ratio=3, target_bytes=9000)
