@@ -8,7 +8,7 @@ new]. The terms of an axis are called segments.
 
 Tied factors share one permutation; a blocked factor must keep its order. All of
 these are lasting facts about the program, so the order in which they are stated
-does not matter.
+does not matter; except for how much is blocked around cuts that do not fit.
 """
 
 from __future__ import annotations

@@ -224,10 +224,14 @@ def _slice(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   strides = eqn.params["strides"] or [1] * len(starts)
   rows = zip(operands[0], result, starts, strides, strict=True)
   for whole, part, start, stride in rows:
+    length, kept = map(axis_factors.axis_length, (whole, part))
     if stride == 1:
-      lengths = map(axis_factors.axis_length, (whole, part))
-      after = operator.sub(*lengths) - start
+      after = length - start - kept
       axis_factors.tie_axes(whole, _widen(start, part, after))
+    elif length == kept * stride:
+      # One entry of every `stride`, as in interleaved gates.
+      which = axis_factors.new_axis(stride, "slice")
+      axis_factors.tie_axes(whole, part + which)
     else:
       axis_factors.block_axes([whole, part], STRIDED)
   return results

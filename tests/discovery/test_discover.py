@@ -76,6 +76,11 @@ def sliced(p: Params, x: jax.Array) -> jax.Array:
   return x[:, :2] * jax.nn.sigmoid(x[:, 2:]) @ p["out"]
 
 
+def interleaved(p: Params, x: jax.Array) -> jax.Array:
+  x = x @ p["both"] + p["bias"][None]
+  return x[:, ::2] * jax.nn.sigmoid(x[:, 1::2]) @ p["out"]
+
+
 def joined(p: Params, x: jax.Array) -> jax.Array:
   x = x @ p["stem"]
   x = jnp.concatenate([x, jnp.tanh(x @ p["new"])], axis=-1)
@@ -168,6 +173,7 @@ PROGRAMS = {
   recurrent: draw(input=(2, 2), hidden=(2, 2), bias=(2,), output=(2, 2)),
   gated: draw(both=(2, 4), bias=(4,), out=(2, 2)),
   sliced: draw(both=(2, 4), bias=(4,), out=(2, 2)),
+  interleaved: draw(both=(2, 4), bias=(4,), out=(2, 2)),
   joined: draw(stem=(2, 2), new=(2, 2), scale=(4,), out=(4, 2)),
   densely_joined: draw(stem=(2, 2), new0=(2, 1), new1=(3, 2), out=(5, 2)),
   branches: draw(one=(2, 1), two=(2, 2), scale=(4,), out=(4, 2)),
@@ -387,7 +393,7 @@ def test_kernels_that_are_left_out_for_a_cut_are_named():
   params = draw(first=(3, 4), bias=(4,), second=(2, 5), third=(5, 2))
 
   def run(p: Params, x: jax.Array) -> jax.Array:
-    x = (x @ p["first"] + p["bias"][None])[:, ::2]
+    x = (x @ p["first"] + p["bias"][None])[:, ::3]
     return jnp.tanh(x @ p["second"]) @ p["third"]
 
   with pytest.warns(UserWarning, match=r"slice.*: first\[1\], second\[0\]$"):
