@@ -16,8 +16,9 @@ from pqf_jax.allocation import (
   sensitivity,
 )
 from pqf_jax.allocation import options as kernel_options
-from pqf_jax.core import blocks, storage, trees, vq_array
+from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.core import storage as storages
 from pqf_jax.discovery import kernels as kernel_discovery
 from pqf_jax.discovery import tracing
 
@@ -106,7 +107,7 @@ def auto_rules(
   target_ratio: float | None = None,
   target_bytes: int | None = None,
   batches: Sequence[tuple[PyTree, ...]] = (),
-  stored: storage.Storage = storage.PAPER,
+  storage: storages.Storage = storages.PAPER,
   kmeans_steps: int = 1000,
 ) -> list[plans.Rule]:
   """Chooses block and codewords of every kernel for a number of bytes.
@@ -121,7 +122,7 @@ def auto_rules(
     target_ratio=target_ratio,
     target_bytes=target_bytes,
     batches=batches,
-    stored=stored,
+    storage=storage,
     kmeans_steps=kmeans_steps,
   ).rules
 
@@ -133,7 +134,7 @@ def allocate_bytes(
   target_ratio: float | None = None,
   target_bytes: int | None = None,
   batches: Sequence[tuple[PyTree, ...]] = (),
-  stored: storage.Storage = storage.PAPER,
+  storage: storages.Storage = storages.PAPER,
   kmeans_steps: int = 1000,
 ) -> Allocation:
   """Divides a byte budget among the kernels so that the outputs lose least.
@@ -155,7 +156,7 @@ def allocate_bytes(
     batches: inputs, of equal shapes and without labels, on which the weight of
       each kernel is measured by one pass a kernel and batch; 64 samples
       suffice. Without any, a relative error counts alike in all layers.
-    stored: types of the parts of the packed file.
+    storage: types of the parts of the packed file.
     kmeans_steps: k-means steps of all rules.
 
   Raises:
@@ -169,8 +170,8 @@ def allocate_bytes(
   _check_batches(apply_fn, variables, batches)
   kernels = kernel_discovery.find_kernels(apply_fn, variables, *sample)
   options = _list_options(apply_fn, variables, sample, kernels, kmeans_steps)
-  sizes = kernel_options.option_bytes(options, variables, stored)
-  any_size = _predict(options, dict.fromkeys(options, 0), variables, stored)
+  sizes = kernel_options.option_bytes(options, variables, storage)
+  any_size = _predict(options, dict.fromkeys(options, 0), variables, storage)
   rest = any_size.payload_bytes - sum(int(size[0]) for size in sizes.values())
   budget = _to_bytes(any_size.dense_bytes, target_ratio, target_bytes)
   _check_budget(budget, rest, sizes, any_size.dense_bytes)
@@ -212,7 +213,7 @@ def allocate_bytes(
       )
       for path, choice in choices.items()
     ),
-    _predict(options, choices, variables, stored),
+    _predict(options, choices, variables, storage),
   )
 
 
@@ -247,10 +248,10 @@ def _predict(
   options: Mapping[str, kernel_options.Options],
   choices: Mapping[str, int],
   variables: PyTree,
-  stored: storage.Storage,
+  storage: storages.Storage,
 ) -> plans.SizeReport:
   chosen = {path: options[path][choice] for path, choice in choices.items()}
-  return plans.predict_size(kernel_options.plan_of(chosen), variables, stored)
+  return plans.predict_size(kernel_options.plan_of(chosen), variables, storage)
 
 
 def _to_bytes(

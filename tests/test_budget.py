@@ -249,7 +249,7 @@ def test_variables_without_a_choice_are_refused():
     ({"batches": [(X,)]}, "batches, leaf '0', is of type ShapeDtypeStruct"),
     ({"batches": [(np.ones((2, 4, 4, 5)),)]}, "cannot be traced"),
     ({"kmeans_steps": 0}, "kmeans_steps=0"),
-    ({"stored": "int8"}, "int8"),
+    ({"storage": "int8"}, "int8"),
   ],
 )
 def test_settings_that_fit_nothing_are_refused(settings, message):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax.allocation import distortion
-from pqf_jax.core import blocks, storage
+from pqf_jax.core import blocks
 from pqf_jax.core import plan as plans
+from pqf_jax.core import storage as storages
 
 PyTree = Any
 Options = Sequence[plans.LayerPlan | None]
@@ -58,13 +59,13 @@ def _doubling_divisors(n: int) -> list[int]:
 
 
 def option_bytes(
-  options: Mapping[str, Options], variables: PyTree, stored: storage.Storage
+  options: Mapping[str, Options], variables: PyTree, storage: storages.Storage
 ) -> dict[str, np.ndarray]:
   """Returns {path: packed bytes of each option}."""
   sizes: dict[str, list[int]] = {path: [] for path in options}
   for i in range(max(map(len, options.values()))):
     chosen = {p: every[min(i, len(every) - 1)] for p, every in options.items()}
-    report = plans.predict_size(plan_of(chosen), variables, stored)
+    report = plans.predict_size(plan_of(chosen), variables, storage)
     rows = {row.path: row.payload_bytes for row in report.layers}
     for path, every in options.items():
       if i < len(every):
