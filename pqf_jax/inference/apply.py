@@ -60,8 +60,8 @@ def make_apply(
   - auto: fused for matrices that no cache holds, whose reading takes the time;
     dense for the others, and for convolutions, which read a weight often.
 
-  Inside a loop (`lax.scan`) stacked kernels along the first axis stay codes as
-  well. A kernel that anything else than a convolution, product, cast or
+  Inside a loop (`lax.scan`, `nn.scan`) stacked kernels stay codes as well. A
+  kernel that anything else than a convolution, product, row lookup, cast or
   transposition reads is decoded there.
 
   Args:
@@ -226,8 +226,10 @@ def _change(
     return kernel
   if name == "convert_element_type" and not kernel.then:
     return kernel.astype(params["new_dtype"])
-  if name == "transpose" and kernel.is_product:
-    return kernel.transpose(params["permutation"])
+  if name == "transpose":
+    moved = kernel.transpose(params["permutation"])
+    if moved is not None:
+      return moved
 
   def change(dense: jax.Array) -> jax.Array:
     values = [dense if kernels.is_kernel(x) else x for x in operands]

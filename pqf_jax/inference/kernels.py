@@ -81,8 +81,32 @@ class Kernel(struct.PyTreeNode):
     """Returns the kernel with its weights cast."""
     return self.replace(codebook=self.codebook.astype(dtype))
 
-  def transpose(self, permutation: Sequence[int]) -> "Kernel":
-    """Returns a kernel of one layer, without taps, with its axes permuted."""
+  def transpose(self, permutation: Sequence[int]) -> "Kernel | None":
+    """Returns the kernel with its axes permuted, or None if it has to decode.
+
+    It stays codes where only the axes of the stack move, as `nn.scan` moves
+    them, and where products are made of a single layer.
+    """
+    if self.then:
+      return None
+    if self.is_product:
+      return self._transpose_layer(permutation)
+    stacked = self.vq.stack_axes
+    places = tuple(permutation.index(axis) for axis in stacked)
+    others = [axis for axis in permutation if axis not in stacked]
+    if not stacked or others != sorted(others):
+      return None
+    first, last = places[0], places[-1]
+    if places != tuple(range(first, last + 1)):
+      return None
+    spec = dataclasses.replace(self.spec, stack_axes=places)
+    return self.replace(
+      codebook=jnp.moveaxis(self.codebook, stacked, places),
+      codes=jnp.moveaxis(self.codes, stacked, places),
+      spec=spec,
+    )
+
+  def _transpose_layer(self, permutation: Sequence[int]) -> "Kernel":
     spec = dataclasses.replace(
       self.spec,
       in_axes=tuple(permutation.index(axis) for axis in self.in_axes),

@@ -155,19 +155,21 @@ def test_an_embedding_that_is_read_twice():
   assert _scans(apply_fn, variables, "fused", tokens) == 1
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_stacked_kernels_of_a_scan(axis):
-  shape, spec = (6, 6), blocks.BlockSpec(3)
-  layers = [
-    coded.make_kernel(seed, shape, num_codes=5, spec=spec) for seed in range(3)
-  ]
-  stacked = vq_array.VQArray(
-    jnp.stack([layer.codebook for layer in layers], axis),
-    jnp.stack([layer.codes for layer in layers], axis),
-    shape,
-    blocks.BlockSpec(3, stack_axes=(axis,)),
+def _stack(axis, size, num_layers):
+  """Returns a kernel whose layers are stacked along an axis."""
+  return vq_array.stack_layers(
+    *jax.tree.leaves(
+      coded.make_kernel(
+        0, (size, size), num_codes=16, channels=4, stack=(num_layers,)
+      )
+    ),
+    (size, size),
+    blocks.BlockSpec(4, stack_axes=(axis,)),
   )
-  variables = {"kernel": stacked, "shared": layers[0]}
+
+
+def _loop(axis):
+  """Returns a network that loops over the layers of a stack."""
 
   def apply_fn(variables, x):
     def layer(x, kernel):
@@ -178,11 +180,32 @@ def test_stacked_kernels_of_a_scan(axis):
     x, sums = lax.scan(layer, x, kernels)
     return x + sums.sum()
 
-  x = jax.random.normal(jax.random.key(0), (2, 6))
-  _check(apply_fn, variables, x)
+  return apply_fn
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_stacked_kernels_of_a_scan(axis):
+  shared = coded.make_kernel(1, (8, 8), num_codes=5, channels=4)
+  variables = {"kernel": _stack(axis, 8, 3), "shared": shared}
+  x = jax.random.normal(jax.random.key(0), (2, 8))
+  _check(_loop(axis), variables, x)
   # The loop over layers, and inside of it those of the two products.
-  expected = {0: 3, 1: 2}[axis]
-  assert _scans(apply_fn, variables, "fused", x) == expected
+  assert _scans(_loop(axis), variables, "fused", x) == 3
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_memory_of_a_scan_is_that_of_its_body(axis):
+  size = 256
+  shared = coded.make_kernel(1, (size, size), num_codes=5, channels=4)
+  variables = {"kernel": _stack(axis, size, 6), "shared": shared}
+  network = inference.make_apply(_loop(axis), variables, "layer")
+  held = _temporary_bytes(network, jnp.ones((16, size)))
+  assert held < 2.5 * 4 * size**2  # two kernels
+
+
+def _temporary_bytes(network, *inputs):
+  compiled = network.apply_fn.lower(network.variables, *inputs).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_kernels_that_other_equations_read():
@@ -277,8 +300,7 @@ def test_memory_is_that_of_one_kernel(num_rows):
   kernel_bytes = 4 * size**2
   for form in ("layer", "fused"):
     network = inference.make_apply(apply_fn, variables, form)
-    compiled = network.apply_fn.lower(network.variables, x).compile()
-    held = compiled.memory_analysis().temp_size_in_bytes
+    held = _temporary_bytes(network, x)
     assert held < 1.5 * kernel_bytes, form
 
 
