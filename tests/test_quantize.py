@@ -61,6 +61,29 @@ def test_a_layer_does_not_depend_on_the_others(variables, quantized):
   )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_layers_of_a_stack_are_quantized_like_single_ones(variables, axis):
+  layers = np.random.default_rng(1).normal(size=(3, 16, 32)).astype(np.float32)
+  stacked = {"w": jnp.asarray(np.moveaxis(layers, 0, axis))}
+  inputs, outputs = (1 - min(axis, 1), 2)
+  axes = blocks.KernelAxes((inputs,), (outputs,), (axis,))
+  plan = plans.make_plan(RULES, stacked, {"w": axes})
+  compressed, summaries = quantize.quantize_params(
+    jax.random.key(0), stacked, plan
+  )
+  node = compressed["w"]
+  assert node.shape == stacked["w"].shape
+  for i, layer in enumerate(layers):
+    one = jax.tree.map(lambda leaf, i=i: leaf.take(i, axis), node)
+    vectors = np.asarray(one.spec.to_blocks(layer), np.float64)
+    gaps = vectors[:, :, None] - np.asarray(one.codebook, np.float64)
+    np.testing.assert_array_equal(one.codes, (gaps**2).sum(-1).argmin(-1))
+  lost = np.mean((np.asarray(node) - stacked["w"]) ** 2)
+  expected = float(lost) / np.mean(np.var(layers, (1, 2)))
+  assert summaries["w"].distortion == pytest.approx(expected, rel=1e-4)
+  assert len(np.unique(np.asarray(node.codebook))) == np.size(node.codebook)
+
+
 def test_the_key_decides(variables, quantized):
   first, second = quantized[0], _run(variables, key=1)[0]
   kernels = [tree["params"]["a"]["kernel"].codes for tree in (first, second)]

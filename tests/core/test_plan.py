@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pqf_jax import errors
+from pqf_jax.core import blocks, storage, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.core import storage, vq_array
 
 SHAPES = {
   "params/stem/kernel": (7, 7, 3, 16),
@@ -160,7 +160,69 @@ def test_a_tree_without_kernels_is_refused_with_its_leaves():
     plans.make_plan([], tree)
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "int8", "bool"])
+QUERY, OUT = blocks.KernelAxes((0,), (1, 2)), blocks.KernelAxes((0, 1), (2,))
+
+
+def _plan(shape, found, **rule):
+  tree = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  rules = [plans.Rule("w", 256, **rule)]
+  return tree, plans.make_plan(rules, tree, found and {"w": found})["w"]
+
+
+def test_axes_come_from_discovery_or_from_the_rule():
+  _, layer = _plan((16, 2, 8), QUERY, channels=4)
+  assert layer.spec == blocks.BlockSpec(4, (-3,), (-2, -1))
+  for found in (None, QUERY):
+    _, layer = _plan((2, 8, 16), found, channels=4, axes=OUT)
+    assert layer.spec == blocks.BlockSpec(4, (-3, -2), (-1,))
+
+
+def test_each_layer_of_a_stack_has_a_codebook():
+  tree, layer = _plan(
+    (8, 3, 16), blocks.KernelAxes((0,), (2,), (1,)), channels=2
+  )
+  assert layer.num_codes == 16  # of 64 sub-vectors a layer
+  assert plans.predict_size({"w": layer}, tree).payload_bytes == (
+    3 * 64 * 4 // 8 + 3 * 2 * 16 * 2
+  )
+  node = plans.compressed_shapes({"w": layer}, tree)["w"]
+  assert (node.codebook.shape, node.codes.shape) == ((16, 3, 2), (16, 3, 4))
+  assert node.shape == (8, 3, 16)
+
+
+def test_rows_of_embeddings_are_outputs_by_name_too():
+  tree = {"embedding": jax.ShapeDtypeStruct((64, 8), jnp.float32)}
+  plan = plans.make_plan([plans.Rule(".*", 16, 4)], tree)
+  assert plan["embedding"].spec == blocks.BlockSpec(4, (-1,), (-2,))
+
+
+@pytest.mark.parametrize(
+  ("shape", "axes", "rule", "message"),
+  [
+    ((2, 6, 8), OUT, {"channels": 4}, r"6 input.*divisor of 6: 1, 2, 3, 6 "),
+    ((8, 8), blocks.KernelAxes((0,), (2,)), {}, "from 0 to 1"),
+    ((8, 8), blocks.KernelAxes((0,), (0,)), {}, "each axis once"),
+    ((8, 8), blocks.KernelAxes((), (1,)), {}, "one input axis or more"),
+    ((3, 8, 3, 8), blocks.KernelAxes((1,), (3,), (0, 2)), {}, "neighbouring"),
+    ((2, 2, 8, 3, 8), blocks.KernelAxes((2,), (4,), (3,)), {}, "begin at 0 to"),
+    ((8, 8), None, {"axes": ((0,), (1,))}, "give pqf_jax.KernelAxes"),
+    ((8, 8), {}, {}, "matches w of shape .*no matrix product"),
+  ],
+)
+def test_bad_axes_are_named(shape, axes, rule, message):
+  if axes == {}:
+    tree = {"w": jax.ShapeDtypeStruct(shape, "float32"), "kernel": None}
+    tree["kernel"] = tree["w"]
+    with pytest.raises(errors.InputError, match=message):
+      plans.make_plan([plans.Rule("w", 4), plans.Rule("kernel", 4)], tree)
+    return
+  with pytest.raises(errors.InputError, match=message):
+    _plan(shape, axes, **rule)
+
+
+@pytest.mark.parametrize(
+  "dtype", ["complex64", "int8", "bool", "float8_e4m3fn"]
+)
 def test_kernels_that_are_not_floats_are_refused(dtype):
   tree = {"fc": {"kernel": jax.ShapeDtypeStruct((16, 16), dtype)}}
   with pytest.raises(

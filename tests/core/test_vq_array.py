@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pqf_jax import errors
 from pqf_jax.core import blocks, vq_array
 
 
@@ -110,6 +111,27 @@ def test_scanned_linen_layers_slice_it():
     return stack.apply({"params": {"dense": {"kernel": kernel}}}, x, None)[0]
 
   np.testing.assert_allclose(run(node), run(node.decode()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_of_a_stack_are_layers(axis):
+  rng = np.random.default_rng(0)
+  spec = blocks.BlockSpec(2, stack_axes=(axis,))
+  node = vq_array.stack_layers(
+    rng.normal(size=(3, 8, 2)), rng.integers(0, 8, (3, 6, 2)), (4, 6), spec
+  )
+  dense = np.asarray(node)
+  assert node.shape == dense.shape == tuple(np.insert((4, 6), axis, 3))
+  for i, part in enumerate(np.moveaxis(dense, axis, 0)):
+    layer = jax.tree.map(lambda leaf, i=i: leaf.take(i, axis), node)
+    assert layer.shape == (4, 6)
+    np.testing.assert_array_equal(layer, part)
+  mapped = jax.vmap(lambda kernel: kernel @ jnp.ones((6, 1)), axis)(node)
+  np.testing.assert_allclose(
+    mapped, np.moveaxis(dense, axis, 0) @ np.ones((6, 1)), atol=1e-5
+  )
+  with pytest.raises(errors.InputError, match="other than the stack axes"):
+    jax.tree.map(lambda leaf: leaf[0, 0], node).decode()
 
 
 def test_split_and_merge_are_inverse_and_part_by_kind():
