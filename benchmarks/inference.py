@@ -1,11 +1,13 @@
 """Memory and latency of the forms in which a compressed network is applied.
 
     python -m benchmarks.inference
-    python -m benchmarks.inference --networks resnet50 --batches 1 8
+    python -m benchmarks.inference --products --networks resnet50 --batches 1 8
 
-mlp: three layers of 4,096 x 4,096, D = 8, K = 256. Others: modules of configs/,
-with the blocks of their recipe for ImageNet and images of 224 x 224 pixels.
-Codes and codebooks are drawn at random. Prints a table of Markdown a network:
+Table 1: one product, processor ms of the dense kernel / by tables / by blocks.
+
+Then a table a network. mlp: three layers of 4,096 x 4,096, D = 8, K = 256.
+Others: modules of configs/, with the blocks of their recipe for ImageNet and
+images of 224 x 224 pixels. Codes and codebooks are drawn at random. Columns:
 
 - MB: of the variables that a call takes;
 - compile s: of the first batch, in processor seconds;
@@ -20,6 +22,7 @@ Codes and codebooks are drawn at random. Prints a table of Markdown a network:
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import statistics
 import time
@@ -38,6 +41,15 @@ from pqf_jax.pipeline import job as jobs
 PyTree = Any
 
 _CALLS = 3  # one after the other, of a form whose turn it is
+
+
+_PRODUCTS = (
+  "4096,4096,8,256",
+  "4096,4096,4,256",
+  "4096,4096,16,1024",
+  "4096,4096,8,4096",
+  "768,3072,8,256",
+)
 
 
 class Network(NamedTuple):
@@ -59,14 +71,51 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
+  parser.add_argument(
+    "--products", nargs="*", default=_PRODUCTS, help="C_in,C_out,D,K ..."
+  )
   parser.add_argument("--networks", nargs="*", default=["mlp", "resnet50"])
   parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64])
   parser.add_argument("--repeats", type=int, default=11)
   options = parser.parse_args()
   print(jax.devices()[0].device_kind)
+  _print_products(options.products, options.batches, options.repeats)
   for name in options.networks:
     network = _mlp() if name == "mlp" else _from_recipe(name)
     _print_table(name, network, options.batches, options.repeats)
+
+
+def _print_products(
+  shapes: list[str], batches: list[int], repeats: int
+) -> None:
+  print("\n| C_in, C_out, D, K |", *(f"{batch} rows |" for batch in batches))
+  print("|---" * (1 + len(batches)) + "|")
+  rng = np.random.default_rng(0)
+  for shape in shapes:
+    c_in, c_out, length, num_codes = map(int, shape.split(","))
+    codes = rng.integers(0, num_codes, (c_in // length, c_out))
+    codebook = rng.standard_normal((num_codes, length), np.float32)
+    dense = jnp.array(codebook[codes].transpose(0, 2, 1).reshape(c_in, c_out))
+    codes = jnp.array(codes, vq_array.code_dtype(num_codes))
+    cells = []
+    for batch in batches:
+      x = jnp.ones((batch, c_in))
+      calls = {"dense": _compile(jnp.matmul, x, dense)}
+      for name, crossover in (("tables", batch), ("blocks", 0)):
+        calls[name] = _compile(
+          functools.partial(inference.product, crossover=crossover),
+          *(x, jnp.array(codebook), codes),
+        )
+      times = _milliseconds(calls, repeats).values()
+      cells.append(" / ".join(f"{used:.2f}" for _, used in times))
+    print("| " + " | ".join([shape, *cells]) + " |", flush=True)
+
+
+def _compile(
+  function: Callable[..., jax.Array], *arguments: PyTree
+) -> Callable[[], jax.Array]:
+  compiled = jax.jit(function).lower(*arguments).compile()
+  return lambda: compiled(*arguments)
 
 
 def _print_table(
