@@ -126,7 +126,9 @@ def tie_axes(first: Axis, second: Axis) -> None:
     if len(one) == len(other) == 1:
       _tie_products(one[0], other[0])
     else:
-      block_axes(one + other, MISFIT)
+      fixed = [axis[0].blocked_by for axis in one + other if len(axis) == 1]
+      for reason in set().union(*fixed) or {MISFIT}:
+        block_axes(one + other, reason)
 
 
 def tie_all(first: Axes, second: Axes) -> None:
@@ -174,7 +176,7 @@ def _cut(axis: Axis, surplus: int) -> bool:
   """Cuts entries off the end of a segment, or returns that it cannot.
 
   What has become several segments by the cut of another, or is no longer than
-  the surplus, needs no cut.
+  the surplus, needs no cut; what is blocked as a whole gets none.
   """
   segment, *others = find_segments(axis)
   at = axis_length(segment) - surplus
@@ -182,7 +184,7 @@ def _cut(axis: Axis, surplus: int) -> bool:
     return True
   major, *minor = segment
   count, rest = divmod(at, axis_length(tuple(minor)))
-  if rest:
+  if rest or (major.blocked_by and not minor):  # whose parts would be as fixed
     return False
   sizes = (count, major.size - count)
   major.terms = tuple((Factor(size, set(major.blocked_by)),) for size in sizes)

@@ -241,7 +241,8 @@ def _pad(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   """Puts equal entries before and after an axis; negative numbers crop it."""
   (result,) = results = new_results(eqn)
   rows = zip(operands[0], result, eqn.params["padding_config"], strict=True)
-  for old, new, (low, high, interior) in rows:
+  for old, new, padding in rows:
+    low, high, interior = map(int, padding)  # may be NumPy's
     if interior:
       axis_factors.block_axes([old, new], "pad")
     else:

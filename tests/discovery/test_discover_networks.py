@@ -244,6 +244,36 @@ class Inception(nn.Module):
     return nn.Dense(5, name="fc2")(x)
 
 
+class PaddedShortcut(nn.Module):
+  """The shortcut of a wider block has channels of zeros on either side."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.relu(nn.Conv(6, (3, 3), name="stem")(x))
+    y = nn.relu(nn.Conv(9, (3, 3), strides=2, name="first")(x))
+    y = nn.Conv(12, (3, 3), name="second")(y)
+    ends = [(0, 0)] * 3 + [(2, 4)]
+    x = nn.relu(jnp.pad(x[:, ::2, ::2], ends) + y)
+    return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class FusedProjections(nn.Module):
+  """Grouped queries, keys and values, then a gate, each of one kernel."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Dense(12, name="stem")(x.reshape(len(x), -1, 3))
+    x = nn.Dense((4 + 2 + 2) * 5, name="qkv")(x)
+    q, k, v = jnp.split(x, [20, 30], axis=-1)
+    q = q.reshape(*q.shape[:2], 2, 2, 5)
+    k, v = (y.reshape(*y.shape[:2], 2, 5) for y in (k, v))
+    weights = nn.softmax(jnp.einsum("bqkrd,bskd->bkrqs", q, k))
+    x = jnp.einsum("bkrqs,bskd->bqkrd", weights, v).reshape(*x.shape[:2], -1)
+    x = nn.Dense(14, name="both")(x)
+    value, gate = jnp.split(x, 2, axis=-1)
+    return nn.Dense(5, name="head")(value * nn.silu(gate))
+
+
 class Recurrent(nn.Module):
   """Embedding, LSTM, layers stacked by `nn.scan`, and tied output weights."""
 
@@ -304,6 +334,16 @@ LINEN = [
     Inception(),
     IMAGES,
     {"stem": 6, "reduce": 5, "one": 4, "three": 7, "fc1": 9},
+  ),
+  (
+    PaddedShortcut(),
+    IMAGES,
+    {"stem": 6, "first": 9, "second[3, 0:2]": 2, "second[3, 8:12]": 4},
+  ),
+  (
+    FusedProjections(),
+    IMAGES,
+    {"stem": 12, "qkv[1, 0:20]": 5, "qkv[1, 30:40]": 5, "both": 7},
   ),
   (
     Recurrent(),
