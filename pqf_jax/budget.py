@@ -20,7 +20,7 @@ from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.discovery import kernels as kernel_discovery
-from pqf_jax.discovery import tracing
+from pqf_jax.discovery import readers, tracing
 
 PyTree = Any
 
@@ -143,7 +143,7 @@ def allocate_bytes(
   channels. What k-means would lose by each is predicted from the weights in
   seconds; the sum of what all lose, each times its weight, is made as small as
   the budget allows. A first layer of few weights stays dense, as all does that
-  is no kernel.
+  is no kernel or that its layer cannot read as a `VQArray`.
 
   Args:
     apply_fn: `apply_fn(variables, *sample)`, a network in inference mode.
@@ -153,8 +153,8 @@ def allocate_bytes(
       `SizeReport.ratio`; or
     target_bytes: its bytes, without the header. No more are used; less than
       97 % of them only where the network has no choices so small.
-    batches: inputs, of equal shapes and without labels, on which the weight of
-      each kernel is measured by one pass a kernel and batch; 64 samples
+    batches: inputs without labels, best all of one shape, on which the weight
+      of each kernel is measured by one pass a kernel and batch; 64 samples
       suffice. Without any, a relative error counts alike in all layers.
     storage: types of the parts of the packed file.
     kmeans_steps: k-means steps of all rules.
@@ -236,12 +236,16 @@ def _list_options(
       options[path] = kernel_options.list_options(
         flat[path], axes, kmeans_steps
       )
-  if all(len(every) == 1 for every in options.values()):
-    raise errors.InputError(
-      f"none of the {len(options)} kernels has the 64 sub-vectors that 16 "
-      "codewords need; give rules with fewer codewords by hand"
-    )
-  return options
+  while plan := kernel_options.plan_of({p: o[0] for p, o in options.items()}):
+    unread = readers.find_unreadable(apply_fn, plan, variables, *sample)
+    if unread is None:
+      return options
+    options[unread.path] = [None]
+  raise errors.InputError(
+    f"none of the {len(options)} kernels can be compressed: 16 codewords need "
+    "64 sub-vectors, and a layer that reads a VQArray, as those of Flax and "
+    "jax.numpy do; give rules with fewer codewords by hand"
+  )
 
 
 def _predict(
@@ -289,13 +293,14 @@ def _check_batches(
   variables: PyTree,
   batches: Sequence[tuple[PyTree, ...]],
 ) -> None:
-  for batch in batches:
-    if not isinstance(batch, tuple):
-      raise errors.InputError(
-        f"batches has a {type(batch).__name__}; give tuples of the network's "
-        "inputs, such as [(images,)]"
-      )
-    trees.check_arrays("batches", batch)
+  listed = isinstance(batches, Sequence)
+  if not listed or not all(isinstance(batch, tuple) for batch in batches):
+    kind = type(batches[0] if listed else batches).__name__
+    raise errors.InputError(
+      f"batches is, or has, a {kind}; give a list of tuples of the network's "
+      "inputs, such as [(images,)]"
+    )
+  trees.check_arrays("batches", list(batches))
   if batches:
     tracing.trace_program(apply_fn, variables, batches[0])
 

@@ -30,7 +30,7 @@ def convolve(x, kernel):
 def conv_net(v, x):
   """A chain of 3x3 convolutions, and a classifier of the mean."""
   for name in sorted(v)[:-1]:
-    x = jax.nn.relu(convolve(x, v[name]))
+    x = jax.nn.relu(convolve(x, v[name][...]))
   return x.mean((1, 2)) @ v["head"]
 
 
@@ -88,7 +88,7 @@ def test_random_networks_get_no_more_than_the_budget(widths, share):
     budget.allocate_bytes(conv_net, variables, x, target_bytes=1)
   except errors.InputError as error:
     message = str(error)
-  if "too small" in message or "64 sub-vectors" in message:
+  if "can be compressed" in message:
     return
   least, most = (
     int(text.replace(",", ""))
@@ -208,9 +208,8 @@ def test_ratios_are_met_on_large_networks(
 
   monkeypatch.setattr(distortion, "predict_distortions", gaussian)
   apply_fn, variables, x = NETWORKS[name]()
-  for ratio in (8, 20, 30):
-    found = budget.allocate_bytes(apply_fn, variables, x, target_ratio=ratio)
-    assert ratio <= found.size.ratio <= 1.03 * ratio
+  found = budget.allocate_bytes(apply_fn, variables, x, target_ratio=30)
+  assert 30 <= found.size.ratio <= 1.03 * 30
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,7 @@ def test_targets_that_cannot_be_met_are_refused(targets, message):
 
 def test_variables_without_a_choice_are_refused():
   small = {"conv0": np.ones((3, 3, 3, 4)), "head": np.ones((4, 2))}
-  with pytest.raises(errors.InputError, match="none of the 2 kernels has the"):
+  with pytest.raises(errors.InputError, match="none of the 2 kernels can be"):
     budget.auto_rules(conv_net, small, X, target_ratio=2)
   broken = {**NET, "head": np.full_like(NET["head"], np.nan)}
   with pytest.raises(errors.InputError, match="head has 512 NaN"):
@@ -245,8 +244,9 @@ def test_variables_without_a_choice_are_refused():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"batches": [np.ones((2, 4, 4, 3))]}, "batches has a ndarray; give tup"),
-    ({"batches": [(X,)]}, "batches, leaf '0', is of type ShapeDtypeStruct"),
+    ({"batches": [np.ones((2, 4, 4, 3))]}, "has, a ndarray; give a list"),
+    ({"batches": None}, "batches is, or has, a NoneType"),
+    ({"batches": [(X,)]}, "batches, leaf '0/0', is of type ShapeDtypeStruct"),
     ({"batches": [(np.ones((2, 4, 4, 5)),)]}, "cannot be traced"),
     ({"kmeans_steps": 0}, "kmeans_steps=0"),
     ({"storage": "int8"}, "int8"),
@@ -270,6 +270,19 @@ def test_small_first_layers_and_integers_stay_dense():
     apply_fn, variables, jnp.ones((1, 4)), target_ratio=3
   )
   assert [layer.path for layer in found.layers if layer.plan] == ["body"]
+
+
+def test_kernels_that_a_layer_cannot_read_compressed_stay_dense():
+  def apply_fn(v, x):
+    return jax.lax.dot(x @ v["a"], v["b"]) @ v["c"]
+
+  variables = {
+    name: RNG.normal(size=(32, 32)).astype(np.float32) for name in "abc"
+  }
+  found = budget.allocate_bytes(
+    apply_fn, variables, jnp.ones((1, 32)), target_ratio=2
+  )
+  assert [layer.path for layer in found.layers if layer.plan] == ["a", "c"]
 
 
 def test_stacked_layers_count_each():

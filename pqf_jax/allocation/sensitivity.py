@@ -37,7 +37,7 @@ def output_changes(
     apply_fn: `apply_fn(variables, *inputs)`.
     variables: dense variable tree.
     paths: kernels.
-    batches: inputs, of equal shapes.
+    batches: inputs.
 
   Raises:
     InputError: outputs are not finite.
@@ -77,7 +77,7 @@ def _variances(expected: Sequence[Sequence[jax.Array]]) -> list[float]:
   """Returns the variance of each output array over all batches."""
   variances = []
   for parts in zip(*expected, strict=True):
-    variance = float(np.var([np.asarray(part) for part in parts]))
+    variance = float(np.concatenate([np.ravel(part) for part in parts]).var())
     if not np.isfinite(variance):
       raise errors.InputError(
         "the network's outputs on the batches are NaN or infinite; check the "

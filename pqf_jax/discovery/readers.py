@@ -1,6 +1,6 @@
 """Checks that the layers of a network can read compressed kernels."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -9,6 +9,13 @@ from pqf_jax.core import plan as plans
 from pqf_jax.discovery import tracing
 
 PyTree = Any
+
+
+class Unreadable(NamedTuple):
+  """A kernel that its layer cannot read as a `VQArray`, and why."""
+
+  path: str
+  reason: str
 
 
 def check_readers(
@@ -22,9 +29,28 @@ def check_readers(
   Raises:
     InputError: names a kernel that its layer cannot read as a `VQArray`.
   """
+  found = find_unreadable(apply_fn, plan, variables, *inputs)
+  if found is not None:
+    raise errors.InputError(
+      f"the network cannot read {found.path} once it is compressed: "
+      f"{found.reason} -- functions of jax.lax take arrays only: let the "
+      "network read kernel[...], use the function of jax.numpy, or keep the "
+      "kernel dense by a rule with num_codes=None; where a loop or vmap takes "
+      "slices of it, name that axis by Rule(..., "
+      "axes=pqf_jax.KernelAxes(inputs, outputs, stacked))"
+    )
+
+
+def find_unreadable(
+  apply_fn: tracing.ApplyFn,
+  plan: plans.CompressionPlan,
+  variables: PyTree,
+  *inputs: PyTree,
+) -> Unreadable | None:
+  """Returns a kernel of the plan that its layer cannot read, or None."""
   reason = _fault(apply_fn, plan, variables, inputs)
   if not reason:
-    return
+    return None
   suspects = list(plan)
   while len(suspects) > 1:  # one that cannot be read on its own
     half = suspects[: len(suspects) // 2]
@@ -32,13 +58,7 @@ def check_readers(
     fault = _fault(apply_fn, part, variables, inputs)
     suspects = half if fault else suspects[len(half) :]
     reason = fault or reason
-  raise errors.InputError(
-    f"the network cannot read {suspects[0]} once it is compressed: {reason} "
-    "-- functions of jax.lax take arrays only: let the network read "
-    "kernel[...], use the function of jax.numpy, or keep the kernel dense by a "
-    "rule with num_codes=None; where a loop or vmap takes slices of it, name "
-    "that axis by Rule(..., axes=pqf_jax.KernelAxes(inputs, outputs, stacked))"
-  )
+  return Unreadable(suspects[0], reason)
 
 
 def _fault(
