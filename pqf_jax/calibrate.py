@@ -55,16 +55,17 @@ def calibrate_params(
   before really give them, come nearest to the dense network's; see
   `calibration.reconstruction`. Then each batch norm's statistics and each bias
   give its outputs the mean and the variance that they have in the dense
-  network. Kernels in loops (`lax.scan`), with groups in other layouts or read
-  twice keep their codes. An unchanged network is returned as it is.
+  network. Kernels in loops (`lax.scan`), of lookups, or read twice keep their
+  codes. An unchanged network is returned as it is.
 
   Args:
     apply_fn: `apply_fn(variables, *inputs)`, a network in inference mode.
     dense: its variables before quantization, in the same order of channels.
     quantized: the same with `VQArray`s.
     batches: inputs of `apply_fn`, all of the same shapes; about 1,000 samples,
-      with the augmentation that the network was trained with. All activations
-      of one layer are in memory at a time.
+      with the augmentation that the network was trained with. Padding counts
+      like other positions, so leave it out. All activations of one layer are in
+      memory at a time.
     reconstruct: False keeps codes and codebooks, and repairs only norms and
       biases.
     rounds: how often codes are improved, see `reconstruction.reconstruct`.
@@ -175,12 +176,9 @@ def _rebuild(
 ) -> LayerError | None:
   """Chooses codes and codebook of a kernel; None where the layer is unknown."""
   node, kernel = run.leaves[read.path], jnp.asarray(run.dense[read.path])
-  plain = blocks.BlockSpec(node.spec.channels)
-  if read.operand != 1 or node.spec != plain:
+  if node.stack_axes:
     return None
-  gathered = _input_moments(
-    operation, run.streams.values(operation.operands[0])
-  )
+  gathered = _input_moments(run, operation, read, node.spec)
   if gathered is None:
     return None
   groups = gathered.gram.shape[0]
@@ -203,13 +201,21 @@ def _rebuild(
 
 
 def _input_moments(
-  operation: streams.Operation, pairs: Sequence[streams.Pair]
+  run: _Calibration,
+  operation: streams.Operation,
+  read: layers.Read,
+  spec: blocks.BlockSpec,
 ) -> reconstruction.InputMoments | None:
   """Adds up the moments of a layer's inputs over the batches."""
   total, key = None, jax.random.key(0)
+  if len(operation.operands) != 2:
+    return None
+  pairs = run.streams.values(operation.operands[1 - read.operand])
   for i, pair in enumerate(pairs):
-    rows = layers.input_rows(operation.eqn, pair.quantized)
-    others = layers.input_rows(operation.eqn, pair.dense)
+    rows, others = (
+      layers.input_rows(operation.eqn, read.operand, inputs, spec)
+      for inputs in (pair.quantized, pair.dense)
+    )
     if rows is None or others is None:
       return None
     wanted = max(_ROWS_PER_ENTRY * rows.shape[2], _LEAST_ROWS) // len(pairs)

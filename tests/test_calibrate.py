@@ -9,6 +9,7 @@ import pytest
 from pqf_jax import calibrate, errors, quantize
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees
+from pqf_jax.discovery import kernels
 
 RULES = [
   plans.Rule("params/stem/kernel", None),
@@ -157,3 +158,31 @@ def test_bad_input_is_refused(case):
   smaller = trees.replace(variables, {"params/fc/bias": jnp.zeros(5)})
   with pytest.raises(errors.InputError, match="params/fc/bias has shape"):
     calibrate.calibrate_params(model.apply, smaller, quantized, batches)
+
+
+class Attention(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.MultiHeadDotProductAttention(2, use_bias=False, name="heads")(x)
+
+
+def test_attention_kernels_are_rebuilt_along_their_axes():
+  model = Attention()
+  noise = jax.random.normal(jax.random.key(0), (2, 16, 4, 2))
+  x = jnp.concatenate([noise, noise @ jnp.ones((2, 6))], -1)  # of low rank
+  variables = model.init(jax.random.key(1), x[0])
+  plan = plans.make_plan(
+    [plans.Rule(".*", 4, 2, 5)],
+    variables,
+    kernels.find_kernels(model.apply, variables, x[0]),
+  )
+  quantized, _ = quantize.quantize_params(jax.random.key(2), variables, plan)
+  batches = [(batch,) for batch in x]
+  given, layers = calibrate.calibrate_params(
+    model.apply, variables, quantized, batches
+  )
+  assert set(layers) == {
+    f"params/heads/{name}/kernel" for name in ("query", "key", "value", "out")
+  }
+  before = _error(model, variables, quantized, batches)
+  assert _error(model, variables, given, batches) < 0.3 * before

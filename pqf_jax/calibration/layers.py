@@ -1,6 +1,7 @@
 """Recognizes the equations of a program that read kernels, norms and biases."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pqf_jax.calibration import streams
+from pqf_jax.core import blocks
 from pqf_jax.discovery import tracing
 
 # Equations that hand on the numbers of a variable in their order.
@@ -91,39 +93,54 @@ def _hand_on(eqn: tracing.Equation, source: _Source) -> _Source | None:
   return None
 
 
-def input_rows(eqn: tracing.Equation, inputs: jax.Array) -> jax.Array | None:
+def input_rows(
+  eqn: tracing.Equation,
+  operand: int,
+  inputs: jax.Array,
+  spec: blocks.BlockSpec,
+) -> jax.Array | None:
   """Returns the inputs of a convolution or matrix product as rows.
 
   Args:
-    eqn: an equation whose second operand is a kernel [..., in, out].
-    inputs: its first operand.
+    eqn: an equation that reads a kernel.
+    operand: the position of the kernel.
+    inputs: the other operand.
+    spec: the layout of the kernel's sub-vectors.
 
   Returns:
-    [positions, G, n] with n ordered (input channel, taps), such that the
-    outputs are these rows times the kernel [G, n, O] of each of the G groups of
-    the convolution. None: the equation is of another kind.
+    [positions, G, n] with n in the order of a row of sub-vectors (input
+    channels, taps), such that the outputs are these rows times the kernel
+    [G, n, O] of each of the G groups of the convolution. None: the equation is
+    of another kind, or uses the kernel's axes otherwise than the spec.
   """
-  params, kernel = eqn.params, eqn.invars[1]
+  shape = tracing.shape_of(eqn.invars[operand])
+  sums, outputs = (
+    tuple(axis % len(shape) for axis in axes)
+    for axes in (spec.in_axes, spec.out_axes)
+  )
   if eqn.primitive.name == "dot_general":
-    (contracted, of_kernel), batch = params["dimension_numbers"]
-    if any(map(len, batch)) or len(contracted) != 1 or tuple(of_kernel) != (0,):
+    contracted, batch = eqn.params["dimension_numbers"]
+    of_kernel = tuple(contracted[operand])
+    has_taps = len(sums) + len(outputs) != len(shape)
+    if any(map(len, batch)) or has_taps or sorted(of_kernel) != sorted(sums):
       return None
-    if len(tracing.shape_of(kernel)) != 2:
-      return None
-    rows = jnp.moveaxis(inputs, contracted[0], -1)
-    return rows.reshape(-1, 1, rows.shape[-1])
-  if eqn.primitive.name != "conv_general_dilated":
+    of_inputs = contracted[1 - operand]
+    order = [of_inputs[of_kernel.index(axis)] for axis in sums]
+    rows = jnp.moveaxis(inputs, order, range(-len(order), 0))
+    return rows.reshape(-1, 1, math.prod(shape[axis] for axis in sums))
+  if eqn.primitive.name != "conv_general_dilated" or operand != 1:
     return None
-  shape = tracing.shape_of(kernel)
-  rank = len(shape)
-  numbers = params["dimension_numbers"]
-  layout = (rank - 1, rank - 2, *range(rank - 2))
-  if numbers.rhs_spec != layout or params["batch_group_count"] != 1:
+  numbers = eqn.params["dimension_numbers"]
+  of_output, of_input, *taps = numbers.rhs_spec
+  is_known = (outputs, sums) == ((of_output,), (of_input,))
+  if (
+    not is_known or taps != sorted(taps) or eqn.params["batch_group_count"] > 1
+  ):
     return None
   x = jnp.transpose(inputs, numbers.lhs_spec)  # [images, channels, ...]
-  windows = _windows(x, shape[: rank - 2], params)
+  windows = _windows(x, [shape[axis] for axis in taps], eqn.params)
   rows = jnp.moveaxis(windows, (1, 2), (-2, -1))
-  groups = params["feature_group_count"]
+  groups = eqn.params["feature_group_count"]
   return rows.reshape(-1, groups, x.shape[1] // groups * windows.shape[2])
 
 

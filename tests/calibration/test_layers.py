@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from pqf_jax.calibration import layers, streams
+from pqf_jax.core import blocks
 from pqf_jax.discovery import tracing
 
 
@@ -41,7 +42,8 @@ def test_rows_times_kernel_is_the_convolution(kernel, groups, options):
       **options,
     )
 
-  rows = layers.input_rows(_only_equation(convolve, x, w), x)
+  eqn = _only_equation(convolve, x, w)
+  rows = layers.input_rows(eqn, 1, x, blocks.BlockSpec(1))
   by_group = np.moveaxis(np.asarray(w), (-1, -2), (0, 1))
   by_group = by_group.reshape(groups, kernel[-1] // groups, -1)
   outputs = np.einsum("pgn,gon->pgo", rows, by_group)
@@ -51,28 +53,58 @@ def test_rows_times_kernel_is_the_convolution(kernel, groups, options):
   )
 
 
-def test_rows_times_kernel_is_the_product():
-  x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
-  assert layers.input_rows(_only_equation(jnp.dot, x, w), x).shape == (6, 1, 4)
+@pytest.mark.parametrize(
+  ("contracted", "in_axes", "out_axes"),
+  [
+    (((2,), (0,)), (-2,), (-1,)),
+    (((2,), (1,)), (1,), (0,)),
+    (((2,), (0,)), (0,), (1, 2)),
+    (((1, 2), (0, 1)), (0, 1), (2,)),
+    (((2, 1), (0, 2)), (2, 0), (1,)),
+  ],
+  ids=["dense", "out_in", "heads", "of_heads", "other_order"],
+)
+@pytest.mark.parametrize("operand", [0, 1])
+def test_rows_times_kernel_is_the_product(
+  contracted, in_axes, out_axes, operand
+):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32)
+  shape = [5, 2, 3][: len(in_axes) + len(out_axes)]
+  for of_inputs, of_kernel in zip(*contracted, strict=True):
+    shape[of_kernel] = x.shape[of_inputs]
+  w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def product(x, w):
+    if operand == 0:
+      return lax.dot_general(w, x, (contracted[::-1], ((), ())))
+    return lax.dot_general(x, w, (contracted, ((), ())))
+
+  spec = blocks.BlockSpec(1, in_axes, out_axes)
+  rows = layers.input_rows(_only_equation(product, x, w), operand, x, spec)
+  outputs = rows[:, 0] @ spec.to_blocks(w)[..., 0].T
+  expected = product(x, w)
+  if operand == 0:  # the kernel's axes come first
+    first = range(len(out_axes))
+    expected = jnp.moveaxis(expected, first, [i - len(first) for i in first])
+  np.testing.assert_allclose(
+    outputs.reshape(expected.shape), expected, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize(
-  "product",
-  ["bij,bjk->bik", "ij,kj->ik"],
-  ids=["batched", "kernel_out_in"],
+  ("dimensions", "shape", "spec"),
+  [
+    ((((2,), (1,)), ((0,), (0,))), (2, 4, 5), blocks.BlockSpec(1)),
+    ((((2,), (1,)), ((), ())), (5, 4), blocks.BlockSpec(1)),
+    ((((2,), (0,)), ((), ())), (4, 2, 5), blocks.BlockSpec(1, (0,), (2,))),
+  ],
+  ids=["batched", "other_axes", "taps"],
 )
-def test_products_in_other_layouts_are_unknown(product):
-  letters = dict(b=2, i=3, j=4, k=5)
-  x, w = (
-    jnp.ones([letters[c] for c in part])
-    for part in product.partition("->")[0].split(",")
-  )
-  program = tracing.trace_program(
-    lambda x, w: jnp.einsum(product, x, w), x, (w,)
-  )
-  for operation in streams.write_out(program).operations:
-    if operation.eqn.primitive.name == "dot_general":
-      assert layers.input_rows(operation.eqn, x) is None
+def test_products_that_use_other_axes_are_unknown(dimensions, shape, spec):
+  x, w = jnp.ones((2, 3, 4)), jnp.ones(shape)
+  eqn = _only_equation(lambda x, w: lax.dot_general(x, w, dimensions), x, w)
+  assert layers.input_rows(eqn, 1, x, spec) is None
 
 
 def test_reads_follow_casts_and_axes():
