@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend import core as jax_core
 
 from pqf_jax import errors
-from pqf_jax.core import vq_array
+from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import tracing
 from pqf_jax.inference import kernels, readers
 
@@ -53,10 +53,10 @@ def make_apply(
   - dense: all kernels are decoded now. As fast as the network ever was, and as
     large.
   - layer: each kernel is decoded where it is read, after the layer's inputs are
-    computed: memory for the codes and the largest kernel.
-  - fused: matrix products, rows of embeddings, and 1x1 convolutions of few
-    positions are made straight from the codes (`products`); other kernels are
-    decoded where they are read.
+    computed: memory for the codes and the largest kernel. Of an embedding only
+    the rows that are read are decoded.
+  - fused: matrix products, and 1x1 convolutions of few positions, are made
+    straight from the codes (`products`); the rest is as in layer.
   - auto: fused for matrices that no cache holds, whose reading takes the time;
     dense for the others, and for convolutions, which read a weight often.
 
@@ -72,8 +72,8 @@ def make_apply(
       as measured (`product`).
 
   Raises:
-    InputError: there is no such form, or the crossover is negative. When it is
-      applied: the function cannot be traced.
+    InputError: there is no such form, the crossover is negative, or a kernel
+      has no values. When it is applied: the function cannot be traced.
   """
   if form not in FORMS:
     raise errors.InputError(
@@ -83,6 +83,9 @@ def make_apply(
     raise errors.InputError(
       f"crossover is {crossover}; expected a number of rows, 0 for no tables"
     )
+  leaves = trees.flatten(variables, vq_array.is_vq)
+  compressed = {p: leaf for p, leaf in leaves.items() if vq_array.is_vq(leaf)}
+  trees.check_arrays("variables", compressed)
   if form == "dense":
     return Applied(jax.jit(apply_fn), vq_array.decode_params(variables))
   prepare = {
@@ -184,7 +187,7 @@ class _Evaluator(NamedTuple):
     if len(others) == 1 and len(eqn.outvars) == 1:
       return _change(eqn, operands, kernel)
     reader = readers.READERS.get(eqn.primitive.name)
-    if reader is None or not kernel.is_product:
+    if reader is None or not kernel.is_layer:
       return None
     return reader(eqn, operands, self.crossover)
 

@@ -53,9 +53,15 @@ class Kernel(struct.PyTreeNode):
     return tuple(axis % len(self.layer_shape) for axis in self.spec.out_axes)
 
   @property
-  def is_product(self) -> bool:
-    """Whether `products.product` takes it: one layer, without taps."""
-    return self.by_position and self.codebook.ndim == 2 and not self.then
+  def is_layer(self) -> bool:
+    """Whether it is one layer, as it is in the tree."""
+    return self.codebook.ndim == 2 and not self.then
+
+  @property
+  def is_matrix(self) -> bool:
+    """Whether it is one layer whose axes are all inputs or outputs."""
+    num_ends = len(self.in_axes + self.out_axes)
+    return self.is_layer and len(self.layer_shape) == num_ends
 
   @property
   def is_scanned(self) -> bool:
@@ -84,13 +90,13 @@ class Kernel(struct.PyTreeNode):
   def transpose(self, permutation: Sequence[int]) -> "Kernel | None":
     """Returns the kernel with its axes permuted, or None if it has to decode.
 
-    It stays codes where only the axes of the stack move, as `nn.scan` moves
-    them, and where products are made of a single layer.
+    It stays codes if it is a matrix, or if only the axes of the stack move, as
+    `nn.scan` moves them.
     """
     if self.then:
       return None
-    if self.is_product:
-      return self._transpose_layer(permutation)
+    if self.is_matrix:
+      return self._transpose_matrix(permutation)
     stacked = self.vq.stack_axes
     places = tuple(permutation.index(axis) for axis in stacked)
     others = [axis for axis in permutation if axis not in stacked]
@@ -106,7 +112,7 @@ class Kernel(struct.PyTreeNode):
       spec=spec,
     )
 
-  def _transpose_layer(self, permutation: Sequence[int]) -> "Kernel":
+  def _transpose_matrix(self, permutation: Sequence[int]) -> "Kernel":
     spec = dataclasses.replace(
       self.spec,
       in_axes=tuple(permutation.index(axis) for axis in self.in_axes),

@@ -22,7 +22,7 @@ def matrix_product(
   kernel, inputs = operands[place], operands[1 - place]
   contracted, batch = eqn.params["dimension_numbers"]
   summed = dict(zip(contracted[place], contracted[1 - place], strict=True))
-  if any(map(len, batch)) or not _is_matrix(kernel):
+  if any(map(len, batch)) or not kernel.is_matrix or not kernel.by_position:
     return None
   if set(summed) != set(kernel.in_axes):
     return None
@@ -53,7 +53,8 @@ def convolution(
   params, numbers = eqn.params, eqn.params["dimension_numbers"]
   out_axis, in_axis, *spatial = numbers.rhs_spec
   is_pointwise = (
-    (in_axis,) == kernel.in_axes
+    kernel.by_position
+    and (in_axis,) == kernel.in_axes
     and (out_axis,) == kernel.out_axes
     and all(kernel.layer_shape[axis] == 1 for axis in spatial)
     and params["feature_group_count"] == params["batch_group_count"] == 1
@@ -82,7 +83,7 @@ def rows_of_table(
   """
   del crossover
   table, indices = operands
-  if not kernels.is_kernel(table) or not _is_matrix(table):
+  if not kernels.is_kernel(table) or not table.is_matrix:
     return None
   params, numbers = eqn.params, eqn.params["dimension_numbers"]
   (num_rows, width), rank = table.layer_shape, indices.ndim - 1
@@ -96,8 +97,12 @@ def rows_of_table(
   if not is_rows:
     return None
   chosen = indices[..., 0]
-  codes = jnp.take(table.codes, chosen, axis=1, mode="clip")
-  vectors = jnp.take(table.codebook, jnp.moveaxis(codes, 0, -1), axis=0)
+  if table.by_position:
+    codes = jnp.take(table.codes, chosen, axis=1, mode="clip")
+    codes = jnp.moveaxis(codes, 0, -1)
+  else:
+    codes = jnp.take(table.codes, chosen, axis=0, mode="clip")
+  vectors = jnp.take(table.codebook, codes, axis=0)
   rows = vectors.reshape(*chosen.shape, width)
   if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
     return rows
@@ -112,11 +117,6 @@ READERS = {
   "gather": rows_of_table,
 }
 """By primitive: (equation, operands, crossover) -> result or None."""
-
-
-def _is_matrix(kernel: kernels.Kernel) -> bool:
-  """Returns whether every axis is one of inputs or outputs."""
-  return len(kernel.layer_shape) == len(kernel.in_axes + kernel.out_axes)
 
 
 def _multiply(

@@ -270,6 +270,19 @@ def test_rows_outside_of_an_embedding_are_filled_as_asked():
     _check(apply_fn, {"e": table}, tokens)
 
 
+def test_an_embedding_is_not_decoded_for_its_rows():
+  table = coded.make_kernel(
+    0, (2000, 64), num_codes=5, spec=blocks.BlockSpec(4, (-1,), (-2,))
+  )
+
+  def apply_fn(variables, tokens):
+    return jnp.take(variables["e"][...], tokens, axis=0)
+
+  for form in LAZY:
+    network = inference.make_apply(apply_fn, {"e": table}, form)
+    assert _temporary_bytes(network, jnp.arange(8)) < table.size
+
+
 def test_a_kernel_may_be_an_output_and_outputs_a_tree():
   kernel = coded.make_kernel(0, (6, 4), num_codes=5, channels=3)
 
@@ -325,5 +338,8 @@ def test_bad_input_is_refused():
   ):
     with pytest.raises(errors.InputError, match=message):
       inference.make_apply(lambda v, x: x, {"w": kernel}, **settings)
+  shapes = {"w": jax.eval_shape(lambda: kernel)}
+  with pytest.raises(errors.InputError, match="w/codebook.*with values"):
+    inference.make_apply(lambda v, x: x, shapes)
   with pytest.raises(errors.InputError, match="cannot be traced"):
     _outputs(lambda v, x: float(x), {"w": kernel}, "fused", jnp.ones(()))
