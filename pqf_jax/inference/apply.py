@@ -87,7 +87,9 @@ def make_apply(
   compressed = {p: leaf for p, leaf in leaves.items() if vq_array.is_vq(leaf)}
   trees.check_arrays("variables", compressed)
   if form == "dense":
-    return Applied(jax.jit(apply_fn), vq_array.decode_params(variables))
+    # A new function, since bound methods of modules need not be hashable.
+    compiled = jax.jit(lambda *arguments: apply_fn(*arguments))
+    return Applied(compiled, vq_array.decode_params(variables))
   prepare = {
     "layer": kernels.defer,
     "fused": kernels.arrange,

@@ -283,6 +283,21 @@ def test_an_embedding_is_not_decoded_for_its_rows():
     assert _temporary_bytes(network, jnp.arange(8)) < table.size
 
 
+def test_functions_need_not_be_hashable():
+  kernel = coded.make_kernel(0, (6, 4), num_codes=5, channels=3)
+
+  class Layer:
+    __hash__ = None
+
+    def __call__(self, variables, x):
+      return x @ variables["w"][...]
+
+  x = jnp.ones((2, 6))
+  for form in inference.FORMS:
+    got = _outputs(Layer(), {"w": kernel}, form, x)
+    np.testing.assert_allclose(got, x @ kernel.decode(), 1e-5, 1e-5)
+
+
 def test_a_kernel_may_be_an_output_and_outputs_a_tree():
   kernel = coded.make_kernel(0, (6, 4), num_codes=5, channels=3)
 
