@@ -44,9 +44,11 @@ def predict_distortions(
       total, _MOST_VECTORS, replace=False
     )
     vectors = vectors[chosen]
-  variance = float(vectors.var())
-  if variance == 0:  # k-means loses nothing either
+  largest = np.abs(vectors).max()
+  if np.ptp(vectors) == 0:  # k-means loses nothing either
     return np.zeros(bits + 1)
+  vectors = vectors / largest  # whose squares float32 can hold
+  variance = float(vectors.var())
   code_bits = np.arange(bits + 1)
   num_codes = 2.0**code_bits
   length = vectors.shape[1]

@@ -40,7 +40,7 @@ def output_changes(
     batches: inputs.
 
   Raises:
-    InputError: outputs are not finite.
+    InputError: outputs are not finite, as it is or with an error.
   """
   flat = trees.flatten(variables)
   key = jax.random.key(0)
@@ -68,6 +68,11 @@ def output_changes(
       total += sum(
         float(jnp.square(a - b).mean()) / scale
         for a, b, scale in zip(got, wanted, scales, strict=True)
+      )
+    if not np.isfinite(total):
+      raise errors.InputError(
+        f"the network's outputs on the batches are NaN or infinite when {path} "
+        "has an error; give other batches, or none"
       )
     changes[path] = total / len(batches) / noise
   return changes

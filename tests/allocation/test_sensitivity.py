@@ -56,3 +56,12 @@ def test_outputs_that_are_not_finite_are_refused():
       ["first"],
       BATCHES,
     )
+
+
+def test_outputs_that_an_error_makes_infinite_are_refused():
+  identity = {"w": jnp.eye(48, dtype=jnp.float32)}
+  x = (jnp.ones((4, 48), jnp.float32),)
+  with pytest.raises(errors.InputError, match="infinite when w has an error"):
+    sensitivity.output_changes(
+      lambda v, x: jnp.log(0.1 - jnp.abs(x @ v["w"] - 1)), identity, ["w"], [x]
+    )
