@@ -87,7 +87,7 @@ SUMS_OF_PRODUCTS = st.lists(PRODUCTS, min_size=1, max_size=4)
 
 
 @hypothesis.given(st.lists(SUMS_OF_PRODUCTS, min_size=2, max_size=6))
-@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.settings(deadline=None, max_examples=100)
 def test_both_sides_have_the_same_segments_or_are_blocked(sums):
   """Also where one factor is in both sides, or twice in one."""
   pool = [axis_factors.new_axis(size) for size in (2, 3, 4)]
@@ -122,13 +122,13 @@ def free_places(axis: axis_factors.Axis) -> list[tuple[int, int, Any]]:
 
 
 def test_a_long_chain_of_cuts_and_ties_is_no_recursion():
-  first = axis = axis_factors.new_axis(3000)
-  for length in range(2999, 0, -1):
+  first = axis = axis_factors.new_axis(1200)
+  for length in range(1199, 0, -1):
     rest = axis_factors.new_axis(length)
     one = axis_factors.new_axis(1)
     axis_factors.tie_axes(axis, axis_factors.add_axes([one, rest]))
     axis = rest
-  assert len(axis_factors.find_segments(first)) == 3000
+  assert len(axis_factors.find_segments(first)) == 1200
   axis_factors.block_axes([first], "why")
 
 

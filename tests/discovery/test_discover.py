@@ -13,6 +13,7 @@ from jax import lax
 from pqf_jax import errors
 from pqf_jax.core import channels
 from pqf_jax.discovery import discover, rules
+from tests.models import quick
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 
@@ -214,7 +215,7 @@ def preserved_orders(
 
   counts = [range(len(orders)) for *_, orders in axes]
   every = np.array(list(itertools.product(*counts)))
-  outputs = np.asarray(jax.jit(jax.vmap(run))(every))
+  outputs = np.asarray(quick.jit(jax.vmap(run))(every))
   error = np.abs(outputs - outputs[:1]).reshape(len(every), -1).max(1)
   assert not np.any((error > 1e-5) & (error < 1e-4)), "no clear margin"
   return {

@@ -16,6 +16,7 @@ from flax import nnx
 from pqf_jax.core import channels, trees
 from pqf_jax.discovery import discover
 from pqf_jax.models import resnet
+from tests.models import quick
 
 # A group that failed the self-check, or an unknown primitive, is a warning.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -378,7 +379,7 @@ def test_random_orders_of_joined_channels_leave_the_outputs(module):
   forgotten = dict(list(axes.items())[:-1])
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
-    run = jax.jit(lambda v: module.apply(v, images))
+    run = quick.jit(lambda v: module.apply(v, images))
     before, after, changed = (
       jax.device_get(run(channels.apply_permutations(wide, ties, drawn)))
       for ties, drawn in ((axes, {}), (axes, orders), (forgotten, orders))
