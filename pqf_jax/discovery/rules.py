@@ -271,7 +271,8 @@ def _broadcast(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
 def _reshape(eqn: Equation, operands: Sequence[Axes]) -> list[Axes]:
   """Ties the shortest runs of axes that have the same number of elements."""
   (result,) = results = new_results(eqn)
-  sides = (operands[0], result)
+  order = eqn.params["dimensions"] or range(len(operands[0]))
+  sides = ([operands[0][dim] for dim in order], result)
   lengths = [map(axis_factors.axis_length, side) for side in sides]
   ends = [list(itertools.accumulate(row, operator.mul)) for row in lengths]
   common = sorted(set(ends[0]) & set(ends[1]))

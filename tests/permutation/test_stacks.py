@@ -6,6 +6,7 @@ import numpy as np
 from jax import lax
 
 from pqf_jax import permute
+from pqf_jax.core import channels
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover, kernels
 
@@ -61,6 +62,36 @@ def test_layers_of_a_loop_share_the_orders_of_their_groups():
   )
   for report in reports:
     assert report.log_det_after <= report.log_det_before
+
+
+def convolve(x, kernel):
+  layout = ("NHWC", "HWIO", "NHWC")
+  return lax.conv_general_dilated(
+    x, kernel[...], (1, 1), "SAME", dimension_numbers=layout
+  )
+
+
+def ensemble(p, x):
+  return jax.vmap(lambda up, down: convolve(jnp.tanh(convolve(x, up)), down))(
+    p["up"], p["down"]
+  )
+
+
+def test_convolutions_under_vmap_have_groups():
+  variables = draw({"up": (2, 3, 3, 3, 8), "down": (2, 3, 3, 8, 4)})
+  x = np.random.default_rng(1).normal(size=(1, 5, 5, 3)).astype(np.float32)
+  axes = discover.infer_channels(ensemble, variables, x)
+  assert {
+    path: [d for d, a in enumerate(row) if a] for path, row in axes.items()
+  } == {
+    "up": [4],
+    "down": [3],
+  }
+  order = {axes["up"][4].group: np.arange(8)[::-1]}
+  after = channels.apply_permutations(variables, axes, order)
+  np.testing.assert_allclose(
+    ensemble(after, x), ensemble(variables, x), atol=1e-4
+  )
 
 
 def attention(p, x):
