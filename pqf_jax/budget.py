@@ -34,7 +34,7 @@ class LayerChoice(NamedTuple):
   Attributes:
     path: of the kernel.
     shape: dense shape.
-    plan: how it is compressed, or None: it stays dense.
+    rule: for this kernel alone; without `num_codes` it stays dense.
     payload_bytes: bytes in the packed file.
     distortion: predicted squared error over the kernel's variance.
     weight: what the outputs would change if the kernel were half noise.
@@ -42,7 +42,7 @@ class LayerChoice(NamedTuple):
 
   path: str
   shape: tuple[int, ...]
-  plan: plans.LayerPlan | None
+  rule: plans.Rule
   payload_bytes: int
   distortion: float
   weight: float
@@ -58,14 +58,17 @@ class Allocation(NamedTuple):
   """A budget divided among the kernels; `print` shows it as a table.
 
   Attributes:
-    rules: one for each kernel, for `make_plan`, `compress` or a recipe.
-    layers: what each kernel gets, in the order of the rules.
+    layers: what each kernel gets.
     size: bytes that `save` will write, without the header.
   """
 
-  rules: list[plans.Rule]
   layers: tuple[LayerChoice, ...]
   size: plans.SizeReport
+
+  @property
+  def rules(self) -> list[plans.Rule]:
+    """Returns one rule for each kernel, for `make_plan` or `compress`."""
+    return [layer.rule for layer in self.layers]
 
   @property
   def loss(self) -> float:
@@ -86,8 +89,8 @@ class Allocation(NamedTuple):
       lines.append(
         line(
           layer.path,
-          f"{layer.plan.spec.channels if layer.plan else ''}",
-          f"{layer.plan.num_codes if layer.plan else 'dense'}",
+          f"{layer.rule.channels if layer.rule.num_codes else ''}",
+          f"{layer.rule.num_codes or 'dense'}",
           f"{layer.payload_bytes:,}",
           f"{layer.distortion:.3f}",
           f"{layer.loss:.3f}",
@@ -197,24 +200,18 @@ def allocate_bytes(
     budget - rest,
   )
   choices = dict(zip(options, picked, strict=True))
-  return Allocation(
-    [
-      _make_rule(path, options[path][choice], kernels[path])
-      for path, choice in choices.items()
-    ],
-    tuple(
-      LayerChoice(
-        path,
-        tuple(flat[path].shape),
-        options[path][choice],
-        int(sizes[path][choice]),
-        float(distortions[path][choice]),
-        float(weights[path]),
-      )
-      for path, choice in choices.items()
-    ),
-    _predict(options, choices, variables, storage),
+  layers = tuple(
+    LayerChoice(
+      path,
+      tuple(flat[path].shape),
+      _make_rule(path, options[path][choice], kernels[path]),
+      int(sizes[path][choice]),
+      float(distortions[path][choice]),
+      float(weights[path]),
+    )
+    for path, choice in choices.items()
   )
+  return Allocation(layers, _predict(options, choices, variables, storage))
 
 
 def _list_options(

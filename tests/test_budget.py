@@ -72,8 +72,7 @@ def test_rules_give_the_plan_that_was_counted(by_bytes):
     plan = pqf_jax.make_plan(found.rules, NET, kernels)
     assert pqf_jax.predict_size(plan, NET) == found.size
     assert [rule.pattern for rule in found.rules] == list(kernels)
-    for layer in found.layers:
-      assert plan.get(layer.path) == layer.plan
+    assert list(plan) == [x.path for x in found.layers if x.rule.num_codes]
 
 
 @hypothesis.given(
@@ -269,7 +268,9 @@ def test_small_first_layers_and_integers_stay_dense():
   found = budget.allocate_bytes(
     apply_fn, variables, jnp.ones((1, 4)), target_ratio=3
   )
-  assert [layer.path for layer in found.layers if layer.plan] == ["body"]
+  assert [layer.path for layer in found.layers if layer.rule.num_codes] == [
+    "body"
+  ]
 
 
 def test_kernels_that_a_layer_cannot_read_compressed_stay_dense():
@@ -282,7 +283,10 @@ def test_kernels_that_a_layer_cannot_read_compressed_stay_dense():
   found = budget.allocate_bytes(
     apply_fn, variables, jnp.ones((1, 32)), target_ratio=2
   )
-  assert [layer.path for layer in found.layers if layer.plan] == ["a", "c"]
+  assert [layer.path for layer in found.layers if layer.rule.num_codes] == [
+    "a",
+    "c",
+  ]
 
 
 def test_stacked_layers_count_each():
