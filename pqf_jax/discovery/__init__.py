@@ -7,7 +7,7 @@ readers        checks that layers can read compressed kernels
 tracing        traces the apply function into one program (jaxpr)
 propagation    walks the program equation by equation
 rules          states which axes each primitive ties, and which it blocks
-axis_factors   holds axes as products of factors, joined where they are tied
+axis_factors   holds axes as sums and products of factors, which may be tied
 self_check     permutes the groups at random and compares the outputs
 widening       runs the program in float64
 """

@@ -225,11 +225,8 @@ def _joined(
   joined: list[channels.ChannelAxis] = []
   for axis in sorted(found, key=lambda axis: axis.start):
     *before, last = joined or [axis]
-    if (last.group, last.inner, last.stop) == (
-      axis.group,
-      axis.inner,
-      axis.start,
-    ):
+    follower = (last.group, last.inner, last.stop)
+    if (axis.group, axis.inner, axis.start) == follower:
       axis = axis._replace(outer=last.outer + axis.outer, start=last.start)
       joined = before
     joined = [*joined, axis]
