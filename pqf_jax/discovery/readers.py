@@ -34,9 +34,9 @@ def check_readers(
     raise errors.InputError(
       f"the network cannot read {found.path} once it is compressed: "
       f"{found.reason} -- functions of jax.lax take arrays only: let the "
-      "network read kernel[...], use the function of jax.numpy, or keep the "
-      "kernel dense by a rule with num_codes=None; where a loop or vmap takes "
-      "slices of it, name that axis by Rule(..., "
+      "network read kernel[...], apply it to pqf_jax.decode_params(variables), "
+      "or keep the kernel dense by a rule with num_codes=None; where a loop or "
+      "vmap takes slices of it, name that axis by Rule(..., "
       "axes=pqf_jax.KernelAxes(inputs, outputs, stacked))"
     )
 

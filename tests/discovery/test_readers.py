@@ -14,6 +14,7 @@ from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import kernels, readers
 from tests.discovery import test_kernels as networks
 
+decode = vq_array.decode_params
 RULES = [plans.Rule(".*", 4, channels=2)]
 
 
@@ -92,6 +93,9 @@ W = jnp.ones((3, 8, 8))
     (lambda p, x: jax.vmap(jnp.dot, (None, 1))(x, p[0]), [W.swapaxes(0, 1)]),
     (lambda p, x: x @ p["linear"]["w"].T, {"linear": {"w": W[0]}}),
     (lambda p, x: lax.dot(x, p["w"][...]), {"w": W[0]}),
+    (lambda p, x: lax.dot(x, decode(p)["w"]), {"w": W[0]}),
+    (lambda p, x: networks.scanned(decode(p), x), {"w": W}),
+    (lambda p, x: networks.ensemble(decode(p), x), {"w": W}),
   ],
 )
 def test_functions(function, variables):
@@ -125,5 +129,6 @@ def test_functions_of_arrays_only_are_refused_before_any_work():
 def test_layers_that_rename_variables_are_refused_before_any_work():
   module = nn.WeightNorm(nn.Dense(4))
   variables = module.init(jax.random.key(0), jnp.ones((2, 8)))
-  with pytest.raises(errors.InputError, match=r"/kernel once it is compressed"):
+  with pytest.raises(errors.InputError, match=r"/kernel once .*decode_params"):
     compressed(module.apply, variables, jnp.ones((2, 8)))
+  check(lambda v, x: module.apply(decode(v), x), variables, jnp.ones((2, 8)))
