@@ -183,7 +183,7 @@ def _quantize(
   chosen = [plan[layer.path] for layer in batch]
   specs = tuple(layer.spec for layer in chosen)
   kernels = tuple(
-    jnp.asarray(spec.take_layer(flat[layer.path], layer.place))
+    jax.device_put(spec.take_layer(flat[layer.path], layer.place))
     for layer, spec in zip(batch, specs, strict=True)
   )
   results = kmeans.kmeans_of_layers(
@@ -198,14 +198,13 @@ def _quantize(
   if mesh is not None:  # the codes are still spread
     results = jax.device_put(results, jax.local_devices()[0])
   shapes = tuple(kernel.shape for kernel in kernels)
-  codes = _to_codes([result.codes for result in results], specs, shapes)
+  code_dtype = vq_array.code_dtype(chosen[0].num_codes)
+  codes = _to_codes([r.codes for r in results], specs, shapes, code_dtype)
   # One transfer for all layers; it also waits for them.
   lost = jax.device_get([(r.distortion, r.variance) for r in results])
   return {
     (layer.path, layer.place): _Result(
-      results[i].codebook.astype(kernels[i].dtype),
-      codes[i].astype(vq_array.code_dtype(chosen[0].num_codes)),
-      *lost[i],
+      results[i].codebook.astype(kernels[i].dtype), codes[i], *lost[i]
     )
     for i, layer in enumerate(batch)
   }
@@ -259,14 +258,15 @@ def _to_vectors(
   return tuple(b.reshape(-1, b.shape[2]) for b in cut)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _to_codes(
   codes: list[jax.Array],
   specs: tuple[blocks.BlockSpec, ...],
   shapes: tuple[tuple[int, ...], ...],
+  dtype: jnp.dtype,
 ) -> list[jax.Array]:
-  """Reshapes the codes [N] of each kernel to [C_out, M]."""
+  """Reshapes the codes [N] of each kernel to [C_out, M], in their own type."""
   return [
-    c.reshape(spec.layout(shape)[:2])
+    c.reshape(spec.layout(shape)[:2]).astype(dtype)
     for c, spec, shape in zip(codes, specs, shapes, strict=True)
   ]

@@ -183,7 +183,7 @@ def kmeans_of_layers(
   usual = [i for i in range(len(layers)) if i not in results]
   if usual:
     chosen = [layers[i] for i in usual]
-    fits = run(keys[np.array(usual)], chosen, num_codes=num_codes)
+    fits = run(_take(keys, usual), chosen, num_codes=num_codes)
     results.update(zip(usual, fits, strict=True))
   return [results[i] for i in range(len(layers))]
 
@@ -210,9 +210,21 @@ def _run_all(
   )
   layers, methods = [layers[i] for i in order], [methods[i] for i in order]
   results = _run(
-    keys[np.array(order)], layers, methods, num_codes, num_steps, mesh, donate
+    _take(keys, order), layers, methods, num_codes, num_steps, mesh, donate
   )
   return [results[order.index(i)] for i in range(len(layers))]
+
+
+def _take(keys: jax.Array, places: Sequence[int]) -> jax.Array:
+  """Returns the keys at some places; compiles one program at most."""
+  if list(places) == list(range(len(keys))):
+    return keys
+  return _gather(keys, np.array(places))
+
+
+@jax.jit
+def _gather(keys: jax.Array, places: jax.Array) -> jax.Array:
+  return keys[places]
 
 
 def _run(
