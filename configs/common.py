@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
   # is JAX_COMPILATION_CACHE_DIR, or pqf_jax/ in the user's cache folder, 'off'
   # none. Beyond so many megabytes those that were unused for longest go.
   config.compilation_cache = "auto"
-  config.compilation_cache_megabytes = 1000
+  config.compilation_cache_megabytes = 200
 
   # Weights of the trained network: .safetensors or .pth with torch's names, the
   # compressed files of the paper's authors, a file of this library, or a hub's,

@@ -10,8 +10,9 @@ from pqf_jax import errors
 from pqf_jax.runtime import files, progress
 
 AUTO, OFF = "auto", "off"
-# Below it a program takes as long to read as to compile.
-LEAST_SECONDS = 0.02
+# Programs that took less to compile are not kept: with each that is, jax looks
+# at all others, 50 us each.
+LEAST_SECONDS = 0.1
 
 
 def keep_programs(place: str, megabytes: int) -> None:
