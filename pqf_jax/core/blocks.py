@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.core.trees import Array
-
+from pqf_jax.core import trees
 
 # A codebook [K, D] has no place for stacked layers behind its two axes.
 LAST_STACK_AXIS = 2
@@ -82,14 +81,14 @@ class BlockSpec:
     taps = math.prod(shape) // (c_in * c_out)
     return c_out, c_in // self.channels, self.channels * taps
 
-  def to_channels(self, kernel: Array) -> jax.Array:
+  def to_channels(self, kernel: trees.Array) -> jax.Array:
     """Rearranges one layer as [C_out, C_in, taps], input channels apart."""
     ends = self._ends(kernel.ndim)
     moved = jnp.moveaxis(kernel, ends, range(len(ends)))
     c_in, c_out = self._sizes(kernel.shape)
     return moved.reshape(c_out, c_in, -1)
 
-  def to_blocks(self, kernel: Array) -> jax.Array:
+  def to_blocks(self, kernel: trees.Array) -> jax.Array:
     """Cuts one layer into its sub-vectors, [C_out, M, D]."""
     return self.to_channels(kernel).reshape(self.layout(kernel.shape))
 
@@ -109,7 +108,7 @@ class BlockSpec:
     axes = range(len(shape))
     return tuple(shape[axis] for axis in axes if axis not in self.stack_axes)
 
-  def take_layer(self, kernel: Array, index: int) -> Array:
+  def take_layer(self, kernel: trees.Array, index: int) -> trees.Array:
     """Returns one layer of a whole array; those of a stack are in C order."""
     if not self.stack_axes:
       return kernel

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.core import blocks, trees, vq_array
@@ -187,7 +188,7 @@ def _named_kernels(flat: Mapping[str, Any]) -> dict[str, blocks.KernelAxes]:
   """Returns the kernels by name, and what the last two axes of each are for."""
   found = {}
   for path, leaf in flat.items():
-    match, rank = _NAMED.fullmatch(path), len(leaf.shape)
+    match, rank = _NAMED.fullmatch(path), np.ndim(leaf)
     if match and rank >= 2:
       ends = (rank - 2,), (rank - 1,)
       found[path] = blocks.KernelAxes(
@@ -225,7 +226,7 @@ def _check_coverage(
   if others:
     raise errors.InputError(
       f"rule {first[others[0]].pattern!r} matches {others[0]} of shape "
-      f"{tuple(flat[others[0]].shape)}, but no matrix product, convolution or "
+      f"{np.shape(flat[others[0]])}, but no matrix product, convolution or "
       "lookup reads it as a kernel; remove the rule, or say what its axes are "
       "for by Rule(..., axes=pqf_jax.KernelAxes(inputs, outputs))"
     )
@@ -289,7 +290,7 @@ def _resolve(
   path: str, kernel: Any, rule: Rule, axes: blocks.KernelAxes
 ) -> LayerPlan:
   shape = tuple(kernel.shape)
-  if jnp.dtype(kernel.dtype).name not in _FLOATS:
+  if str(kernel.dtype) not in _FLOATS:
     raise errors.InputError(
       f"{path} is {kernel.dtype}, but only floats of 16 to 64 bits can be "
       f"quantized; convert it or add a rule before {rule.pattern!r} that keeps "
@@ -327,8 +328,8 @@ def _check_axes(name: str, axes: blocks.KernelAxes, rank: int) -> None:
   if axes.stacked != run or start > blocks.LAST_STACK_AXIS:
     raise errors.InputError(
       f"{name} is stacked along axes {axes.stacked}; stack layers along "
-      f"neighbouring axes that begin at 0 to {blocks.LAST_STACK_AXIS}, or keep it "
-      "dense (num_codes=None)"
+      f"neighbouring axes that begin at 0 to {blocks.LAST_STACK_AXIS}, or keep "
+      "it dense (num_codes=None)"
     )
 
 

@@ -103,6 +103,8 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
   unbox = decode  # Linen reads the variable
 
   def __getitem__(self, index: Any) -> jax.Array:
+    if self.stack_axes[:1] == (0,) and _is_place(index):  # one of the layers
+      return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], self).decode()
     return self.decode()[index]
 
   def replace_boxed(self, val: Any) -> Any:
@@ -139,6 +141,16 @@ class VQArray(struct.PyTreeNode, meta.AxisMetadata):
         f"'VQArray' object has no attribute {name!r}; kernel[...] is the array"
       )
     return getattr(self[...], name)
+
+
+def _is_place(index: Any) -> bool:
+  """Returns whether an index is a whole number, maybe one that is traced."""
+  return (
+    isinstance(index, int | np.integer | np.ndarray | jax.Array)
+    and not isinstance(index, bool)
+    and np.ndim(index) == 0
+    and jnp.issubdtype(jnp.result_type(index), jnp.integer)
+  )
 
 
 def _on_dense(name: str) -> Callable[..., Any]:

@@ -190,6 +190,16 @@ def test_each_layer_of_a_stack_has_a_codebook():
   assert node.shape == (8, 3, 16)
 
 
+def test_leaves_that_are_no_arrays_are_no_kernels():
+  tree = {
+    "kernel": 2.0,
+    "fc": {"kernel": jax.ShapeDtypeStruct((8, 8), "float32")},
+  }
+  assert list(plans.make_plan([plans.Rule(".*", 4)], tree)) == ["fc/kernel"]
+  with pytest.raises(errors.InputError, match="matches kernel of shape"):
+    plans.make_plan([plans.Rule("kernel", 4), plans.Rule(".*", 4)], tree)
+
+
 def test_rows_of_embeddings_are_outputs_by_name_too():
   tree = {"embedding": jax.ShapeDtypeStruct((64, 8), jnp.float32)}
   plan = plans.make_plan([plans.Rule(".*", 16, 4)], tree)

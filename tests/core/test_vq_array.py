@@ -126,6 +126,12 @@ def test_slices_of_a_stack_are_layers(axis):
     layer = jax.tree.map(lambda leaf, i=i: leaf.take(i, axis), node)
     assert layer.shape == (4, 6)
     np.testing.assert_array_equal(layer, part)
+    if axis == 0:
+      for place in (i, np.int8(i - 3), jnp.int32(i)):
+        np.testing.assert_array_equal(node[place], part)
+        np.testing.assert_array_equal(
+          jax.jit(lambda k, i: k[i])(node, place), part
+        )
   mapped = jax.vmap(lambda kernel: kernel @ jnp.ones((6, 1)), axis)(node)
   np.testing.assert_allclose(
     mapped, np.moveaxis(dense, axis, 0) @ np.ones((6, 1)), atol=1e-5
