@@ -72,6 +72,12 @@ def seeds() -> list[bytes]:
       (None, {}, ()),
     ],
     "": {7: np.arange(3, dtype=np.int16)},
+    "stack": vq_array.VQArray(
+      rng.normal(size=(3, 2, 3)).astype(np.float16).astype("f4"),
+      rng.integers(0, 3, (4, 2, 2)).astype(np.uint8),
+      (2, 3, 4),
+      blocks.BlockSpec(3, (0, 1), (2,), (1,)),
+    ),
   }
   made = [
     pack.pack_model(tree, norm_epsilon=1e-3, architecture={"name": "net"})
