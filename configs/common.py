@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.mean = ()
   config.data.std = ()
 
-  # (pattern, num_codes or None, channels a sub-vector, k-means steps); see
+  # (pattern, num_codes or None, channels a sub-vector, k-means steps, axes); see
   # pqf_jax.core.plan.Rule. The first that matches a kernel's path decides.
   config.rules = ()
 

@@ -30,7 +30,7 @@ def config(folder):
   config.model.update(num_classes=4, min_size=64, max_size=64)
   with config.unlocked():
     config.model.depth = 18
-  config.rules = tuple((*rule[:3], 3) for rule in config.rules)
+  config.rules = tuple((*rule[:3], 3, *rule[4:]) for rule in config.rules)
   for stage in (config.train, config.finetune):
     stage.epochs, stage.batch_size = 1, 2
   config.eval_batch_size = 2
