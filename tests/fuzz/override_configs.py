@@ -164,6 +164,7 @@ ACCEPTED = {
 # values depend on other settings.
 NEED_MORE = {
   "compilation_cache",
+  "data.unlabelled",
   "weights",
   "backbone",
   "model.name",
