@@ -110,7 +110,10 @@ def _run(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Runs absl's parser; a bad recipe or setting becomes an `InputError`."""
-  argv = list(_name_files(argv))
+  words = list(_name_files(argv[1:]))
+  # Settings are known once the recipe is.
+  words.sort(key=lambda word: not re.match("--?config=", word))
+  argv = [*argv[:1], *words]
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, ValueError) as error:
