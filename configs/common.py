@@ -59,8 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.mean = ()
   config.data.std = ()
 
-  # (pattern, num_codes or None, channels a sub-vector, k-means steps, axes); see
-  # pqf_jax.core.plan.Rule. The first that matches a kernel's path decides.
+  # (pattern, num_codes or None, channels a sub-vector, k-means steps, axes), of
+  # which the first two must be; see pqf_jax.core.plan.Rule. The first that
+  # matches a kernel's path decides.
   config.rules = ()
 
   config.permute = ml_collections.ConfigDict()
