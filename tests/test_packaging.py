@@ -1,6 +1,5 @@
 """What is installed: lists of dependencies that agree, and the recipes."""
 
-import builtins
 import pathlib
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import tomllib
 
 import pytest
 
-from pqf_jax import __main__, errors, extras, recipes
+from pqf_jax import errors, extras, recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -25,23 +24,24 @@ def test_requirements_are_the_core_and_the_extra_train():
   assert required == {*PROJECT["dependencies"], *train}
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch, capsys):
-  original = builtins.__import__
-
-  def without_absl(name, *args, **kwargs):
-    if name.partition(".")[0] == "absl":
-      raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    return original(name, *args, **kwargs)
-
-  monkeypatch.delitem(sys.modules, "pqf_jax.cli", raising=False)
-  monkeypatch.setattr(builtins, "__import__", without_absl)
-  with pytest.raises(SystemExit) as ended:
-    __main__.main()
-  assert ended.value.code == 2
-  said = capsys.readouterr().err
-  assert (
-    'module absl, which is not installed: pip install "pqf_jax[train]"'
-    in (said)
+def test_a_missing_library_is_named_with_its_extra():
+  code = """
+import sys
+sys.modules["absl"] = None
+from pqf_jax import __main__
+__main__.main()
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert done.stderr == (
+    "error: this needs the module absl, which is not installed: pip install "
+    '"pqf_jax[train]"\n'
   )
 
 
