@@ -4,11 +4,8 @@ Every stage is restored from its checkpoint if an earlier run finished it, so
 the same command goes on where it stopped.
 """
 
-import datetime
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
+from pqf_jax.pipeline import results as telling
 from pqf_jax.pipeline import settings, training, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
@@ -247,72 +245,10 @@ def finish(
   records["packed"] = record | {"seconds": time.perf_counter() - start}
   storage = settings.make_storage(job.config)
   size = plans.predict_size(job.plan, job.template, storage)
-  results = make_results(job, size, packed.payload_bytes, records)
+  results = telling.make_results(job, size, packed.payload_bytes, records)
   if distributed.is_lead():
     pictures = job.loaded.pictures({"dense": dense, "compressed": loaded})
-    write_report(job, size.layers, records, results, pictures)
+    telling.write_report(job, size.layers, records, results, pictures)
   files.write_results(results)
   progress.show(report.closing_table(results))
   progress.say(f"written: {files.packed_file}, {files.report_file}")
-
-
-def make_results(
-  job: jobs.Job,
-  size: plans.SizeReport,
-  payload_bytes: int,
-  records: dict[str, checkpoint.Record],
-) -> dict[str, Any]:
-  """Returns the content of results.json; see `report.schema.Results`.
-
-  Args:
-    job: what the stages share.
-    size: predicted by the plan.
-    payload_bytes: counted on the packed buffers.
-    records: {stage: record with 'evaluation' and 'seconds'}; 'packed' is the
-      evaluation of the file.
-  """
-  figures = {
-    f"{name}_{stage}": value
-    for stage, record in records.items()
-    for name, value in record["evaluation"].items()
-    if name != "images"
-  }
-  file_bytes = job.files.packed_file.stat().length
-  return {
-    "name": job.config.name,
-    "command": shlex.join(["python", *sys.argv]),
-    "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-    "seed": job.config.seed,
-    "device": jax.devices()[0].device_kind,
-    "images": records["packed"]["evaluation"]["images"],
-    "metrics": dict(job.task.metrics),
-    **figures,
-    "dense_bytes": size.dense_bytes,
-    "payload_bytes": payload_bytes,
-    "file_bytes": file_bytes,
-    "ratio": size.dense_bytes / file_bytes,
-    "seconds": {stage: record["seconds"] for stage, record in records.items()},
-    "file": job.files.packed_file.name,
-    "storage": job.config.storage.to_dict(),
-  }
-
-
-def write_report(
-  job: jobs.Job,
-  layers: Sequence[plans.LayerSize],
-  records: dict[str, checkpoint.Record],
-  results: dict[str, Any],
-  pictures: Sequence[bytes],
-) -> None:
-  """Writes report.html."""
-  report.write_html(
-    job.files.report_file,
-    results,
-    config=job.config.to_dict(),
-    layers=layers,
-    distortion=records["quantized"]["distortion"],
-    # No order changes the sub-vectors of the other groups.
-    groups=[row for row in records["permuted"]["groups"] if row["consumers"]],
-    history=job.files.history(),
-    pictures=pictures,
-  )

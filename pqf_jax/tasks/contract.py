@@ -1,6 +1,6 @@
 """What a task must have; the stages and the preflight use nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -32,6 +32,8 @@ class LoadedTask(NamedTuple):
       these networks do; may be empty.
     fingerprint: () -> text that is another one for other data, so that a run
       does not go on with them.
+    hidden: of `Task.metrics`, those that tell nothing on these data; tables
+      and charts leave them out.
   """
 
   num_train: int
@@ -42,6 +44,7 @@ class LoadedTask(NamedTuple):
   evaluate: Callable[[PyTree], dict[str, float]]
   pictures: Callable[[Mapping[str, PyTree]], list[bytes]]
   fingerprint: Callable[[], str] = lambda: ""
+  hidden: Collection[str] = ()
 
 
 class AbstractPrograms(NamedTuple):
