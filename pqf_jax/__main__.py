@@ -37,7 +37,7 @@ def _inspect(arguments: Sequence[str]) -> None:
     prog="pqf-jax inspect", description="Shows what is in a packed file."
   )
   parser.add_argument("file", metavar="FILE", help="the packed file")
-  parser.add_argument("--html", metavar="OUT", help="writes a page, too")
+  parser.add_argument("--html", metavar="PAGE", help="also writes a page")
   given = parser.parse_args(arguments)
   if given.html:
     from pqf_jax import report  # needs the extra report

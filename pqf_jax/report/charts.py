@@ -314,9 +314,12 @@ class _LogAxis(NamedTuple):
 
   @classmethod
   def of(cls, sizes: Iterable[int]) -> "_LogAxis":
-    """Returns the axis on which each of these sizes has a bar."""
+    """Returns the axis on which each size of 2 or more has a bar."""
     filled = [size for size in sizes if size] or [STEP]
-    return cls(math.ceil(math.log(min(filled), STEP)) - 1, max(filled))
+    first = 0
+    while STEP ** (first + 1) < min(filled):
+      first += 1
+    return cls(first, max(*filled, STEP ** (first + 1)))
 
   def percent(self, size: float) -> float:
     length = math.log(self.high, STEP) - self.first
@@ -324,8 +327,10 @@ class _LogAxis(NamedTuple):
 
   def ticks(self) -> list[Tick]:
     last = math.floor(math.log(self.high, STEP) + 1e-9)
-    marks = (float(STEP) ** power for power in range(self.first, last + 1))
-    return [Tick(self.percent(mark), text.size(mark)) for mark in marks]
+    return [
+      Tick(self.percent(STEP**power), text.round_size(STEP**power))
+      for power in range(self.first, last + 1)
+    ]
 
 
 def _axis(low: float, high: float, *, widen: bool = False) -> _Axis:

@@ -100,12 +100,13 @@ def _inspection_tiles(
 ) -> list[tuple[str, str, str]]:
   before = text.size(found.dense_bytes)
   ratio = found.dense_bytes / found.file_bytes
+  weights = max(1, found.dense_bytes // 4)
   used = sum(kernel.used for kernel in found.kernels)
   codewords = sum(kernel.uses.size for kernel in found.kernels)
   tiles = [
     ("Smaller", f"{ratio:.1f}×", "than in float32"),
     ("File", text.size(found.file_bytes), f"was {before}"),
-    ("Payload", text.size(found.payload_bytes), "without the header"),
+    ("Bits", f"{8 * found.payload_bytes / weights:.2f}", "a weight"),
   ]
   if codewords:
     share = text.percent(used / codewords)
