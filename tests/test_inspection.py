@@ -26,7 +26,7 @@ CONV, FC, STACK = (f"params/{name}/kernel" for name in ("conv", "fc", "stack"))
 KERNELS = {
   CONV: ((3, 3, 4, 16), pqf_jax.BlockSpec(2), 8, ()),
   FC: ((16, 10), pqf_jax.BlockSpec(4), 4, ()),
-  STACK: ((6, 10), pqf_jax.BlockSpec(3, stack_axes=(0,)), 5, (3,)),
+  STACK: ((6, 10), pqf_jax.BlockSpec(3, stack_axes=(1,)), 5, (3,)),
 }
 
 
@@ -37,6 +37,8 @@ def kernel(shape, spec, num_codes, stack):
   shares = rng.dirichlet(np.ones(num_codes - 1))
   codes = rng.choice(num_codes - 1, (*stack, c_out, m), p=shares)
   codebook = rng.normal(size=(*stack, num_codes, length)).astype(np.float16)
+  if stack:
+    codes, codebook = (np.moveaxis(x, 0, 1) for x in (codes, codebook))
   return pqf_jax.VQArray(
     codebook.astype(np.float32), codes.astype(np.uint8), shape, spec
   )
@@ -99,16 +101,18 @@ def test_uses_and_entropy_are_those_of_the_codes(variables, file):
   assert found.keys() == KERNELS.keys()
   for path, (shape, spec, num_codes, stack) in KERNELS.items():
     node = variables["params"][path.split("/")[1]]["kernel"]
-    codes = np.asarray(node.codes).reshape(*(stack or (1,)), -1)
+    codes, codebooks = (
+      np.moveaxis(x, 1, 0) if stack else x[None]
+      for x in map(np.asarray, (node.codes, node.codebook))
+    )
+    codes = codes.reshape(len(codes), -1)
     uses = [[np.sum(row == k) for k in range(num_codes)] for row in codes]
     np.testing.assert_array_equal(found[path].uses, uses)
     assert found[path].used == sum(len(np.unique(row)) for row in codes)
     assert found[path].used < found[path].uses.size
     entropy = np.mean([scipy.stats.entropy(row, base=2) for row in uses])
     assert found[path].entropy == pytest.approx(entropy)
-    np.testing.assert_array_equal(
-      found[path].codebooks.reshape(node.codebook.shape), node.codebook
-    )
+    np.testing.assert_array_equal(found[path].codebooks, codebooks)
     assert found[path].channels == spec.channels
     assert found[path].taps == shape[:-2]
 
