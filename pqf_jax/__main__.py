@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pqf_jax import errors, extras
+from pqf_jax.runtime import files
 
 
 def main() -> None:
@@ -47,6 +48,7 @@ def _inspect(arguments: Sequence[str]) -> None:
         f"--html {given.html} is the packed file itself; give the name of a "
         "page, such as inspection.html"
       )
+    files.check_regular(given.html)  # a page would take a device's place
   from pqf_jax import inspection
 
   found = inspection.inspect(given.file)

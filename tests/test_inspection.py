@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -294,8 +295,12 @@ def test_the_command_writes_the_page_and_never_over_the_file(
   assert out.endswith(f"written: {page}\n")
   assert page.exists()
   before = run.read_bytes()
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
   for arguments in (
     (run, "--html", run.parent / "." / run.name),
+    (run, "--html", pipe),
+    (run, "--html", tmp_path),
     (tmp_path / "none",),
   ):
     with pytest.raises(SystemExit) as stopped:
@@ -304,4 +309,5 @@ def test_the_command_writes_the_page_and_never_over_the_file(
     told = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]+\n", told)
   assert run.read_bytes() == before
+  assert pipe.is_fifo()
   assert isinstance(pqf_jax.inspect(run), inspection.Inspection)
