@@ -3,7 +3,8 @@
 import pytest
 
 from configs import efficientnet_lite0, mobilenet_v2, resnet18, resnet50
-from pqf_jax.pipeline import settings
+from pqf_jax.core import plan as plans
+from pqf_jax.pipeline import job, settings
 
 RECIPES = [
   (resnet18, "digits"),
@@ -23,6 +24,27 @@ def test_the_word_best_follows_the_teacher_alone(recipe, variant):
   assert best.distillation.share == 1 and best.finetune.ema_decay > 0.99
   assert best.name == f"{paper.name}_best"
   assert best.rules == paper.rules
+
+
+@pytest.mark.parametrize(
+  ("recipe", "datasets"),
+  [
+    (resnet18, ("digits", "cifar10", "imagenet2012")),
+    (resnet50, ("imagenet2012",)),
+    (mobilenet_v2, ("imagenet2012",)),
+    (efficientnet_lite0, ("imagenet2012",)),
+  ],
+)
+def test_the_word_best_takes_the_bytes_of_the_rules(recipe, datasets):
+  for dataset in datasets:
+    for size in ("", ",large"):
+      paper = recipe.get_config(f"{dataset}{size}")
+      _, template = job.build_network(paper)
+      plan = plans.make_plan(settings.make_rules(paper.rules), template)
+      assert (
+        recipe.get_config(f"{dataset}{size},best").target_bytes
+        == plans.predict_size(plan, template).payload_bytes
+      )
 
 
 @pytest.mark.parametrize(("recipe", "variant"), RECIPES)

@@ -7,9 +7,10 @@ import jax
 import ml_collections
 
 from pqf_jax import errors, tasks
+from pqf_jax.core import vq_array
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import settings, stages, weights, workspace
+from pqf_jax.pipeline import planning, settings, stages, weights, workspace
 from pqf_jax.runtime import compilation, distributed, files, progress
 
 PyTree = Any
@@ -62,11 +63,23 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 
 def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
-  """Prints the plan; the last line is `payload_bytes=N`. Needs no data."""
+  """Prints the plan; the last line is `payload_bytes=N`.
+
+  It needs data and weights where it is to choose rules, and prints them.
+  """
   del workdir
   network, template = jobs.build_network(config)
-  plan = jobs.make_plan(config, network, template)
-  size = jobs.print_plan(config, plan, template)
+  planning.check_target(config, network, template)
+  rules = config.rules
+  if config.target_bytes:
+    network, variables = read_weights(config)
+    loaded = tasks.get(config.task).load(config, network)
+    dense = vq_array.decode_params(variables)
+    rules = planning.choose_rules(config, network, loaded, dense)
+    for rule in rules:
+      progress.say(f"{tuple(rule)},")
+  plan = planning.make_plan(config, network, template, rules)
+  size = planning.print_plan(config, plan, template)
   progress.say(f"payload_bytes={size.payload_bytes}")
 
 

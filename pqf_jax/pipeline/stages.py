@@ -16,8 +16,8 @@ from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
+from pqf_jax.pipeline import planning, settings, training, workspace
 from pqf_jax.pipeline import results as telling
-from pqf_jax.pipeline import settings, training, workspace
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -37,6 +37,7 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
       progress.say(f"already done: {files.packed_file}, {files.report_file}")
       return
     dense, dense_record = dense_stage(job)
+    job = plan_stage(job, dense)
     permuted, permute_record = permute_stage(job, dense)
     quantized, quantize_record = quantize_stage(job, permuted)
     records = {
@@ -73,6 +74,20 @@ def dense_stage(job: jobs.Job) -> Staged:
   )
   job.files.checkpoints.drop_progress("train")
   return staged
+
+
+def plan_stage(job: jobs.Job, dense: PyTree) -> jobs.Job:
+  """Returns the job with rules for `config.target_bytes`, where it is given."""
+  if not job.config.target_bytes:
+    return job
+
+  def compute() -> Staged:
+    progress.say(f"choosing rules for {job.config.target_bytes:,} bytes")
+    rules = planning.choose_rules(job.config, job.network, job.loaded, dense)
+    return {}, {"rules": rules}
+
+  _, record = job.run("plan", {}, compute)
+  return job.planned(record["rules"])
 
 
 def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
