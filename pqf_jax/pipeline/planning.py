@@ -75,7 +75,8 @@ def choose_rules(
       jax.device_get(dense),
       *tasks.get(config.task).sample(config),
       target_bytes=config.target_bytes,
-      batches=loaded.samples(images, 1, config.seed),
+      # The rules are part of a recipe, the same whatever its seed.
+      batches=loaded.samples(images, 1, 0),
       storage=settings.make_storage(config),
       kmeans_steps=config.quantize.kmeans_steps,
     )
