@@ -1,5 +1,6 @@
 """Stage between quantize and fine-tune: repairs a network without training."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.calibration import layers, moments, reconstruction, streams
-from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import tracing
 
 PyTree = Any
@@ -133,13 +134,18 @@ class _Calibration:
   def replace(self, path: str, leaf: Any) -> None:
     """Gives the quantized network another leaf."""
     array = _to_array(leaf)
-    if not jnp.isfinite(array).all():
+    if not _is_finite(array):
       raise errors.InputError(
         f"the calibration samples give NaN or infinite values before {path}; "
         "check the samples and the dense network"
       )
     self.leaves[path] = leaf
     self.streams.replace(self._numbers[path], array)
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+  return jnp.isfinite(array).all()
 
 
 def _to_array(leaf: Any) -> Any:
@@ -178,16 +184,17 @@ def _rebuild(
   node, kernel = run.leaves[read.path], jnp.asarray(run.dense[read.path])
   if node.stack_axes:
     return None
-  gathered = _input_moments(run, operation, read, node.spec)
-  if gathered is None:
+  layer = layers.find_layer(operation.eqn, read.operand, node.spec)
+  if layer is None or len(operation.operands) != 2:
     return None
-  groups = gathered.gram.shape[0]
   vectors = node.spec.to_blocks(kernel.astype(jnp.float32))
+  rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
+  pairs = run.streams.values(operation.operands[1 - read.operand])
   result = reconstruction.reconstruct(
-    gathered,
-    vectors.reshape(groups, vectors.shape[0] // groups, -1),
+    _add_moments(layer, pairs, rows),
+    rows,
     jnp.asarray(node.codebook, jnp.float32),
-    node.codes.astype(jnp.int32).reshape(groups, -1, vectors.shape[1]),
+    node.codes.astype(jnp.int32).reshape(layer.groups, -1, vectors.shape[1]),
     rounds=rounds,
     damping=damping,
   )
@@ -200,35 +207,35 @@ def _rebuild(
   return LayerError(read.path, before, min(before, after))
 
 
-def _input_moments(
-  run: _Calibration,
-  operation: streams.Operation,
-  read: layers.Read,
-  spec: blocks.BlockSpec,
-) -> reconstruction.InputMoments | None:
+def _add_moments(
+  layer: layers.Layer, pairs: Sequence[streams.Pair], kernel: jax.Array
+) -> reconstruction.InputMoments:
   """Adds up the moments of a layer's inputs over the batches."""
-  total, key = None, jax.random.key(0)
-  if len(operation.operands) != 2:
-    return None
-  pairs = run.streams.values(operation.operands[1 - read.operand])
-  for i, pair in enumerate(pairs):
-    rows, others = (
-      layers.input_rows(operation.eqn, read.operand, inputs, spec)
-      for inputs in (pair.quantized, pair.dense)
-    )
-    if rows is None or others is None:
-      return None
-    wanted = max(_ROWS_PER_ENTRY * rows.shape[2], _LEAST_ROWS) // len(pairs)
-    if wanted < len(rows):
-      chosen = jax.random.choice(
-        jax.random.fold_in(key, i), len(rows), (wanted,), replace=False
-      )
-      rows, others = rows[chosen], others[chosen]
-    part = reconstruction.input_moments(
-      rows.astype(jnp.float32), others.astype(jnp.float32)
-    )
-    total = part if total is None else jax.tree.map(jnp.add, total, part)
-  return total
+  wanted = max(_ROWS_PER_ENTRY * kernel.shape[2], _LEAST_ROWS) // len(pairs)
+  key = jax.random.key(0)
+  parts = (
+    _batch_moments(layer, wanted, jax.random.fold_in(key, i), pair, kernel)
+    for i, pair in enumerate(pairs)
+  )
+  return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "wanted"))
+def _batch_moments(
+  layer: layers.Layer,
+  wanted: int,
+  key: jax.Array,
+  pair: streams.Pair,
+  kernel: jax.Array,
+) -> reconstruction.InputMoments:
+  """Returns the moments of at most so many of a batch's input rows."""
+  rows, others = map(layer.input_rows, (pair.quantized, pair.dense))
+  if wanted < len(rows):
+    chosen = jax.random.choice(key, len(rows), (wanted,), replace=False)
+    rows, others = rows[chosen], others[chosen]
+  return reconstruction.input_moments(
+    rows.astype(jnp.float32), others.astype(jnp.float32), kernel
+  )
 
 
 def _check_batches(batches: Sequence[tuple[PyTree, ...]]) -> None:

@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,84 +93,135 @@ def _hand_on(eqn: tracing.Equation, source: _Source) -> _Source | None:
   return None
 
 
-def input_rows(
-  eqn: tracing.Equation,
-  operand: int,
-  inputs: jax.Array,
-  spec: blocks.BlockSpec,
-) -> jax.Array | None:
-  """Returns the inputs of a convolution or matrix product as rows.
+class Product(NamedTuple):
+  """A matrix product.
+
+  Attributes:
+    contracted: axes of the inputs that are summed over, in the order of the
+      kernel's.
+  """
+
+  contracted: tuple[int, ...]
+
+  @property
+  def groups(self) -> int:
+    """Returns 1."""
+    return 1
+
+  def input_rows(self, inputs: jax.Array) -> jax.Array:
+    """Returns [positions, 1, n]; see `find_layer`."""
+    ends = range(-len(self.contracted), 0)
+    rows = jnp.moveaxis(inputs, self.contracted, ends)
+    return rows.reshape(-1, 1, math.prod(rows.shape[ends[0] :]))
+
+
+class Convolution(NamedTuple):
+  """A convolution; its fields are parameters of `lax.conv_general_dilated`.
+
+  Attributes:
+    lhs_spec: axes of the inputs: images, channels, and those of the taps.
+    sizes: of the taps.
+    window_strides: see there, as of all that follow.
+    padding: low and high.
+    lhs_dilation: of the inputs.
+    rhs_dilation: of the kernel.
+    groups: of channels.
+  """
+
+  lhs_spec: tuple[int, ...]
+  sizes: tuple[int, ...]
+  window_strides: tuple[int, ...]
+  padding: tuple[tuple[int, int], ...]
+  lhs_dilation: tuple[int, ...]
+  rhs_dilation: tuple[int, ...]
+  groups: int
+
+  def input_rows(self, inputs: jax.Array) -> jax.Array:
+    """Returns [positions, G, n]; see `find_layer`."""
+    x = jnp.transpose(inputs, self.lhs_spec)  # [images, channels, ...]
+    windows = self._windows(x)
+    rows = jnp.moveaxis(windows, (1, 2), (-2, -1))
+    size = x.shape[1] // self.groups * windows.shape[2]
+    return rows.reshape(-1, self.groups, size)
+
+  def _windows(self, x: jax.Array) -> jax.Array:
+    """Returns what each tap sees, [images, channels, taps, ...], by slices."""
+    padding = [
+      (low, high, dilation - 1)
+      for (low, high), dilation in zip(
+        self.padding, self.lhs_dilation, strict=True
+      )
+    ]
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), (0, 0, 0), *padding])
+    gaps = tuple(zip(self.sizes, self.rhs_dilation, strict=True))
+    # Of a tap at 0: the end of what it sees along each axis.
+    reach = [
+      length - (size - 1) * gap
+      for length, (size, gap) in zip(x.shape[2:], gaps, strict=True)
+    ]
+    offsets = itertools.product(
+      *(range(0, size * gap, gap) for size, gap in gaps)
+    )
+    taps = [
+      lax.slice(
+        x,
+        (0, 0, *starts),
+        (*x.shape[:2], *map(sum, zip(starts, reach, strict=True))),
+        (1, 1, *self.window_strides),
+      )
+      for starts in offsets
+    ]
+    return jnp.stack(taps, 2)
+
+
+Layer = Product | Convolution
+
+
+def find_layer(
+  eqn: tracing.Equation, operand: int, spec: blocks.BlockSpec
+) -> Layer | None:
+  """Recognizes a convolution or matrix product.
 
   Args:
     eqn: an equation that reads a kernel.
     operand: the position of the kernel.
-    inputs: the other operand.
     spec: the layout of the kernel's sub-vectors.
 
   Returns:
-    [positions, G, n] with n in the order of a row of sub-vectors (input
-    channels, taps), such that the outputs are these rows times the kernel
-    [G, n, O] of each of the G groups of the convolution. None: the equation is
-    of another kind, or uses the kernel's axes otherwise than the spec.
+    The layer, hashable. Its `input_rows` makes [positions, G, n] of the other
+    operand, with n in the order of a row of sub-vectors (input channels, taps),
+    such that the outputs are these rows times the kernel [G, n, O] of each of
+    the G groups of the convolution. None: the equation is of another kind, or
+    uses the kernel's axes otherwise than the spec.
   """
   shape = tracing.shape_of(eqn.invars[operand])
   sums, outputs = (
     tuple(axis % len(shape) for axis in axes)
     for axes in (spec.in_axes, spec.out_axes)
   )
+  params = eqn.params
   if eqn.primitive.name == "dot_general":
-    contracted, batch = eqn.params["dimension_numbers"]
+    contracted, batch = params["dimension_numbers"]
     of_kernel = tuple(contracted[operand])
     has_taps = len(sums) + len(outputs) != len(shape)
     if any(map(len, batch)) or has_taps or sorted(of_kernel) != sorted(sums):
       return None
     of_inputs = contracted[1 - operand]
-    order = [of_inputs[of_kernel.index(axis)] for axis in sums]
-    rows = jnp.moveaxis(inputs, order, range(-len(order), 0))
-    return rows.reshape(-1, 1, math.prod(shape[axis] for axis in sums))
+    return Product(tuple(of_inputs[of_kernel.index(axis)] for axis in sums))
   if eqn.primitive.name != "conv_general_dilated" or operand != 1:
     return None
-  numbers = eqn.params["dimension_numbers"]
+  numbers = params["dimension_numbers"]
   of_output, of_input, *taps = numbers.rhs_spec
   is_known = (outputs, sums) == ((of_output,), (of_input,))
-  if (
-    not is_known or taps != sorted(taps) or eqn.params["batch_group_count"] > 1
-  ):
+  if not is_known or taps != sorted(taps) or params["batch_group_count"] > 1:
     return None
-  x = jnp.transpose(inputs, numbers.lhs_spec)  # [images, channels, ...]
-  windows = _windows(x, [shape[axis] for axis in taps], eqn.params)
-  rows = jnp.moveaxis(windows, (1, 2), (-2, -1))
-  groups = eqn.params["feature_group_count"]
-  return rows.reshape(-1, groups, x.shape[1] // groups * windows.shape[2])
-
-
-def _windows(
-  x: jax.Array, sizes: Sequence[int], params: Mapping[str, Any]
-) -> jax.Array:
-  """Returns what each tap sees, [images, channels, taps, ...], by slices."""
-  gaps, strides = params["rhs_dilation"], params["window_strides"]
-  spread = [dilation - 1 for dilation in params["lhs_dilation"]]
-  padding = [
-    (low, high, inner)
-    for (low, high), inner in zip(params["padding"], spread, strict=True)
-  ]
-  zero = jnp.zeros((), x.dtype)
-  x = lax.pad(x, zero, [(0, 0, 0), (0, 0, 0), *padding])
-  # Of a tap at 0: the end of what it sees along each axis.
-  reach = [
-    length - (size - 1) * gap
-    for length, size, gap in zip(x.shape[2:], sizes, gaps, strict=True)
-  ]
-  offsets = itertools.product(
-    *(range(0, size * gap, gap) for size, gap in zip(sizes, gaps, strict=True))
+  return Convolution(
+    tuple(numbers.lhs_spec),
+    tuple(shape[axis] for axis in taps),
+    tuple(params["window_strides"]),
+    tuple(map(tuple, params["padding"])),
+    tuple(params["lhs_dilation"]),
+    tuple(params["rhs_dilation"]),
+    params["feature_group_count"],
   )
-  taps = [
-    lax.slice(
-      x,
-      (0, 0, *starts),
-      (*x.shape[:2], *map(sum, zip(starts, reach, strict=True))),
-      (1, 1, *strides),
-    )
-    for starts in offsets
-  ]
-  return jnp.stack(taps, 2)

@@ -19,6 +19,7 @@ _TINY = 1e-6
 _LEAST_VARIANCE = 1e-20
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def match_norm(
   pairs: Sequence[streams.Pair], axis: int, mean: jax.Array, var: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +46,7 @@ def match_norm(
   return matched.astype(mean.dtype), scaled.astype(var.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def match_bias(
   pairs: Sequence[streams.Pair], axis: int, bias: jax.Array
 ) -> jax.Array:
@@ -70,7 +72,6 @@ def _mean_and_variance(
   return mean, (variances + jnp.square(means - mean[None])).mean(0)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _of_batch(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
   rows = jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
   rows = rows.astype(jnp.float32)

@@ -32,11 +32,12 @@ class InputMoments(NamedTuple):
 
   Attributes:
     gram: [G, n, n], X^T X with the inputs X of the quantized network.
-    cross: [G, n, n], X^T Z with the inputs Z of the dense network.
+    missing: [G, n, O], X^T (Z - X) W with the inputs Z of the dense network
+      and its kernel W: what the outputs lack before W is quantized.
   """
 
   gram: jax.Array
-  cross: jax.Array
+  missing: jax.Array
 
 
 class Reconstruction(NamedTuple):
@@ -57,11 +58,20 @@ class Reconstruction(NamedTuple):
 
 
 @jax.jit
-def input_moments(quantized: jax.Array, dense: jax.Array) -> InputMoments:
-  """Returns the moments of input rows [positions, G, n] of both networks."""
+def input_moments(
+  quantized: jax.Array, dense: jax.Array, kernel: jax.Array
+) -> InputMoments:
+  """Returns the moments of input rows of both networks.
+
+  Args:
+    quantized: [positions, G, n].
+    dense: the same positions.
+    kernel: [G, O, n], the dense kernel as sub-vectors in a row.
+  """
+  lacking = _SUM("pgi,goi->pgo", dense - quantized, kernel)
   return InputMoments(
     _SUM("pgi,pgj->gij", quantized, quantized),
-    _SUM("pgi,pgj->gij", quantized, dense),
+    _SUM("pgi,pgo->gio", quantized, lacking),
   )
 
 
@@ -110,8 +120,7 @@ def _prepare(
   solve = jax.vmap(lambda lower, b: linalg.cho_solve((lower, True), b))
   # The kernel whose outputs, from the inputs of the quantized network, come
   # nearest to those of the dense one.
-  missing = _SUM("gij,goj->gio", moments.cross - moments.gram, kernel)
-  target = kernel + jnp.swapaxes(solve(factor, missing), 1, 2)
+  target = kernel + jnp.swapaxes(solve(factor, moments.missing), 1, 2)
   inverse = solve(factor, jnp.broadcast_to(eye, gram.shape))
   upper = jnp.swapaxes(jax.vmap(jnp.linalg.cholesky)(inverse), 1, 2)
   return gram, target, upper

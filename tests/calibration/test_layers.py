@@ -43,7 +43,7 @@ def test_rows_times_kernel_is_the_convolution(kernel, groups, options):
     )
 
   eqn = _only_equation(convolve, x, w)
-  rows = layers.input_rows(eqn, 1, x, blocks.BlockSpec(1))
+  rows = layers.find_layer(eqn, 1, blocks.BlockSpec(1)).input_rows(x)
   by_group = np.moveaxis(np.asarray(w), (-1, -2), (0, 1))
   by_group = by_group.reshape(groups, kernel[-1] // groups, -1)
   outputs = np.einsum("pgn,gon->pgo", rows, by_group)
@@ -81,7 +81,8 @@ def test_rows_times_kernel_is_the_product(
     return lax.dot_general(x, w, (contracted, ((), ())))
 
   spec = blocks.BlockSpec(1, in_axes, out_axes)
-  rows = layers.input_rows(_only_equation(product, x, w), operand, x, spec)
+  layer = layers.find_layer(_only_equation(product, x, w), operand, spec)
+  rows = layer.input_rows(x)
   outputs = rows[:, 0] @ spec.to_blocks(w)[..., 0].T
   expected = product(x, w)
   if operand == 0:  # the kernel's axes come first
@@ -104,7 +105,7 @@ def test_rows_times_kernel_is_the_product(
 def test_products_that_use_other_axes_are_unknown(dimensions, shape, spec):
   x, w = jnp.ones((2, 3, 4)), jnp.ones(shape)
   eqn = _only_equation(lambda x, w: lax.dot_general(x, w, dimensions), x, w)
-  assert layers.input_rows(eqn, 1, x, spec) is None
+  assert layers.find_layer(eqn, 1, spec) is None
 
 
 def test_reads_follow_casts_and_axes():

@@ -50,7 +50,7 @@ def _arrays(*values):
 
 def test_error_is_that_of_the_outputs(problem):
   inputs, kernel, codebook, codes = problem
-  moments = reconstruction.input_moments(*_arrays(inputs, inputs))
+  moments = reconstruction.input_moments(*_arrays(inputs, inputs, kernel))
   found = reconstruction.reconstruct(
     moments, *_arrays(kernel, codebook, codes), rounds=2, damping=DAMPING
   )
@@ -71,7 +71,7 @@ def test_target_makes_up_for_other_inputs(problem):
   inputs, kernel, *_ = problem
   rng = np.random.default_rng(1)
   dense_inputs = inputs + rng.normal(size=inputs.shape)
-  moments = reconstruction.input_moments(*_arrays(inputs, dense_inputs))
+  moments = reconstruction.input_moments(*_arrays(inputs, dense_inputs, kernel))
   _, target, _ = reconstruction._prepare(moments, *_arrays(kernel), 1e-2)
   for g in range(G):
     # Least squares, drawn to the dense kernel by the damping.
@@ -160,7 +160,7 @@ def test_inputs_of_zeros_are_no_problem(problem):
   _, kernel, codebook, codes = problem
   zeros = jnp.zeros((ROWS, G, N))
   found = reconstruction.reconstruct(
-    reconstruction.input_moments(zeros, zeros),
+    reconstruction.input_moments(zeros, zeros, *_arrays(kernel)),
     *_arrays(kernel, codebook, codes),
     rounds=1,
     damping=DAMPING,
