@@ -26,6 +26,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     InputError: bad input, found before any long work wherever that can be.
   """
   settings.check(config)
+  config = jobs.count_classes(config)
   if not (workdir or config.name):
     raise errors.InputError(
       "config.name is empty, but names the default workdir, runs/NAME; give "
