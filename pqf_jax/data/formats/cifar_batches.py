@@ -5,13 +5,14 @@ any class but three stand-ins for NumPy's, so that no file can run code.
 `cifar-10-binary.tar.gz` has plain bytes.
 """
 
+import gzip
 import io
 import pathlib
 import pickle
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -23,8 +24,9 @@ SIDE = 32
 NUM_VALUES = 3 * SIDE * SIDE
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = ("test_batch",)
-# Twice what a batch of 10,000 images has.
+# Twice what a batch of 10,000 images has, and what an archive unpacks to.
 MAX_BYTES = 2**26
+MAX_UNPACKED = 2**29
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Pixels uint8 [N, 3072], first all red ones, and labels [N]."""
@@ -180,20 +182,15 @@ def _read(place: pathlib.Path, form: Form) -> dict[str, bytes]:
   content: dict[str, bytes] = {}
   if place.is_dir():
     for file, name in wanted.items():
-      if (place / file).is_file():
-        content[name] = (place / file).read_bytes()
+      path = place / file
+      if path.is_file() and path.stat().st_size <= MAX_BYTES:
+        content[name] = path.read_bytes()
   else:
     try:
-      # In the order of the archive: to go back is to decompress it again.
-      with tarfile.open(place, "r|gz") as archive:
-        for member in archive:
-          folder, _, file = member.name.removeprefix("./").rpartition("/")
-          if folder != form.folder or file not in wanted:
-            continue
-          stream = archive.extractfile(member) if member.isfile() else None
-          if stream is None or member.size > MAX_BYTES:
-            raise tarfile.TarError(f"{member.name} is no file of a batch")
-          content[wanted[file]] = stream.read()
+      for member, data in _members(place):
+        folder, _, file = member.removeprefix("./").rpartition("/")
+        if folder == form.folder and file in wanted:
+          content[wanted[file]] = data
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
       raise errors.InputError(
         f"{place} is damaged ({error}); download it again"
@@ -201,9 +198,42 @@ def _read(place: pathlib.Path, form: Form) -> dict[str, bytes]:
   missing = [file for file, name in wanted.items() if name not in content]
   if missing:
     raise errors.InputError(
-      f"{place} lacks {', '.join(missing)}; download {form.archive} again"
+      f"{place} lacks {', '.join(missing)} (files of at most {MAX_BYTES} "
+      f"bytes); download {form.archive} again"
     )
   return content
+
+
+class _Unpacked:
+  """A compressed stream that ends with an error before it fills the memory."""
+
+  def __init__(self, stream: gzip.GzipFile) -> None:
+    self._stream = stream
+    self._left = MAX_UNPACKED
+
+  def read(self, size: int) -> bytes:
+    data = self._stream.read(size)
+    self._left -= len(data)
+    if self._left < 0:
+      raise tarfile.TarError(f"it unpacks to more than {MAX_UNPACKED} bytes")
+    return data
+
+
+def _members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+  """Yields names and contents in the order of the archive.
+
+  To go back would be to decompress it again.
+  """
+  with gzip.open(path) as stream:
+    unpacked = _Unpacked(stream)
+    # It only reads, where mypy's stubs ask for a whole file.
+    with tarfile.open(fileobj=cast(IO[bytes], unpacked), mode="r|") as archive:
+      for member in archive:
+        file = archive.extractfile(member) if member.isfile() else None
+        if file is not None and member.size <= MAX_BYTES:
+          yield member.name, file.read()
+    while unpacked.read(2**20):  # the checksum is at the end
+      pass
 
 
 def _decode(data: bytes, form: Form, where: str) -> Batch:

@@ -90,7 +90,7 @@ def test_a_missing_batch_and_a_cut_archive_are_named(tmp_path):
   few = {k: v for k, v in files.items() if k != "data_batch_3.bin"}
   path = tmp_path / "cifar-10-binary.tar.gz"
   tiny_cifar.write_archive(path, folder, few)
-  with pytest.raises(errors.InputError, match="lacks data_batch_3.bin; down"):
+  with pytest.raises(errors.InputError, match="lacks data_batch_3.bin .*down"):
     cifar_batches.Batches(tmp_path)
   tiny_cifar.write_archive(path, folder, files)
   path.write_bytes(path.read_bytes()[:-5000])
@@ -117,3 +117,48 @@ def test_a_copy_of_tensorflow_datasets_comes_first_and_both_are_named(tmp_path):
   (version / "dataset_info.json").write_text("{")
   with pytest.raises(errors.InputError, match="dataset_info.json"):
     data.get_dataset("cifar10", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("folder_and_files", [PYTHON, BINARY])
+def test_a_changed_byte_gives_images_or_one_message(tmp_path, folder_and_files):
+  folder, files = folder_and_files
+  name = next(name for name in files if "test" in name)
+  tiny_cifar.write_folder(tmp_path / folder, files)
+  rng = np.random.default_rng(0)
+  # All bytes but most of the pixels.
+  start = files[name].find(tiny_cifar.rows(BATCHES["test_batch"][0])[:1, :9])
+  places = [
+    *range(max(start, 60)),
+    *range(len(files[name]) - 40, len(files[name])),
+  ]
+  for place in places:
+    content = bytearray(files[name])
+    content[place] ^= int(rng.integers(1, 256))
+    (tmp_path / folder / name).write_bytes(content)
+    try:
+      images = cifar_batches.Batches(tmp_path).split("test")
+    except errors.InputError as error:
+      assert "\n" not in str(error)
+      continue
+    assert all(0 <= images[i].label < 10 for i in range(len(images)))
+
+
+def test_a_changed_byte_of_an_archive_is_found(tmp_path):
+  path = tmp_path / "cifar-10-python.tar.gz"
+  tiny_cifar.write_archive(path, *PYTHON)
+  content = path.read_bytes()
+  for place in range(100, len(content), 1999):  # after the file's name
+    changed = bytearray(content)
+    changed[place] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(errors.InputError, match="damaged|lacks"):
+      cifar_batches.Batches(tmp_path)
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+  path = tmp_path / "cifar-10-python.tar.gz"
+  tiny_cifar.write_archive(path, PYTHON[0], PYTHON[1] | {"x": bytes(2**20)})
+  cifar_batches.Batches(tmp_path)
+  monkeypatch.setattr(cifar_batches, "MAX_UNPACKED", 2**20)
+  with pytest.raises(errors.InputError, match="unpacks to more than 1048576"):
+    cifar_batches.Batches(tmp_path)
