@@ -4,7 +4,7 @@ python main.py --config=configs/own_images.py[:ARCHITECTURE][,large][,best] \
         --config.data.dir=DIR [--config.backbone=FILE]
 DIR holds train/CLASS/* and val/CLASS/*; the classes are counted. ARCHITECTURE
 is mobilenet_v2, resnet18, resnet50 or efficientnet_lite0. Stage 0 trains a new
-head, and the rest at a tenth of its rate, from the hub's ImageNet weights or
+head, and the rest at .3 of its rate, from the hub's ImageNet weights or
 those of FILE (torch's names, any number of classes); then the whole job runs.
 --config.weights=FILE with your own trained network leaves stage 0 out.
 Small images stay as they are: docs/own_images.md has sizes and augmentation.
@@ -54,7 +54,7 @@ def get_config(variant: str = "mobilenet_v2") -> ml_collections.ConfigDict:
   config.train.epochs = 20
   config.train.evaluation_epochs = 5
   config.train.batch_size = 32
-  config.train.backbone_rate = 0.1
+  config.train.backbone_rate = 0.3
   config.finetune_from = "calibrated"
   config.finetune.epochs = 20
   config.finetune.evaluation_epochs = 5
