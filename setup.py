@@ -4,7 +4,8 @@ import setuptools
 
 setuptools.setup(
   packages=[
-    *setuptools.find_packages(include=["pqf_jax*"]),
+    # Folders of templates are packages too.
+    *setuptools.find_namespace_packages(include=["pqf_jax*"]),
     "pqf_jax.configs",
   ],
   package_dir={"pqf_jax.configs": "configs"},

@@ -72,6 +72,9 @@ def get_config() -> ml_collections.ConfigDict:
   # which the first two must be; see pqf_jax.core.plan.Rule. The first that
   # matches a kernel's path decides.
   config.rules = ()
+  # If not 0, the rules are not these but those that lose least within so many
+  # bytes of a packed file, without its header; docs/budget.md.
+  config.target_bytes = 0
 
   config.permute = ml_collections.ConfigDict()
   # 'assignment' is ours; 'paper' the sorted start and 10,000 random swaps of
@@ -83,6 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.quantize = ml_collections.ConfigDict()
   # The paper's annealed k-means (SR-C); False: plain k-means, to compare with.
   config.quantize.annealed = True
+  config.quantize.kmeans_steps = 1000  # of rules for `target_bytes`
 
   # Between quantize and fine-tune: codes, codebooks, norms and biases chosen by
   # the outputs of training images, without labels or training; see
@@ -184,12 +188,19 @@ RECIPES = ("paper", "best")
 
 
 def choose_recipe(
-  config: ml_collections.ConfigDict, words: Collection[str]
+  config: ml_collections.ConfigDict, words: Collection[str], target_bytes: int
 ) -> ml_collections.ConfigDict:
   """Returns a classifier's config, with other settings for the word `best`.
 
-  They were measured on CIFAR-10 (docs/experiments.md): the fine-tuning follows
-  the dense network alone, at half the paper's rate, and averages the weights.
+  They were measured on CIFAR-10 (docs/experiments.md): the bytes are divided
+  among the layers by what each loses, and smaller numbers leave more of them
+  for codes; the fine-tuning follows the dense network alone, at half the
+  paper's rate, and averages the weights.
+
+  Args:
+    config: the recipe.
+    words: of its variant.
+    target_bytes: for `best`; those of the paper's rules in `config.rules`.
 
   Raises:
     ValueError: both words are there.
@@ -198,6 +209,11 @@ def choose_recipe(
     raise ValueError(f"name one of {', '.join(RECIPES)}, not both")
   if "best" in words:
     config.name += "_best"
+    config.target_bytes = target_bytes
+    config.storage.codebook = "int8"
+    config.storage.rest = "float16"
+    config.finetune_from = "quantized"
+    config.finetune.epochs = 10
     config.distillation.share = 1.0
     config.distillation.temperature = 4.0
     config.finetune.learning_rate = 5e-4

@@ -61,4 +61,4 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   # The activations of these images are in memory, layer by layer.
   config.calibrate.images = 256
   config.finetune.batch_size = 64
-  return common.choose_recipe(config, words)
+  return common.choose_recipe(config, words, 785_196 if large else 1_198_044)

@@ -49,6 +49,8 @@ def get_config(variant: str = "mobilenet_v2") -> ml_collections.ConfigDict:
   config.name = config.name.replace("imagenet2012", "own_images")
   config.backbone, config.weights = config.weights or MOBILENET_V2, ""
   config.model.num_classes = 0
+  # The rules decide: their bytes are not known before the classes are.
+  config.target_bytes = 0
   config.data.name = "image_folder"
   # Hundreds of images: few steps an epoch, so more epochs in smaller batches.
   config.train.epochs = 20

@@ -61,4 +61,9 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.finetune.epochs = 2
     config.finetune.learning_rate = 2e-4
     config.finetune.batch_size = 64
-  return common.choose_recipe(config, words)
+  target_bytes = {
+    "digits": (1_422_888, 886_312),
+    "cifar10": (1_392_168, 855_592),
+    "imagenet2012": (1_615_904, 1_079_328),
+  }[dataset][large]
+  return common.choose_recipe(config, words, target_bytes)

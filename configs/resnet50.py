@@ -49,4 +49,4 @@ def get_config(variant: str = "imagenet2012") -> ml_collections.ConfigDict:
   # The activations of these images are in memory, layer by layer.
   config.calibrate.images = 256
   config.finetune.batch_size = 64
-  return common.choose_recipe(config, words)
+  return common.choose_recipe(config, words, 3_339_872 if large else 5_339_296)

@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.finetune import init_state as init_state
   from pqf_jax.finetune import make_finetune_step as make_finetune_step
   from pqf_jax.finetune import state_variables as state_variables
+  from pqf_jax.inspection import Inspection as Inspection
+  from pqf_jax.inspection import inspect as inspect
   from pqf_jax.kmeans import KMeansResult as KMeansResult
   from pqf_jax.kmeans import annealed_kmeans as annealed_kmeans
   from pqf_jax.pack import PackedModel as PackedModel
@@ -81,6 +83,7 @@ _NAMES = {  # by module
   "exporting": "export",
   "finetune": "FinetuneState LossFn cosine_adam init_state make_finetune_step "
   "state_variables",
+  "inspection": "Inspection inspect",
   "kmeans": "KMeansResult annealed_kmeans",
   "pack": "PackedModel load pack_model save unpack_model",
   "permute": "GroupReport permute_channels",

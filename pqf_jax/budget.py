@@ -174,10 +174,9 @@ def allocate_bytes(
   kernels = kernel_discovery.find_kernels(apply_fn, variables, *sample)
   options = _list_options(apply_fn, variables, sample, kernels, kmeans_steps)
   sizes = kernel_options.option_bytes(options, variables, storage)
-  any_size = _predict(options, dict.fromkeys(options, 0), variables, storage)
-  rest = any_size.payload_bytes - sum(int(size[0]) for size in sizes.values())
-  budget = _to_bytes(any_size.dense_bytes, target_ratio, target_bytes)
-  _check_budget(budget, rest, sizes, any_size.dense_bytes)
+  left = _bytes_for_kernels(
+    options, sizes, variables, storage, target_ratio, target_bytes
+  )
 
   flat = trees.flatten(variables)
   for path in options:
@@ -197,7 +196,7 @@ def allocate_bytes(
       weights[path] * distortion.noise_to_signal(distortions[path])
       for path in options
     ],
-    budget - rest,
+    left,
   )
   choices = dict(zip(options, picked, strict=True))
   layers = tuple(
@@ -212,6 +211,27 @@ def allocate_bytes(
     for path, choice in choices.items()
   )
   return Allocation(layers, _predict(options, choices, variables, storage))
+
+
+def check_target(
+  apply_fn: Callable[..., PyTree],
+  variables: PyTree,
+  *sample: PyTree,
+  target_ratio: float | None = None,
+  target_bytes: int | None = None,
+  storage: storages.Storage = storages.PAPER,
+) -> None:
+  """Refuses a target that `allocate_bytes` cannot meet; shapes suffice.
+
+  Raises:
+    InputError: names the bytes that it can meet.
+  """
+  kernels = kernel_discovery.find_kernels(apply_fn, variables, *sample)
+  options = _list_options(apply_fn, variables, sample, kernels, kmeans_steps=1)
+  sizes = kernel_options.option_bytes(options, variables, storage)
+  _bytes_for_kernels(
+    options, sizes, variables, storage, target_ratio, target_bytes
+  )
 
 
 def _list_options(
@@ -272,9 +292,23 @@ def _to_bytes(
   return math.floor(dense_bytes / targets[0])
 
 
-def _check_budget(
-  budget: int, rest: int, sizes: Mapping[str, np.ndarray], dense_bytes: int
-) -> None:
+def _bytes_for_kernels(
+  options: Mapping[str, kernel_options.Options],
+  sizes: Mapping[str, np.ndarray],
+  variables: PyTree,
+  storage: storages.Storage,
+  target_ratio: float | None,
+  target_bytes: int | None,
+) -> int:
+  """Returns the bytes that are left where all that is no kernel has its own.
+
+  Raises:
+    InputError: no choice of options makes a file of the target.
+  """
+  any_size = _predict(options, dict.fromkeys(options, 0), variables, storage)
+  dense_bytes = any_size.dense_bytes
+  rest = any_size.payload_bytes - sum(int(size[0]) for size in sizes.values())
+  budget = _to_bytes(dense_bytes, target_ratio, target_bytes)
   least = rest + sum(int(size.min()) for size in sizes.values())
   dense = rest + sum(int(size[-1]) for size in sizes.values())
   if not least <= budget < dense:
@@ -283,6 +317,7 @@ def _check_budget(
       f"{dense - 1:,} when compressed (ratios of {dense_bytes / dense:.2f} to "
       f"{dense_bytes / least:.1f}), of which {rest:,} are no kernels"
     )
+  return budget - rest
 
 
 def _check_batches(

@@ -82,6 +82,7 @@ def _help() -> str:
   lines = [
     "usage: pqf-jax --recipe=NAME[:VARIANT] [--workdir=DIR] [--config.KEY=V]",
     "       python main.py --config=FILE.py[:VARIANT] ...",
+    "       pqf-jax inspect FILE [--html PAGE]",
     "",
     "Permutes, quantizes and fine-tunes a network, and packs it into one",
     "small file. Results go to --workdir, by default runs/NAME; the same",

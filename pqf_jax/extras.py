@@ -7,11 +7,12 @@ EXTRAS = {
   **dict.fromkeys(
     (
       *("absl", "array_record", "filelock", "google_crc32c", "grain"),
-      *("jinja2", "ml_collections", "orbax", "PIL", "rich", "sklearn"),
-      *("tensorflow_datasets", "importlib_resources"),
+      *("importlib_resources", "ml_collections", "orbax", "sklearn"),
+      "tensorflow_datasets",
     ),
     "train",
   ),
+  **dict.fromkeys(("jinja2", "PIL", "rich"), "report"),
   "faster_coco_eval": "detection",
   "flatbuffers": "export",
   "pycocotools": "detection",

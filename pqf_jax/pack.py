@@ -169,7 +169,14 @@ def read(path: str | os.PathLike[str]) -> PackedModel:
     InputError: the file is missing, damaged, of another format, or not packed
       by this library.
   """
-  return _open(path, _read_stream)[0]
+  return read_contents(path)[0]
+
+
+def read_contents(
+  path: str | os.PathLike[str],
+) -> tuple[PackedModel, header.Contents]:
+  """Reads a packed file, and what its header says of it; see `read`."""
+  return _open(path, _read_stream)
 
 
 def load(path: str | os.PathLike[str]) -> PyTree:

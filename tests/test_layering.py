@@ -35,6 +35,7 @@ ALLOWED = {
   "packing": ("core",),
   "pack": ("core", "packing"),
   "exporting": ("core", "extras", "packing"),
+  "inspection": ("core", "pack", "packing", "runtime.results"),
   "compression": (
     "budget",
     "calibrate",
@@ -56,13 +57,13 @@ ALLOWED = {
     "report.drawings",
     "runtime",
   ),
-  "report": ("core",),
+  "report": ("core", "inspection", "runtime.results"),
   "pipeline": ("",),
   "preflight": ("",),
   "recipes": (),
   "extras": (),
   "cli": ("extras", "pipeline", "recipes", "runtime"),
-  "__main__": ("cli", "extras"),
+  "__main__": ("cli", "extras", "inspection", "report"),
   "pqf_jax": ("",),  # the types of its lazy names
   "": (),
 }

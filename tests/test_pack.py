@@ -21,7 +21,7 @@ from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.packing import container, header
-from pqf_jax.pipeline import job
+from pqf_jax.pipeline import job, planning
 from tests.packing import test_structure
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -871,7 +871,7 @@ def test_a_file_is_hardly_larger_than_its_payload(recipe, tmp_path):
     "imagenet2012,large"
   )
   network, template = job.build_network(config)
-  plan = job.make_plan(config, network, template)
+  plan = planning.make_plan(config, network, template)
   variables = jax.tree.map(
     lambda leaf: np.zeros(leaf.shape, leaf.dtype),
     plans.compressed_shapes(plan, template),

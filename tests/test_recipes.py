@@ -9,7 +9,8 @@ from configs import (
   resnet18,
   resnet50,
 )
-from pqf_jax.pipeline import job, settings
+from pqf_jax.core import plan as plans
+from pqf_jax.pipeline import job, planning, settings
 
 RECIPES = [
   (resnet18, "digits"),
@@ -31,6 +32,27 @@ def test_the_word_best_follows_the_teacher_alone(recipe, variant):
   assert best.distillation.share == 1 and best.finetune.ema_decay > 0.99
   assert best.name == f"{paper.name}_best"
   assert best.rules == paper.rules
+
+
+@pytest.mark.parametrize(
+  ("recipe", "datasets"),
+  [
+    (resnet18, ("digits", "cifar10", "imagenet2012")),
+    (resnet50, ("imagenet2012",)),
+    (mobilenet_v2, ("imagenet2012",)),
+    (efficientnet_lite0, ("imagenet2012",)),
+  ],
+)
+def test_the_word_best_takes_the_bytes_of_the_rules(recipe, datasets):
+  for dataset in datasets:
+    for size in ("", ",large"):
+      paper = recipe.get_config(f"{dataset}{size}")
+      _, template = job.build_network(paper)
+      plan = plans.make_plan(settings.make_rules(paper.rules), template)
+      assert (
+        recipe.get_config(f"{dataset}{size},best").target_bytes
+        == plans.predict_size(plan, template).payload_bytes
+      )
 
 
 @pytest.mark.parametrize(("recipe", "variant"), RECIPES)
@@ -65,6 +87,6 @@ def test_the_rules_suit_a_head_of_two_classes():
   config = own_images.get_config("mobilenet_v2,large")
   config.model.num_classes = 2
   network, template = job.build_network(config)
-  plan = job.make_plan(config, network, template)
+  plan = planning.make_plan(config, network, template)
   # A fourth of the sub-vectors of 1280 x 2 weights.
   assert plan["params/classifier/1/kernel"].num_codes == 64

@@ -81,6 +81,11 @@ class BlockSpec:
     taps = math.prod(shape) // (c_in * c_out)
     return c_out, c_in // self.channels, self.channels * taps
 
+  def tap_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the sizes of the taps of one layer, such as (3, 3)."""
+    ends = self._ends(len(shape))
+    return tuple(n for axis, n in enumerate(shape) if axis not in ends)
+
   def to_channels(self, kernel: trees.Array) -> jax.Array:
     """Rearranges one layer as [C_out, C_in, taps], input channels apart."""
     ends = self._ends(kernel.ndim)

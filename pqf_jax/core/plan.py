@@ -96,7 +96,7 @@ class LayerSize(NamedTuple):
   @property
   def bits_per_weight(self) -> float:
     """Returns the packed bits for each entry of the dense variable."""
-    return 8 * self.payload_bytes / math.prod(self.shape)
+    return 8 * self.payload_bytes / max(1, math.prod(self.shape))
 
 
 class SizeReport(NamedTuple):

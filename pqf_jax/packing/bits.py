@@ -61,6 +61,15 @@ def unpack_codes(packed: np.ndarray, num_codes: int, count: int) -> np.ndarray:
   return codes.reshape(-1)[:count]
 
 
+def count_codes(codes: np.ndarray, num_codes: int) -> np.ndarray:
+  """Returns how many of the codes are 0, 1, ..., K - 1: int64 [K]."""
+  flat = codes.reshape(-1)
+  # NumPy counts integers of 64 bits: eight times the memory of all at once.
+  parts = np.array_split(flat, max(1, -(-flat.size // _CHUNK)))
+  counts = [np.bincount(part, minlength=num_codes) for part in parts]
+  return np.sum(counts, axis=0)
+
+
 def unpack_traced(packed: jax.Array, num_codes: int, count: int) -> jax.Array:
   """Unpacks codes as `unpack_codes` does, in a program of JAX."""
   bits = plans.code_bits(num_codes)

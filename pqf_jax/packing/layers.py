@@ -64,6 +64,19 @@ class Layer(NamedTuple):
     start, *_ = (*self.spec.stack_axes, 0)
     return shape[:start] + self.stack + shape[start:]
 
+  def apart(self, array: np.ndarray) -> np.ndarray:
+    """Returns its codes or codebook with the stacked layers as the first axis.
+
+    Args:
+      array: of `codes_shape` or `codebook_shape`.
+
+    Returns:
+      [S, C_out, M] or [S, K, D], where S layers are stacked; S is 1 for others.
+    """
+    axes = self.spec.stack_axes
+    moved = np.moveaxis(array, axes, range(len(axes)))
+    return moved.reshape(-1, *moved.shape[len(axes) :])
+
   @property
   def code_bytes(self) -> int:
     """Returns the bytes of its codes."""
@@ -274,16 +287,7 @@ def _check_losses(
   scaled: scaling.Scaled,
 ) -> None:
   """Refuses a codebook, of any layer of a stack, that int8 would hurt."""
-  axes = layer.spec.stack_axes
-  c_out, m, length = layer.spec.layout(layer.shape)
-  parts = [
-    np.moveaxis(array, axes, range(len(axes))).reshape(-1, *shape)
-    for array, shape in (
-      (codes, (c_out, m)),
-      (codebook, (layer.num_codes, length)),
-      (scaled.numbers, (layer.num_codes, length)),
-    )
-  ]
+  parts = [layer.apart(x) for x in (codes, codebook, scaled.numbers)]
   for part_codes, part, numbers_of_part in zip(*parts, strict=True):
     rounded = scaled._replace(numbers=numbers_of_part)
     _check_loss(path, part_codes, part, rounded)
@@ -293,9 +297,7 @@ def _check_loss(
   path: str, codes: np.ndarray, codebook: np.ndarray, scaled: scaling.Scaled
 ) -> None:
   """Refuses a codebook of which int8 would keep little."""
-  flat = codes.reshape(-1)
-  parts = np.array_split(flat, -(-flat.size >> 16))
-  uses = sum(np.bincount(part, minlength=len(codebook)) for part in parts)
+  uses = bits.count_codes(codes, len(codebook))
   exact = np.ldexp(codebook.astype(np.float64), -scaled.exponent)
   lost = uses @ np.square(exact - scaled.numbers).sum(1)
   energy = uses @ np.square(exact).sum(1)

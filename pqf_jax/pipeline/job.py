@@ -2,19 +2,18 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from pqf_jax import errors, finetune, models, pack, report, tasks
+from pqf_jax import errors, finetune, models, pack, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
-from pqf_jax.discovery import kernels
 from pqf_jax.models import contract
-from pqf_jax.pipeline import settings, training, weights, workspace
-from pqf_jax.runtime import checkpoint, distributed, progress
+from pqf_jax.pipeline import planning, settings, training, weights, workspace
+from pqf_jax.runtime import checkpoint, distributed
 from pqf_jax.runtime import files as storage
 
 PyTree = Any
@@ -31,7 +30,8 @@ class Job(NamedTuple):
     files: the workdir of this run.
     network: the Flax module.
     template: its dense variables, as shapes.
-    plan: what is compressed, and how.
+    plan: what is compressed, and how; empty until rules for a number of bytes
+      are chosen.
     weights: dense variables read from `config.weights`, or None where the
       network is trained first.
     backbone: {path: variable} that stage 0 begins with.
@@ -53,6 +53,18 @@ class Job(NamedTuple):
     """Returns the stage's own random key, whatever ran before."""
     key = jax.random.key(self.config.seed)
     return jax.random.fold_in(key, zlib.crc32(stage.encode()))
+
+  def planned(self, rules: Sequence[Any]) -> "Job":
+    """Returns the job with the plan of these rules, which it shows.
+
+    Raises:
+      InputError: `config.frozen` names nothing that they leave to train.
+    """
+    plan = planning.make_plan(self.config, self.network, self.template, rules)
+    planning.print_plan(self.config, plan, self.template)
+    shapes = plans.compressed_shapes(plan, self.template)
+    finetune.check_frozen(self.config.frozen, shapes)
+    return self._replace(plan=plan)
 
   def evaluated(
     self, variables: PyTree, **record: Any
@@ -94,9 +106,11 @@ def prepare(
   check_batches(config, stages)
   network, template = build_network(config)
   task.check(config, network, template, num_devices=jax.device_count())
-  plan = make_plan(config, network, template)
-  print_plan(config, plan, template)
+  planning.check_target(config, network, template)
+  plan = planning.make_plan(config, network, template)
   finetune.check_frozen(config.frozen, plans.compressed_shapes(plan, template))
+  if not config.target_bytes:
+    planning.print_plan(config, plan, template)
   variables = None
   if config.weights:
     stored = read_weights(config, network, template)
@@ -162,7 +176,6 @@ def count_classes(
       f"config.model.num_classes is 0, so that the classes of the data are "
       f"counted: {error}"
     ) from error
-  progress.say(f"{config.data.name}: {count} classes, numbered by their names")
   counted = config.copy_and_resolve_references()
   counted.model.num_classes = count
   return counted
@@ -284,23 +297,3 @@ def write_packed(
     pack.write(files.packed_file, packed)
   distributed.barrier("packed")
   return packed
-
-
-def make_plan(
-  config: ml_collections.ConfigDict, network: contract.Network, template: PyTree
-) -> plans.CompressionPlan:
-  """Makes the plan of the config's rules."""
-  sample = tasks.get(config.task).sample(config)
-  found = kernels.find_kernels(network.apply, template, *sample)
-  return plans.make_plan(settings.make_rules(config), template, found)
-
-
-def print_plan(
-  config: ml_collections.ConfigDict,
-  plan: plans.CompressionPlan,
-  template: PyTree,
-) -> plans.SizeReport:
-  """Shows what will be compressed and how large the file will be."""
-  size = plans.predict_size(plan, template, settings.make_storage(config))
-  progress.show(report.plan_table(size.layers))
-  return size

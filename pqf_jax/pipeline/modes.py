@@ -7,9 +7,10 @@ import jax
 import ml_collections
 
 from pqf_jax import errors, tasks
+from pqf_jax.core import vq_array
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import settings, stages, weights, workspace
+from pqf_jax.pipeline import planning, settings, stages, weights, workspace
 from pqf_jax.runtime import compilation, distributed, files, progress
 
 PyTree = Any
@@ -26,7 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     InputError: bad input, found before any long work wherever that can be.
   """
   settings.check(config)
-  config = jobs.count_classes(config)
+  given, config = config, jobs.count_classes(config)
   if not (workdir or config.name):
     raise errors.InputError(
       "config.name is empty, but names the default workdir, runs/NAME; give "
@@ -43,6 +44,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     config.compilation_cache, config.compilation_cache_megabytes
   )
   progress.say_everywhere(distributed.banner())
+  if config is not given:
+    progress.say(f"{config.data.name}: {config.model.num_classes} classes")
   distributed.check_agreement(
     {
       "config": config.to_dict(),
@@ -63,11 +66,23 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
 
 
 def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
-  """Prints the plan; the last line is `payload_bytes=N`. Needs no data."""
+  """Prints the plan; the last line is `payload_bytes=N`.
+
+  It needs data and weights where it is to choose rules, and prints them.
+  """
   del workdir
   network, template = jobs.build_network(config)
-  plan = jobs.make_plan(config, network, template)
-  size = jobs.print_plan(config, plan, template)
+  planning.check_target(config, network, template)
+  rules = config.rules
+  if config.target_bytes:
+    network, variables = read_weights(config)
+    loaded = tasks.get(config.task).load(config, network)
+    dense = vq_array.decode_params(variables)
+    rules = planning.choose_rules(config, network, loaded, dense)
+    for rule in rules:
+      progress.say(f"{tuple(rule)},")
+  plan = planning.make_plan(config, network, template, rules)
+  size = planning.print_plan(config, plan, template)
   progress.say(f"payload_bytes={size.payload_bytes}")
 
 

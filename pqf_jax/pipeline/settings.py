@@ -3,7 +3,7 @@
 What depends on data, devices or the network is checked by `job.prepare`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -27,7 +27,7 @@ MODES = {
   "evaluate": "counts the accuracy of config.weights",
   "export": "writes config.weights dense, as safetensors with torch's names",
   "pack": "writes config.weights as a file of this library",
-  "plan": "prints layers and sizes; needs neither data nor weights",
+  "plan": "prints layers and sizes; needs data and weights to choose rules",
   "predict": "finds the objects of one image, config.image",
   "preflight": "compiles all for config.topology and prints what a chip needs",
 }
@@ -67,7 +67,9 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "data.padding": (-1, 2**14),
   "train.backbone_rate": (0, 1),
   "data.num_objects": (0, 2**14),
+  "target_bytes": (0, 2**50),
   "permute.kmeans_steps": (0, plans.MOST),
+  "quantize.kmeans_steps": (1, plans.MOST),
   "calibrate.images": (0, 2**16),  # all are in memory
   "calibrate.rounds": (0, 1000),
   "calibrate.damping": (1e-9, 1),
@@ -110,19 +112,19 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   _check_channel_values("mean", config.data.mean, 0)
   _check_channel_values("std", config.data.std, 1e-6)
-  make_rules(config)
+  make_rules(config.rules)
   for pattern in config.frozen:
     plans.check_pattern("config.frozen", pattern)
 
 
-def make_rules(config: ml_collections.ConfigDict) -> list[plans.Rule]:
-  """Returns `config.rules` as rules.
+def make_rules(given: Iterable[Any]) -> list[plans.Rule]:
+  """Returns `config.rules`, or what a checkpoint has of them, as rules.
 
   Raises:
     InputError: names the rule and what is wrong with it.
   """
   rules = []
-  for number, values in enumerate(config.rules):
+  for number, values in enumerate(given):
     if not isinstance(values, (tuple, list)) or not 2 <= len(values) <= 5:
       raise errors.InputError(
         f"config.rules[{number}] is {values!r}; a rule is (pattern, num_codes "

@@ -4,11 +4,8 @@ Every stage is restored from its checkpoint if an earlier run finished it, so
 the same command goes on where it stopped.
 """
 
-import datetime
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +16,8 @@ from pqf_jax.core import channels, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import discover
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import settings, training, workspace
+from pqf_jax.pipeline import planning, settings, training, workspace
+from pqf_jax.pipeline import results as telling
 from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
@@ -39,6 +37,7 @@ def compress(config: ml_collections.ConfigDict, workdir: str | None) -> None:
       progress.say(f"already done: {files.packed_file}, {files.report_file}")
       return
     dense, dense_record = dense_stage(job)
+    job = plan_stage(job, dense)
     permuted, permute_record = permute_stage(job, dense)
     quantized, quantize_record = quantize_stage(job, permuted)
     records = {
@@ -75,6 +74,20 @@ def dense_stage(job: jobs.Job) -> Staged:
   )
   job.files.checkpoints.drop_progress("train")
   return staged
+
+
+def plan_stage(job: jobs.Job, dense: PyTree) -> jobs.Job:
+  """Returns the job with rules for `config.target_bytes`, where it is given."""
+  if not job.config.target_bytes:
+    return job
+
+  def compute() -> Staged:
+    progress.say(f"choosing rules for {job.config.target_bytes:,} bytes")
+    rules = planning.choose_rules(job.config, job.network, job.loaded, dense)
+    return {}, {"rules": rules}
+
+  _, record = job.run("plan", {}, compute)
+  return job.planned(record["rules"])
 
 
 def permute_stage(job: jobs.Job, dense: PyTree) -> Staged:
@@ -249,72 +262,10 @@ def finish(
   records["packed"] = record | {"seconds": time.perf_counter() - start}
   storage = settings.make_storage(job.config)
   size = plans.predict_size(job.plan, job.template, storage)
-  results = make_results(job, size, packed.payload_bytes, records)
+  results = telling.make_results(job, size, packed.payload_bytes, records)
   if distributed.is_lead():
     pictures = job.loaded.pictures({"dense": dense, "compressed": loaded})
-    write_report(job, size.layers, records, results, pictures)
+    telling.write_report(job, size.layers, records, results, pictures)
   files.write_results(results)
   progress.show(report.closing_table(results))
   progress.say(f"written: {files.packed_file}, {files.report_file}")
-
-
-def make_results(
-  job: jobs.Job,
-  size: plans.SizeReport,
-  payload_bytes: int,
-  records: dict[str, checkpoint.Record],
-) -> dict[str, Any]:
-  """Returns the content of results.json; see `report.schema.Results`.
-
-  Args:
-    job: what the stages share.
-    size: predicted by the plan.
-    payload_bytes: counted on the packed buffers.
-    records: {stage: record with 'evaluation' and 'seconds'}; 'packed' is the
-      evaluation of the file.
-  """
-  figures = {
-    f"{name}_{stage}": value
-    for stage, record in records.items()
-    for name, value in record["evaluation"].items()
-    if name != "images"
-  }
-  file_bytes = job.files.packed_file.stat().length
-  return {
-    "name": job.config.name,
-    "command": shlex.join(["python", *sys.argv]),
-    "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-    "seed": job.config.seed,
-    "device": jax.devices()[0].device_kind,
-    "images": records["packed"]["evaluation"]["images"],
-    "metrics": dict(job.task.metrics),
-    **figures,
-    "dense_bytes": size.dense_bytes,
-    "payload_bytes": payload_bytes,
-    "file_bytes": file_bytes,
-    "ratio": size.dense_bytes / file_bytes,
-    "seconds": {stage: record["seconds"] for stage, record in records.items()},
-    "file": job.files.packed_file.name,
-    "storage": job.config.storage.to_dict(),
-  }
-
-
-def write_report(
-  job: jobs.Job,
-  layers: Sequence[plans.LayerSize],
-  records: dict[str, checkpoint.Record],
-  results: dict[str, Any],
-  pictures: Sequence[bytes],
-) -> None:
-  """Writes report.html."""
-  report.write_html(
-    job.files.report_file,
-    results,
-    config=job.config.to_dict(),
-    layers=layers,
-    distortion=records["quantized"]["distortion"],
-    # No order changes the sub-vectors of the other groups.
-    groups=[row for row in records["permuted"]["groups"] if row["consumers"]],
-    history=job.files.history(),
-    pictures=pictures,
-  )

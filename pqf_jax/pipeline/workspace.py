@@ -13,6 +13,7 @@ from pqf_jax import errors, report
 from pqf_jax.core import storage
 from pqf_jax.pipeline import settings
 from pqf_jax.runtime import checkpoint, distributed, files, progress
+from pqf_jax.runtime import results as sealing
 
 Results = dict[str, Any]
 # How processes find each other, and programs, changes no result, and how
@@ -23,8 +24,7 @@ NOT_COMPARED = (
   *("compilation_cache", "compilation_cache_megabytes"),
   *(f"storage.{name}" for name in storage.CHOICES),
 )
-# Field of config.json with the digests of weights and data, and of results.json
-# with its own.
+# Field of config.json with the digests of weights and data.
 SHA256 = "sha256"
 
 
@@ -52,7 +52,7 @@ class Workspace:
     self.report_file = path / "report.html"
     self._config_file = path / "config.json"
     self._metrics_file = path / "metrics.jsonl"
-    self.results_file = path / "results.json"
+    self.results_file = path / sealing.NAME
     # As JSON reads it back, so that tuples and lists are alike.
     self._config = json.loads(json.dumps(config.to_dict()))
     self._curves = (
@@ -116,14 +116,15 @@ class Workspace:
     if not self.results_file.exists():
       return None
     results = files.read_json(self.results_file)
-    stored = results.pop(SHA256, None)
+    stored = results.pop(sealing.SHA256, None)
     if stored is None:
       raise errors.InputError(
         f"{self.results_file} is not of this version of the program: it has no "
-        f"field {SHA256!r}; move it elsewhere, and the same command makes it "
-        "again from the finished stages"
+        f"field {sealing.SHA256!r}; move it elsewhere, and the same command "
+        "makes it again from the finished stages"
       )
-    whole = stored == self._digest(results) and self.report_file.exists()
+    digest = sealing.digest(results, self.packed_file)
+    whole = stored == digest and self.report_file.exists()
     if whole and results.get("storage") == self._config["storage"]:
       return results
     progress.say(
@@ -136,9 +137,8 @@ class Workspace:
     """Writes results.json, which marks the run as finished."""
     if distributed.is_lead():
       plain = report.plain(results)
-      report.write_json(
-        self.results_file, plain | {SHA256: self._digest(plain)}
-      )
+      digest = sealing.digest(plain, self.packed_file)
+      report.write_json(self.results_file, plain | {sealing.SHA256: digest})
 
   def log(self, record: dict[str, Any]) -> None:
     """Appends to metrics.jsonl, and to TensorBoard where asked for."""
@@ -182,14 +182,6 @@ class Workspace:
         f"the workdir {path} holds {', '.join(names)}, but no config.json that "
         "says of which run; put it back, or use another --workdir"
       )
-
-  def _digest(self, results: Results) -> str:
-    """Returns the sha256 of results and of the packed file, where it exists."""
-    digest = hashlib.sha256(json.dumps(results, sort_keys=True).encode())
-    if self.packed_file.exists():
-      files.check_regular(self.packed_file)
-      digest.update(self.packed_file.read_bytes())
-    return digest.hexdigest()
 
 
 def code_digest() -> str:

@@ -23,9 +23,16 @@ def run(config: ml_collections.ConfigDict) -> None:
   device.
 
   Raises:
-    InputError: unknown topology, no libtpu, a batch that the chips cannot
-      share, or one that does not fit into their memory.
+    InputError: rules that are still to be chosen, unknown topology, no libtpu,
+      a batch that the chips cannot share, or one that does not fit into their
+      memory.
   """
+  if config.target_bytes:
+    raise errors.InputError(
+      f"config.target_bytes is {config.target_bytes}: it chooses rules by the "
+      "weights and data, without which preflight works; give "
+      "--config.target_bytes=0 for config.rules, which need about as much"
+    )
   target = hardware.parse(config.topology)
   jobs.check_batches(config, ("finetune",), num_devices=target.num_chips)
   devices = hardware.open_devices(target)

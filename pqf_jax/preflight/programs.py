@@ -17,7 +17,7 @@ from pqf_jax import finetune, kmeans, tasks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import training
+from pqf_jax.pipeline import planning, training
 from pqf_jax.preflight import costs, hardware, table
 from pqf_jax.runtime import distributed, progress
 
@@ -59,7 +59,7 @@ class Programs:
   ):
     self._config, self._target, self._mesh = config, target, mesh
     network, self._template = jobs.build_network(config)
-    self._plan = jobs.make_plan(config, network, self._template)
+    self._plan = planning.make_plan(config, network, self._template)
     task = tasks.get(config.task)
     task.check(config, network, self._template, num_devices=target.num_chips)
     self._abstract = task.abstract_programs(config, network)

@@ -4,6 +4,7 @@ This package draws and writes; it computes nothing.
 """
 
 from pqf_jax.report.html import write_html as write_html
+from pqf_jax.report.packed import write_inspection as write_inspection
 from pqf_jax.report.records import append_metric as append_metric
 from pqf_jax.report.records import plain as plain
 from pqf_jax.report.records import read_metrics as read_metrics

@@ -5,14 +5,16 @@ show.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from pqf_jax import inspection
 from pqf_jax.core import plan
 from pqf_jax.report import schema, text
 
 MAX_POINTS = 240
 MAX_ROWS = 24
+STEP = 32  # of a logarithmic axis: two of them are a unit of bytes
 STAGE_TITLES = {"train": "Training", "finetune": "Fine-tuning"}
 
 Point = tuple[float, float]
@@ -42,6 +44,7 @@ class Bars(NamedTuple):
     title: short;  caption: how to read it.
     legend: one name a bar of a row; empty where a row has one bar.
     rows: the first `MAX_ROWS` at most;  more: the other rows, folded away.
+    ticks: marks of the axis, in percent; empty where the figures say enough.
   """
 
   title: str
@@ -49,6 +52,7 @@ class Bars(NamedTuple):
   legend: tuple[str, ...]
   rows: Sequence[Row]
   more: Sequence[Row]
+  ticks: Sequence["Tick"] = ()
 
 
 class Tick(NamedTuple):
@@ -93,22 +97,29 @@ def score_charts(results: schema.Results) -> list[Bars]:
 
 
 def size_chart(layers: Sequence[plan.LayerSize]) -> Bars:
-  """Charts the bytes of each kernel, dense and compressed."""
+  """Charts the bytes of each kernel, dense and compressed.
+
+  The axis is logarithmic: sizes of a network span five powers of ten.
+  """
   kernels = [layer for layer in layers if len(layer.shape) >= 2]
   sizes = [
     (schema.dense_bytes(layer), layer.payload_bytes) for layer in kernels
   ]
-  largest = max(dense for dense, _ in sizes)
+  axis = _LogAxis.of([size for pair in sizes for size in pair])
   rows = [
     _layer_row(
       layer.path,
-      (100 * dense / largest, 100 * packed / largest),
+      (axis.percent(dense), axis.percent(packed)),
       f"{text.size(dense)} → {text.size(packed)}",
     )
     for layer, (dense, packed) in zip(kernels, sizes, strict=True)
   ]
-  caption = "A kernel in float32, and its codes and codebook in the file."
-  return _bars("Bytes by layer", caption, rows, ("float32", "compressed"))
+  caption = (
+    "A kernel in float32, and its codes and codebook in the file. From mark to "
+    f"mark there are {STEP} times as many bytes."
+  )
+  bars = _bars("Bytes by layer", caption, rows, ("float32", "compressed"))
+  return bars._replace(ticks=axis.ticks())
 
 
 def distortion_chart(distortion: Mapping[str, float]) -> Bars:
@@ -127,6 +138,26 @@ def distortion_chart(distortion: Mapping[str, float]) -> Bars:
     "their variance."
   )
   return _bars("Distortion by layer", caption, rows)
+
+
+def use_chart(kernels: Sequence[inspection.Kernel]) -> Bars:
+  """Charts the bits of each kernel's codes, and their entropy."""
+  most = max((math.log2(k.size.num_codes) for k in kernels), default=1)
+  rows = []
+  for kernel in kernels:
+    bits = math.log2(kernel.size.num_codes)
+    rows.append(
+      _layer_row(
+        kernel.size.path,
+        (100 * bits / most, 100 * kernel.entropy / most),
+        f"{kernel.entropy:.2f} of {bits:.4g} bits",
+      )
+    )
+  caption = (
+    "Bits of a code, and its entropy: the bits that the best code for these "
+    "frequencies would need."
+  )
+  return _bars("Use of codes", caption, rows, ("bits of a code", "entropy"))
 
 
 def permutation_charts(groups: Sequence[schema.Group]) -> list[Bars]:
@@ -269,6 +300,37 @@ class _Axis(NamedTuple):
 
   def ticks(self) -> list[Tick]:
     return [Tick(self.percent(mark), f"{mark:g}") for mark in self.marks]
+
+
+class _LogAxis(NamedTuple):
+  """A logarithmic axis of bytes, with marks at powers of `STEP`.
+
+  Attributes:
+    first: power of the mark at its beginning;  high: value at its end.
+  """
+
+  first: int
+  high: float
+
+  @classmethod
+  def of(cls, sizes: Iterable[int]) -> "_LogAxis":
+    """Returns the axis on which each size of 2 or more has a bar."""
+    filled = [size for size in sizes if size] or [STEP]
+    first = 0
+    while STEP ** (first + 1) < min(filled):
+      first += 1
+    return cls(first, max(*filled, STEP ** (first + 1)))
+
+  def percent(self, size: float) -> float:
+    length = math.log(self.high, STEP) - self.first
+    return 100 * (math.log(size, STEP) - self.first) / length if size else 0
+
+  def ticks(self) -> list[Tick]:
+    last = math.floor(math.log(self.high, STEP) + 1e-9)
+    return [
+      Tick(self.percent(STEP**power), text.round_size(STEP**power))
+      for power in range(self.first, last + 1)
+    ]
 
 
 def _axis(low: float, high: float, *, widen: bool = False) -> _Axis:

@@ -1,6 +1,7 @@
-"""Draws images with their objects, side by side."""
+"""Draws images with their objects, side by side, and codebooks."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,10 @@ TINT = 0.45
 MIN_SIDE = 512
 MARGIN, FONT_SIZE = 8, 12
 PAPER, INK = (255, 255, 255), (30, 30, 30)
+# Of a codebook: negative, zero and positive weights, which differ for everyone.
+BLUE, WHITE, ORANGE = (10, 80, 180), (247, 247, 247), (200, 80, 10)
+WEIGHT_PIXELS = 4
+SATURATED = 0.99  # of the weights are below the strongest color
 
 
 def captions(
@@ -104,3 +109,49 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]]) -> bytes:
   file = io.BytesIO()
   sheet.save(file, format="PNG", optimize=True)
   return file.getvalue()
+
+
+def draw_codewords(codewords: np.ndarray, taps: Sequence[int]) -> bytes:
+  """Draws codewords in a grid, row by row.
+
+  Where taps make an image, as those of a 3x3 kernel do, a codeword is a row of
+  such images, one a channel; else it is a column of its weights.
+
+  Args:
+    codewords: [K, D], ordered (channel, taps).
+    taps: sizes of the taps; their product divides D.
+
+  Returns:
+    A PNG file, twice as wide as high or nearly so; what is between the
+    codewords is transparent.
+  """
+  num_codes, length = codewords.shape
+  height, width = taps if len(taps) == 2 and min(taps) > 1 else (length, 1)
+  images = codewords.reshape(num_codes, -1, height, width)
+  tiles = images.transpose(0, 2, 1, 3).reshape(num_codes, height, -1)
+  strongest = np.quantile(np.abs(tiles), SATURATED) or 1
+  levels = np.rint(127 + 127 * np.clip(tiles / strongest, -1, 1))
+  # One pixel a weight, a gap of one behind each tile.
+  gap, (high, wide) = 255, (height + 1, tiles.shape[2] + 1)
+  columns = min(num_codes, math.ceil(math.sqrt(2 * num_codes * high / wide)))
+  rows = -(-num_codes // columns)
+  grid = np.full((rows * columns, high, wide), gap, np.uint8)
+  grid[:num_codes, :-1, :-1] = levels
+  sheet = grid.reshape(rows, columns, high, wide).transpose(0, 2, 1, 3)
+  picture = Image.fromarray(sheet.reshape(rows * high, columns * wide))
+  picture.putpalette(_palette())
+  file = io.BytesIO()
+  size = (WEIGHT_PIXELS * picture.width, WEIGHT_PIXELS * picture.height)
+  picture.resize(size, Image.Resampling.NEAREST).save(
+    file, format="PNG", optimize=True, transparency=gap
+  )
+  return file.getvalue()
+
+
+def _palette() -> list[int]:
+  """Returns the colors of the levels 0 to 254, of which 127 is zero."""
+  shares = np.linspace(0, 1, 128)[:, None]
+  low = BLUE + shares * np.subtract(WHITE, BLUE)
+  high = WHITE + shares * np.subtract(ORANGE, WHITE)
+  colors = np.concatenate([low, high[1:], [WHITE]])
+  return [int(value) for value in np.rint(colors).ravel()]

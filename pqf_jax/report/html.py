@@ -24,7 +24,7 @@ def write_html(
   *,
   config: Mapping[str, Any],
   layers: Sequence[plan.LayerSize],
-  distortion: Mapping[str, float],
+  inputs: Sequence[tuple[Sequence[int], str]],
   groups: Sequence[schema.Group],
   history: Sequence[schema.Record],
   pictures: Sequence[bytes],
@@ -36,21 +36,15 @@ def write_html(
     results: see `schema.Results`.
     config: content of `config.json`.
     layers: every variable that the packed file stores.
-    distortion: {path: relative error} of the quantized kernels.
+    inputs: (shape, type) of each input of the network.
     groups: the channel groups that a kernel reads.
     history: content of `metrics.jsonl`.
     pictures: PNG files.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("pqf_jax.report"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters["breakable"] = _breakable
+  distortion = results["distortion"]
   lines, total = tables.plan_lines(layers)
-  page = environment.get_template("report.html").render(
+  page = render(
+    "report.html",
     title=results["name"],
     facts=[
       results["date"],
@@ -59,7 +53,7 @@ def write_html(
       f"{results['images']:,} test images",
     ],
     tiles=_tiles(results),
-    file=json.dumps(results["file"]),
+    snippet=_snippet(results["file"], config["model"], inputs),
     score_charts=charts.score_charts(results),
     curves=charts.curves(history, results),
     layer_charts=[
@@ -71,14 +65,50 @@ def write_html(
     columns=tables.COLUMNS,
     lines=lines,
     total=total,
-    distortion={path: text.percent(e) for path, e in distortion.items()},
+    extra={"distortion": percents(distortion)},
     seconds={
       stage: text.duration(took) for stage, took in results["seconds"].items()
     },
+    versions=results["versions"],
     command=results["command"],
     config=json.dumps(config, indent=2),
   )
   files.write(path, page.encode())
+
+
+def render(template: str, **values: Any) -> str:
+  """Returns a page made of one of `templates`."""
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("pqf_jax.report"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters["breakable"] = _breakable
+  return environment.get_template(template).render(values)
+
+
+def _snippet(
+  file: str,
+  model: Mapping[str, Any],
+  inputs: Sequence[tuple[Sequence[int], str]],
+) -> str:
+  """Returns a program that applies the packed network to inputs of zeros."""
+  settings = [f"{k}={v!r}" for k, v in model.items() if k != "name"]
+  zeros = [f"jnp.zeros({tuple(shape)}, {kind!r})" for shape, kind in inputs]
+  return f"""import jax.numpy as jnp
+import pqf_jax
+from pqf_jax import models
+
+model = models.get_model({model["name"]!r}).make({", ".join(settings)})
+variables = pqf_jax.load({file!r})
+outputs = model.apply(variables, {", ".join(zeros)})"""
+
+
+def percents(fractions: Mapping[str, float]) -> dict[str, str]:
+  """Returns fractions by name as text in percent."""
+  return {path: text.percent(value) for path, value in fractions.items()}
 
 
 def _tiles(results: schema.Results) -> list[tuple[str, str, str]]:
@@ -88,6 +118,12 @@ def _tiles(results: schema.Results) -> list[tuple[str, str, str]]:
     ("Smaller", f"{results['ratio']:.1f}×", "than in float32"),
     ("File", text.size(results["file_bytes"]), f"was {before}"),
   ]
+  return tiles + score_tiles(results)
+
+
+def score_tiles(results: schema.Results) -> list[tuple[str, str, str]]:
+  """Returns the last value of each metric, and how far it is from dense."""
+  tiles = []
   for label, by_stage in schema.scores(results).items():
     stage, (value, gap) = list(by_stage.items())[-1]
     name = f"{text.capitalize(label)}, {schema.STAGES[stage]}"

@@ -5,27 +5,22 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pqf_jax.core import plan
-
-STAGES = {
-  "dense": "dense",
-  "permuted": "permuted",
-  "quantized": "quantized",
-  "calibrated": "calibrated",
-  "finetuned": "fine-tuned",
-  "packed": "packed",
-}
+from pqf_jax.runtime.results import STAGES as STAGES
 
 Results = Mapping[str, Any]
 """Content of results.json.
 
     name           of the run, such as 'resnet18 digits'
     command        that repeats it
+    versions       {name: version} of the libraries
     date, device   as text;  seed  integer
     images         test images
     metrics        {metric: label}, such as {"top1": "top-1"}, of the metrics
                    that tables and charts show, in their order
     <m>_<s>        fraction 0..1 of metric m after stage s of `STAGES`, such as
                    top1_dense; metrics without a label are kept, not shown
+    distortion     {path: mean squared error / variance of the weights} of
+                   each quantized kernel, before fine-tuning
     dense_bytes    of the float32 network
     payload_bytes  of codes, codebooks and the rest
     file_bytes     of the packed file, header included

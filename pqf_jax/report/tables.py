@@ -154,5 +154,5 @@ def _table(title: str, *, show_footer: bool = False) -> rich.table.Table:
 def _sums(layers: Sequence[plan.LayerSize]) -> tuple[str, str]:
   """Returns the packed bytes of all layers, and the bits of each weight."""
   num_bytes = sum(layer.payload_bytes for layer in layers)
-  bits = 32 * num_bytes / sum(map(schema.dense_bytes, layers))
+  bits = 32 * num_bytes / max(1, sum(map(schema.dense_bytes, layers)))
   return f"{num_bytes:,}", f"{bits:.2f}"

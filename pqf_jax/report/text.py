@@ -16,6 +16,12 @@ def size(num_bytes: float) -> str:
   return f"{num_bytes:.{digits}f} {UNITS[power]}"
 
 
+def round_size(num_bytes: int) -> str:
+  """Returns bytes that are few of a unit without decimals: `32 KiB`."""
+  power = min((num_bytes.bit_length() - 1) // 10, len(UNITS) - 1)
+  return f"{num_bytes / 1024**power:g} {UNITS[power]}"
+
+
 def percent(fraction: float) -> str:
   """Returns a fraction in percent: `69.76 %`."""
   return f"{100 * fraction:.2f} %"

@@ -51,7 +51,8 @@ class Checkpoints:
 
     Args:
       stage: name, one word.
-      target: the expected tree, of arrays or `jax.ShapeDtypeStruct`s.
+      target: the expected tree, of arrays or `jax.ShapeDtypeStruct`s; {}: the
+        stage has a record alone.
       compute: () -> (tree, JSON record), called if no checkpoint exists.
 
     Raises:
@@ -75,6 +76,8 @@ class Checkpoints:
     if not (self._root / f"{name}.json").exists():
       return None
     record = self._verified_record(name)
+    if not jax.tree.leaves(target):
+      return target, record
     # Without shardings orbax restores only to the devices of the saving run.
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -108,6 +111,19 @@ class Checkpoints:
       files.check_space(self._root, num_bytes)
       # That of a damaged save, which belongs to other arrays.
       (self._root / f"{name}.json").unlink(missing_ok=True)
+    if jax.tree.leaves(tree):  # orbax refuses to save none
+      self._save_arrays(name, tree)
+    elif distributed.is_lead():
+      (self._root / name).mkdir(exist_ok=True)
+    if distributed.is_lead():
+      files.sync_tree(self._root / name)
+      record = json.loads(json.dumps(record))  # as it will be read
+      sealed = record | {"sha256": self._digest(name, record)}
+      record_file = self._root / f"{name}.json"
+      files.write(record_file, json.dumps(sealed, indent=2).encode())
+    distributed.barrier(f"saved {name}")
+
+  def _save_arrays(self, name: str, tree: PyTree) -> None:
     # With several processes, orbax refuses arrays of a single one.
     if jax.process_count() > 1:
       tree = distributed.replicate(tree)
@@ -120,13 +136,6 @@ class Checkpoints:
         if "RESOURCE_EXHAUSTED" in str(error):
           raise files.disk_full(self._root / name) from error
         raise
-    if distributed.is_lead():
-      files.sync_tree(self._root / name)
-      record = json.loads(json.dumps(record))  # as it will be read
-      sealed = record | {"sha256": self._digest(name, record)}
-      record_file = self._root / f"{name}.json"
-      files.write(record_file, json.dumps(sealed, indent=2).encode())
-    distributed.barrier(f"saved {name}")
 
   def save_progress(
     self, stage: str, step: int, tree: PyTree, record: Record

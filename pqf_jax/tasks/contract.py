@@ -1,6 +1,6 @@
 """What a task must have; the stages and the preflight use nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -34,6 +34,8 @@ class LoadedTask(NamedTuple):
       does not go on with them.
     labelled: the same on other training images, which have labels; None: all
       have. Stage 0 trains on them.
+    hidden: of `Task.metrics`, those that tell nothing on these data; tables
+      and charts leave them out.
   """
 
   num_train: int
@@ -45,6 +47,7 @@ class LoadedTask(NamedTuple):
   pictures: Callable[[Mapping[str, PyTree]], list[bytes]]
   fingerprint: Callable[[], str] = lambda: ""
   labelled: "LoadedTask | None" = None
+  hidden: Collection[str] = ()
 
   def for_stage(self, stage: str) -> "LoadedTask":
     """Returns what 'train' or 'finetune' trains on."""

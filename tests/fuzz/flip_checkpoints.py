@@ -21,7 +21,7 @@ from pqf_jax import errors, models
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees
 from pqf_jax.pipeline import job as jobs
-from pqf_jax.pipeline import training
+from pqf_jax.pipeline import planning, training
 from pqf_jax.runtime import checkpoint
 from tests.fuzz import kill_jobs
 from tests.pipeline import tiny
@@ -88,7 +88,7 @@ def tiny_targets() -> dict[str, PyTree]:
   models.register("tiny", "tests.pipeline.tiny")
   config = tiny.get_config()
   network, template = jobs.build_network(config)
-  plan = jobs.make_plan(config, network, template)
+  plan = planning.make_plan(config, network, template)
   compressed = trees.shapes(plans.compressed_shapes(plan, template))
   return {
     "dense": template,

@@ -1,7 +1,9 @@
 import functools
+import html
 import json
 import os
 import pkgutil
+import re
 import shutil
 
 import jax
@@ -11,8 +13,10 @@ import orbax.checkpoint
 import pytest
 import safetensors.numpy
 
+import pqf_jax
 from pqf_jax import errors, pack, permute, pipeline, report
 from pqf_jax.models import torch_names
+from pqf_jax.pipeline import results as telling
 from pqf_jax.pipeline import training
 from pqf_jax.runtime import files
 from pqf_jax.tasks.classification import task as classification_task
@@ -417,3 +421,52 @@ def test_compression_starts_from_weights_without_training(
     config.weights = str(file)
     results, _ = _run(config, tmp_path / f"run{index}")
     assert results["top1_dense"] == top1
+
+
+def test_results_tell_versions_command_and_distortion(undisturbed):
+  results, _ = undisturbed
+  assert results["versions"]["jax"] == jax.__version__
+  assert results["versions"]["pqf_jax"] == pqf_jax.__version__
+  paths = {"params/conv1/kernel", "params/fc/kernel"}
+  assert results["distortion"].keys() == paths
+  assert all(0 < error < 1 for error in results["distortion"].values())
+
+
+def test_a_finished_run_is_found_beside_its_file(undisturbed, finished):
+  found = pqf_jax.inspect(finished["folder"] / "model.safetensors")
+  results, _ = undisturbed
+  assert found.results == {k: results[k] for k in results if k != "sha256"}
+  assert found.payload_bytes == results["payload_bytes"]
+
+
+def test_top_5_of_ten_classes_is_kept_and_not_shown(undisturbed, finished):
+  results, _ = undisturbed
+  assert results["metrics"] == {"top1": "top-1"}
+  assert results["top5_packed"] > results["top1_packed"]
+  page = (finished["folder"] / "report.html").read_text()
+  assert "top-1" in page.lower() and "top-5" not in page.lower()
+
+
+def test_what_the_report_says_of_loading_runs(
+  undisturbed, finished, monkeypatch
+):
+  page = (finished["folder"] / "report.html").read_text()
+  snippet = re.search(r"<code>(import jax.*?)</code>", page, re.DOTALL)[1]
+  names = {}
+  monkeypatch.chdir(finished["folder"])
+  exec(html.unescape(snippet), names)
+  assert names["outputs"].shape == (1, 10)
+  assert jnp.isfinite(names["outputs"]).all()
+
+
+@pytest.mark.parametrize(
+  ("argv", "command"),
+  [
+    (["main.py", "--workdir=a b"], "python main.py '--workdir=a b'"),
+    (["/usr/bin/pqf-jax", "--recipe=x"], "pqf-jax --recipe=x"),
+    (["/lib/pqf_jax/__main__.py", "-h"], "python -m pqf_jax -h"),
+    (["/lib/other/__main__.py"], "python /lib/other/__main__.py"),
+  ],
+)
+def test_a_command_line_is_what_one_types(argv, command):
+  assert telling.command(argv) == command

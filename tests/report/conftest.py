@@ -87,6 +87,7 @@ def run():
       "python main.py --config=configs/resnet18_digits.py "
       "--workdir=runs/resnet18_digits --config.seed=0"
     ),
+    "versions": {"pqf_jax": "0.1.0", "python": "3.11.7", "jax": "0.10.2"},
     "date": "2001-02-03 04:05 UTC",
     "seed": 17,
     "device": "1 x NVIDIA H100 80GB HBM3",
@@ -116,14 +117,19 @@ def run():
       "pack": 1.75,
     },
     "file": "model.safetensors",
-  }
-  return {
-    "results": results,
-    "config": {"seed": 17, "finetune": {"epochs": 9, "learning_rate": 1e-3}},
-    "layers": layers,
     "distortion": {
       layer.path: float(rng.uniform(0.08, 0.42)) for layer in quantized
     },
+  }
+  return {
+    "results": results,
+    "config": {
+      "seed": 17,
+      "model": {"name": "resnet18", "num_classes": 1000},
+      "finetune": {"epochs": 9, "learning_rate": 1e-3},
+    },
+    "layers": layers,
+    "inputs": [((1, 64, 64, 3), "float32")],
     "groups": groups,
     "history": history,
     "pictures": [],

@@ -5,19 +5,40 @@ import math
 import numpy as np
 import pytest
 
+from pqf_jax.core import plan
 from pqf_jax.report import charts
 
 LOSS_ONLY = {"metrics": {}}
 
 
-def test_bars_are_in_proportion(run):
+def test_bars_of_sizes_grow_with_the_logarithm(run):
   kernels = [layer for layer in run["layers"] if len(layer.shape) > 1]
-  bars = charts.size_chart(run["layers"])
-  widths = np.array([row.widths for row in [*bars.rows, *bars.more]])
-  expected = np.array(
+  chart = charts.size_chart(run["layers"])
+  widths = np.array([row.widths for row in [*chart.rows, *chart.more]])
+  sizes = np.array(
     [(4 * math.prod(layer.shape), layer.payload_bytes) for layer in kernels]
   )
-  np.testing.assert_allclose(widths, 100 * expected / expected.max())
+  assert widths.min() > 0
+  assert widths.max() == pytest.approx(100)
+  assert [tick.label for tick in chart.ticks] == ["1 KiB", "32 KiB", "1 MiB"]
+  marks = np.log([2**10, 2**15, 2**20])
+  places = [tick.position for tick in chart.ticks]
+  assert places[0] == 0
+  slope, offset = np.polyfit(marks, places, 1)
+  np.testing.assert_allclose(widths, slope * np.log(sizes) + offset)
+
+
+def test_a_size_at_a_mark_and_none_at_all_have_bars():
+  layers = [
+    plan.LayerSize("a", (8, 1), 0, 0, 0, 32),
+    plan.LayerSize("b", (0, 4), 0, 0, 0, 0),
+  ]
+  chart = charts.size_chart(layers)
+  assert [row.widths for row in chart.rows] == [(100, 100), (0, 0)]
+  assert charts.size_chart([]).rows == []
+
+
+def test_bars_are_in_proportion(run):
   drops, errors = charts.permutation_charts(run["groups"])
   expected = 0.5 + 0.25 * np.arange(12)
   widths = [row.widths[0] for row in drops.rows]

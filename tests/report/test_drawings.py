@@ -118,3 +118,30 @@ def test_captions():
     "cat 0.50",
     "cat 1.00",
   ]
+
+
+def test_codewords_are_tiles_whose_colors_are_their_weights():
+  rng = np.random.default_rng(0)
+  codewords = rng.choice([-1.0, 0.0, 1.0], (5, 18))
+  picture = Image.open(io.BytesIO(drawings.draw_codewords(codewords, (3, 3))))
+  pixels = np.asarray(picture.convert("RGBA"))[:: drawings.WEIGHT_PIXELS]
+  pixels = pixels[:, :: drawings.WEIGHT_PIXELS]
+  colors = {-1: drawings.BLUE, 0: drawings.WHITE, 1: drawings.ORANGE}
+  columns = pixels.shape[1] // 7
+  for number, codeword in enumerate(codewords):
+    row, column = divmod(number, columns)
+    tile = pixels[4 * row : 4 * row + 3, 7 * column : 7 * column + 6]
+    images = codeword.reshape(2, 3, 3)
+    for y, x in np.ndindex(3, 6):
+      expected = (*colors[int(images[x // 3, y, x % 3])], 255)
+      assert tuple(tile[y, x]) == expected
+  # Gaps, and places behind the last codeword.
+  assert (pixels[..., 3] == 0).sum() == pixels[..., 3].size - 5 * 18
+
+
+@pytest.mark.parametrize("taps", [(), (5,), (1, 1)])
+def test_codewords_without_an_image_are_columns(taps):
+  codewords = np.zeros((7, 10))
+  picture = Image.open(io.BytesIO(drawings.draw_codewords(codewords, taps)))
+  assert picture.height % (11 * drawings.WEIGHT_PIXELS) == 0
+  assert picture.width % (2 * drawings.WEIGHT_PIXELS) == 0

@@ -55,8 +55,9 @@ def test_page_has_every_figure(tmp_path, run):
     ["-1.72", "-1.84", "-26.82", "-0.22", "-6.73"],
     ["6 min 52 s", "38.5 s", "57.1 s", "4 min 19 s", "1.8 s"],
     ["seed 17", "1,797 test images", '"epochs": 9'],
-    ['variables = pqf_jax.load("model.safetensors")'],
+    ["variables = pqf_jax.load('model.safetensors')"],
     [results[key] for key in ("name", "date", "device", "command")],
+    results["versions"].values(),
     [f"{100 * results[key]:.2f} %" for key in results if "top" in key],
   ]
   figures = [figure for part in figures for figure in part]
@@ -66,7 +67,7 @@ def test_page_has_every_figure(tmp_path, run):
       figures.append(f"{layer.payload_bytes:,}")
       dense = 4 * math.prod(layer.shape)
       figures.append(f"{text.size(dense)} → {text.size(layer.payload_bytes)}")
-  figures += map(text.percent, run["distortion"].values())
+  figures += map(text.percent, results["distortion"].values())
   for row in run["groups"]:
     before, after = row["log_det_before"], row["log_det_after"]
     figures.append(f"{before:.1f} → {after:.1f}")
@@ -76,13 +77,15 @@ def test_page_has_every_figure(tmp_path, run):
   missing = [figure for figure in figures if figure not in page.text]
   assert not missing
   titles = " ".join(page.attributes["title"])
-  assert all(path in titles for path in run["distortion"])
+  assert all(path in titles for path in results["distortion"])
   assert "accuracy fell" in titles
 
 
 def test_table_of_layers_has_their_distortions(tmp_path, run):
-  distortion = run["distortion"]
-  without = Page(written(tmp_path, run | {"distortion": {}})).text
+  results = run["results"]
+  distortion = results["distortion"]
+  bare = run | {"results": results | {"distortion": {}}}
+  without = Page(written(tmp_path, bare)).text
   # The chart shows each of them too.
   text_of_page = Page(written(tmp_path, run)).text
   for figure in map(text.percent, distortion.values()):
@@ -90,10 +93,11 @@ def test_table_of_layers_has_their_distortions(tmp_path, run):
 
 
 def test_page_of_a_large_network_folds_rows_and_loses_none(tmp_path, run):
-  run["distortion"] = {f"params/{n}/kernel": 0.1 for n in range(60)}
+  distortion = {f"params/{n}/kernel": 0.1 for n in range(60)}
+  run["results"]["distortion"] = distortion
   page = Page(written(tmp_path, run))
   assert "36 more" in page.text
-  assert run["distortion"].keys() <= page.attributes["title"]
+  assert distortion.keys() <= page.attributes["title"]
 
 
 def test_page_fetches_nothing_and_runs_nothing(tmp_path, run):
@@ -109,12 +113,14 @@ def test_page_escapes_hostile_names(tmp_path, run):
   run["results"] |= dict.fromkeys(("name", "command", "date"), hostile)
   run["results"] |= {"device": hostile, "file": hostile + '");import os#'}
   run["results"]["seconds"] = {hostile: 1.0}
-  run["config"] = {hostile: hostile}
+  run["results"]["versions"] = {hostile: hostile}
+  run["config"] = {hostile: hostile, "model": {"name": hostile}}
   run["layers"] = [
     layer._replace(path=layer.path + hostile) for layer in run["layers"]
   ]
-  run["distortion"] = {
-    path + hostile: value for path, value in run["distortion"].items()
+  run["results"]["distortion"] = {
+    path + hostile: value
+    for path, value in run["results"]["distortion"].items()
   }
   for row in run["groups"]:
     row |= {"group": hostile, "consumers": [hostile], "note": hostile}
@@ -134,7 +140,8 @@ def test_page_escapes_hostile_names(tmp_path, run):
 )
 def test_what_is_empty_leaves_no_empty_section(tmp_path, run, name, heading):
   assert heading in Page(written(tmp_path, run)).text
-  run[name] = type(run[name])()
+  part = run["results"] if name in run["results"] else run
+  part[name] = type(part[name])()
   assert heading not in Page(written(tmp_path, run)).text
 
 
