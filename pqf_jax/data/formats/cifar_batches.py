@@ -1,14 +1,13 @@
 """CIFAR-10 as its authors offer it: an archive of six batches, or its folder.
 
-The batches of `cifar-10-python.tar.gz` are pickles. They are unpickled without
-any class but three stand-ins for NumPy's, so that no file can run code.
-`cifar-10-binary.tar.gz` has plain bytes.
+The batches of `cifar-10-python.tar.gz` are pickles, which are read as plain
+data, so that no file can run code; `cifar-10-binary.tar.gz` has plain bytes.
 """
 
 import gzip
-import io
 import pathlib
 import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,9 @@ TEST = ("test_batch",)
 # Twice what a batch of 10,000 images has, and what an archive unpacks to.
 MAX_BYTES = 2**26
 MAX_UNPACKED = 2**29
+# A batch has a label and the name of a file for every image: 31,000.
+MAX_OPCODES = 2**18
+MAX_WHY = 200
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Pixels uint8 [N, 3072], first all red ones, and labels [N]."""
@@ -95,45 +97,109 @@ def is_in(folder: pathlib.Path) -> bool:
   return any(True for _ in _places(folder))
 
 
+class _Call:
+  """What a pickle asks to be called, and is not.
+
+  Attributes:
+    name: module and function.
+    arguments: of the call.
+    state: of its result.
+  """
+
+  def __init__(self, name: Any, arguments: Any) -> None:
+    self.name, self.arguments, self.state = name, arguments, None
+
+
+_MARK = object()
+
+
+def _read_pickle(data: bytes) -> Any:
+  """Returns what Python 2 pickled; a `_Call` stands for every object.
+
+  Python's own unpickler runs no code either where it finds no class, but ten
+  bytes can make it fill the memory, and a hundred can keep it busy for ever.
+
+  Raises:
+    pickle.UnpicklingError: there is more in it than such a batch needs; others
+      where the bytes are damaged.
+  """
+  stack: list[Any] = []
+  memo: dict[int, Any] = {}
+
+  def pop_items() -> list[Any]:
+    items = []
+    while (item := stack.pop()) is not _MARK:
+      items.append(item)
+    return items[::-1]
+
+  for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+    if number == MAX_OPCODES:
+      raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES} opcodes")
+    match opcode.name:
+      case "PROTO" | "STOP":
+        pass
+      case "BINPUT" | "LONG_BINPUT":
+        memo[argument] = stack[-1]
+      case "BINGET" | "LONG_BINGET":
+        stack.append(memo[argument])
+      case "MARK":
+        stack.append(_MARK)
+      case "NONE" | "NEWFALSE" | "NEWTRUE":
+        constants = {"NONE": None, "NEWFALSE": False, "NEWTRUE": True}
+        stack.append(constants[opcode.name])
+      case "BININT" | "BININT1" | "BININT2" | "GLOBAL":
+        stack.append(argument)
+      case "BINSTRING" | "SHORT_BINSTRING":
+        stack.append(argument.encode("latin-1"))
+      case "EMPTY_DICT":
+        stack.append({})
+      case "EMPTY_LIST":
+        stack.append([])
+      case "TUPLE":
+        stack.append(tuple(pop_items()))
+      case "TUPLE1" | "TUPLE2" | "TUPLE3":
+        length = int(opcode.name[-1])
+        stack[-length:] = [tuple(stack[-length:])]
+      case "APPEND" | "APPENDS":
+        items = pop_items() if opcode.name == "APPENDS" else [stack.pop()]
+        stack[-1].extend(items)
+      case "SETITEM" | "SETITEMS":
+        is_one = opcode.name == "SETITEM"
+        items = [stack.pop(-2), stack.pop()] if is_one else pop_items()
+        if not all(isinstance(key, bytes) for key in items[::2]):
+          raise pickle.UnpicklingError("it has keys that are no names")
+        stack[-1].update(zip(items[::2], items[1::2], strict=True))
+      case "REDUCE":
+        arguments = stack.pop()
+        stack.append(_Call(stack.pop(), arguments))
+      case "BUILD":
+        state = stack.pop()
+        stack[-1].state = state
+      case name:
+        raise pickle.UnpicklingError(f"it has an opcode {name}")
+  return stack.pop()
+
+
 def _from_pickle(data: bytes) -> Batch:
   """Reads a batch that Python 2 pickled, with NumPy's array inside.
 
   Raises:
-    pickle.UnpicklingError: it asks for anything else; others where the bytes
-      are damaged.
+    pickle.UnpicklingError: see `_read_pickle`.
+    ValueError: it has something else in the array's place; others too.
   """
-
-  # Made anew for every file, since a pickle may set their attributes.
-  class Array:
-    def __setstate__(self, state: Any) -> None:
-      _, self.shape, self.dtype, self.is_fortran, self.content = state
-
-  class Type:
-    def __init__(self, code: bytes, *flags: Any) -> None:
-      self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-      pass
-
-  allowed: dict[str, Any] = {
-    "numpy.core.multiarray._reconstruct": lambda *arguments: Array(),
-    "numpy.ndarray": Array,
-    "numpy.dtype": Type,
-  }
-
-  class Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-      asked = f"{module}.{name}"
-      if asked not in allowed:
-        raise pickle.UnpicklingError(f"it asks for {asked}")
-      return allowed[asked]
-
-  content = Unpickler(io.BytesIO(data), encoding="bytes").load()
+  content = _read_pickle(data)
   array = content[b"data"]
-  if array.dtype.code != b"u1" or array.is_fortran:
+  _, shape, dtype, is_fortran, pixels = array.state
+  if (
+    array.name != "numpy.core.multiarray _reconstruct"
+    or dtype.name != "numpy dtype"
+    or dtype.arguments[0] != b"u1"
+    or is_fortran is not False
+  ):
     raise ValueError("its data are no rows of bytes")
-  pixels = np.frombuffer(array.content, np.uint8).reshape(array.shape)
-  return pixels, np.array(content[b"labels"], np.int64)
+  # Of nested lists np.array would take any time.
+  labels = np.fromiter(content[b"labels"], np.int64)
+  return np.frombuffer(pixels, np.uint8).reshape(shape), labels
 
 
 def _from_bytes(data: bytes) -> Batch:
@@ -245,7 +311,8 @@ def _decode(data: bytes, form: Form, where: str) -> Batch:
   try:
     pixels, labels = form.read(data)
   except Exception as error:  # A damaged pickle may raise anything.
-    raise _damaged(where, form, str(error) or type(error).__name__) from error
+    why = str(error) or type(error).__name__  # it may show all of a line
+    raise _damaged(where, form, why[:MAX_WHY]) from error
   if pixels.ndim != 2 or pixels.shape[1] != NUM_VALUES or not len(pixels):
     raise _damaged(where, form, f"its images are of shape {pixels.shape}")
   if labels.shape != pixels.shape[:1] or not (

@@ -45,6 +45,13 @@ def test_python_2_could_have_written_the_pickles():
     assert batch[b"labels"] == labels
 
 
+def with_nested_labels():
+  """Returns a batch whose label 7 is a list of 2**60 lists."""
+  nested = b"]q\0" + 60 * b"](h\0h\0eq\0"
+  batch = tiny_cifar.pickled(BATCHES["test_batch"][0], [1, 2, 3, 7])
+  return batch.replace(b"J\7\0\0\0", nested, 1)
+
+
 class Planted:
   def __reduce__(self):
     return print, ("code was run",)
@@ -53,10 +60,18 @@ class Planted:
 @pytest.mark.parametrize(
   ("content", "why"),
   [
-    (pickle.dumps(Planted(), 2), "asks for (__builtin__|builtins).print"),
-    (pickle.dumps({b"data": np.array([Planted()])}, 4), "asks for numpy._core"),
-    (pickle.dumps({b"labels": [1]}, 4), "data"),
-    (b"", "Ran out of input"),
+    (pickle.dumps(Planted(), 2), "an opcode BINUNICODE"),
+    (pickle.dumps(Planted(), 0), "an opcode PUT"),
+    (pickle.dumps({b"data": np.array([Planted()])}, 4), "an opcode FRAME"),
+    (b"\x80\x02}.", "data"),
+    # Python's unpickler makes room for 2**32 objects.
+    (b"\x80\x02}r\xff\xff\xff\xff.", "data"),
+    # It computes 2**60 hashes.
+    (b"\x80\x02}N" + 60 * b"q\0h\0\x86" + b"Ns.", "keys that are no names"),
+    # Of as many labels np.array would make an array.
+    (with_nested_labels(), ""),
+    (b"\x80\x02" + 2**18 * b"N" + b".", "more than 262144 opcodes"),
+    (b"", ""),
     (PYTHON[1]["test_batch"][:-900], ""),
     (PYTHON[1]["test_batch"].replace(b"u1", b"i8"), "no rows of bytes"),
     (
@@ -119,6 +134,7 @@ def test_a_copy_of_tensorflow_datasets_comes_first_and_both_are_named(tmp_path):
     data.get_dataset("cifar10", data_dir=str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape:DeprecationWarning")
 @pytest.mark.parametrize("folder_and_files", [PYTHON, BINARY])
 def test_a_changed_byte_gives_images_or_one_message(tmp_path, folder_and_files):
   folder, files = folder_and_files
