@@ -132,7 +132,8 @@ def _read_pickle(data: bytes) -> Any:
       items.append(item)
     return items[::-1]
 
-  for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+  opcodes: Iterator[Any] = pickletools.genops(data)
+  for number, (opcode, argument, _) in enumerate(opcodes):
     if number == MAX_OPCODES:
       raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES} opcodes")
     match opcode.name:
