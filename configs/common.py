@@ -39,10 +39,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.weights = ""
 
   # A trained classifier whose layers stage 0 begins with, where it trains a
-  # network around them (the backbone of a detector); files as in `weights`.
+  # network around them (the backbone of a detector), or the same network with
+  # another number of classes; files as in `weights`, which leave this unused.
   config.backbone = ""
 
-  # Arguments of pqf_jax.models.<name>.make, apart from the name itself.
+  # Arguments of pqf_jax.models.<name>.make, apart from the name itself. Where
+  # a recipe has num_classes, 0 stands for as many as the data set has.
   config.model = ml_collections.ConfigDict()
   config.model.name = ""
 
@@ -54,6 +56,13 @@ def get_config() -> ml_collections.ConfigDict:
   # train/; they need no labels, so all of the loss must follow the teacher.
   config.data.unlabelled = ""
   config.data.image_size = 0  # pixels; 0: as is usual for the data set
+  # How an image becomes one of that size, where that is not to be as is usual
+  # for the data set (-1, 0 or ''); see pqf_jax.data.Preparation.
+  config.data.resize = -1  # pixels of the short side; 0: images are not resized
+  config.data.crop = 0  # pixels a side
+  config.data.padding = -1  # black pixels around an image before its 'crop'
+  # 'crop' and 'random_resized_crop', either with ',flip'; 'flip' or 'none'.
+  config.data.augmentation = ""
   config.data.num_objects = 0  # most in an image; 0: as many as there are
   # Of red, green and blue in 0..1; empty: those of the data set.
   config.data.mean = ()
@@ -103,6 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Stage 0, where there are no weights to start from, and stage 3.
   config.train = training(epochs=0)
+  # Share of the learning rate for what comes from `backbone`.
+  config.train.backbone_rate = 1.0
   config.finetune = training(epochs=9)
   # The share of the fine-tuning loss, 0 to 1, that compares with the outputs of
   # the dense network instead of the labels, at this temperature; with 1 labels

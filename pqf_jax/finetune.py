@@ -5,14 +5,14 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax, sharding
+from jax import lax, sharding, tree_util
 
 from pqf_jax import errors
 from pqf_jax.core import plan as plans
@@ -225,6 +225,25 @@ def cosine_adam(
     final_learning_rate=final_learning_rate,
     num_steps=num_steps,
   )
+
+
+def slow_down(
+  optimizer: optax.GradientTransformation, paths: Collection[str], rate: float
+) -> optax.GradientTransformation:
+  """Returns the optimizer with shorter steps of some leaves.
+
+  Args:
+    optimizer: any.
+    paths: of the leaves, as `trees.flatten` lists those of the variables.
+    rate: share of their step that they take; 0: none.
+  """
+
+  def are_slow(trainable: PyTree) -> PyTree:
+    return tree_util.tree_map_with_path(
+      lambda key_path, leaf: trees.path_name(key_path) in paths, trainable
+    )
+
+  return optax.chain(optimizer, optax.masked(optax.scale(rate), are_slow))
 
 
 def _check_extras(name: str, **extras: float) -> None:

@@ -371,3 +371,31 @@ def test_collections_of_another_structure_are_named(updated, message):
   step = finetune.make_finetune_step(loss, optimizer)
   with pytest.raises(errors.InputError, match=message):
     step(finetune.init_state(_variables(), optimizer), BATCH)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_what_is_slowed_down_takes_a_share_of_its_step(name, rate):
+  make = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1, momentum=0.9)}[name]
+  rng = np.random.default_rng(0)
+  leaves = {
+    f"layer{i}": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}
+    for i in range(2)
+  }
+  trainable = {"params": leaves | {"frozen": None}}
+  slowed = finetune.slow_down(make, {"params/layer0/kernel"}, rate)
+  states = make.init(trainable), slowed.init(trainable)
+  for _ in range(3):
+    gradients = jax.tree.map(
+      lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+      trainable,
+    )
+    whole, first = make.update(gradients, states[0], trainable)
+    part, second = slowed.update(gradients, states[1], trainable)
+    states = first, second
+    for layer, share in (("layer0", rate), ("layer1", 1.0)):
+      np.testing.assert_allclose(
+        part["params"][layer]["kernel"],
+        np.float32(share) * whole["params"][layer]["kernel"],
+        rtol=1e-6,
+      )

@@ -80,6 +80,11 @@ def _main(arguments, folder, files):
     ),
     (("--config=configs/resnet18.py", "--config.mode=fit"), "'fit'"),
     (
+      ("--recipe=own_images", "--config.mode=plan"),
+      "num_classes is 0, so that the classes of the data are counted: image_f",
+    ),
+    (("--recipe=own_images:resnet18,resnet50",), "name one architecture, not"),
+    (
       ("--config=configs/resnet18.py:cifar10",),
       "give --config.weights=FILE.safetensors",
     ),

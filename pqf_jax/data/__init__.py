@@ -13,17 +13,26 @@ from collections.abc import Callable
 
 from pqf_jax import registry
 from pqf_jax.data.batching import eval_batches, fingerprint, train_batches
-from pqf_jax.data.sources import ImageDataset
-from pqf_jax.data.transforms import normalize
+from pqf_jax.data.sources import (
+  ImageDataset,
+  preparation_changes,
+  prepare_images,
+  prepare_otherwise,
+)
+from pqf_jax.data.transforms import Preparation, normalize
 from pqf_jax.data.unlabelled import use_unlabelled
 
 __all__ = [
   "DATASETS",
   "ImageDataset",
+  "Preparation",
   "eval_batches",
   "fingerprint",
   "get_dataset",
   "normalize",
+  "prepare_images",
+  "prepare_otherwise",
+  "preparation_changes",
   "register",
   "train_batches",
   "use_unlabelled",
@@ -43,6 +52,8 @@ DATASETS = registry.Registry(
   entry_points="pqf_jax.datasets",
 )
 register = DATASETS.register
+# Any data set of tensorflow-datasets: this and its name there.
+TFDS = "tfds:"
 
 
 def usual_size(name: str) -> int:
@@ -50,7 +61,8 @@ def usual_size(name: str) -> int:
 
   It is the module's `IMAGE_SIZE`, or 224 where the data set states none.
   """
-  return getattr(DATASETS.get(name), "IMAGE_SIZE", 224)
+  dataset = None if name.startswith(TFDS) else DATASETS.get(name)
+  return getattr(dataset, "IMAGE_SIZE", 224)
 
 
 def get_dataset(
@@ -59,17 +71,24 @@ def get_dataset(
   """Opens a data set that is on this machine; nothing is downloaded.
 
   Args:
-    name: a name in `DATASETS`.
+    name: a name in `DATASETS`, or 'tfds:NAME' of any data set of image
+      classification that tensorflow-datasets has prepared.
     data_dir: the folder that holds `<name>/<version>/dataset_info.json`, or
       for `imagenet2012` and `image_folder` one that holds `train/CLASS` and
-      `val/CLASS` with the images; `digits` needs none.
+      `val/CLASS` with the images, for `cifar10` its archive; `digits` needs
+      none.
     image_size: side of the images in pixels; None: 32 for `cifar10` and
-      `digits`, 224 for the others of this package.
+      `digits`, 224 for `imagenet2012`, and for the others of this package too,
+      unless their images are smaller.
 
   Raises:
     InputError: no data set has this name, or its files are missing; the
       message says how to prepare them.
   """
+  if name.startswith(TFDS):
+    from pqf_jax.data.datasets import tfds_images  # imports its library
+
+    return tfds_images.load(name.removeprefix(TFDS), data_dir, image_size)
   dataset = DATASETS.get(name)
   load: Loader = getattr(dataset, "load", dataset)
   return load(data_dir, image_size)

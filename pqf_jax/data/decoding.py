@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -26,7 +26,6 @@ from pqf_jax import errors
 from pqf_jax.data import sources
 
 T = TypeVar("T", covariant=True)
-Transform = Callable[[Image.Image], Image.Image]
 # Pillow has readers of 40 more, one of which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 # Above this number Pillow warns of a decompression bomb.
@@ -117,19 +116,14 @@ def open_image(data: bytes, *, annotated: bool = False) -> Image.Image:
     DamagedError: the bytes cannot be decoded, or are an image that is refused.
   """
   try:
-    file = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_header(file)
+    file = _open(data)
     # Pillow turns a TIFF itself when it is loaded.
     turned = _orientation(file) if file.format == "TIFF" else 1
     file.load()
     orientation = _orientation(file)
     image = _to_rgb(file)
-  except UnidentifiedImageError as error:
-    # Its message shows where in memory the bytes are.
-    formats = ", ".join(FORMATS)
-    raise DamagedError(f"it is not an image file ({formats})") from error
   except _DECODING_ERRORS as error:
-    raise DamagedError(str(error) or type(error).__name__) from error
+    raise _damaged(error) from error
   if annotated and (turned, orientation) != (1, 1):
     raise DamagedError(
       f"its EXIF orientation is {max(turned, orientation)}, so that the "
@@ -138,6 +132,33 @@ def open_image(data: bytes, *, annotated: bool = False) -> Image.Image:
     )
   turn = _TURNS.get(orientation)
   return image.transpose(turn) if turn is not None else image
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+  """Reads width and height from the header of a file that `open_image` takes.
+
+  They are those of the pixels as stored, before the EXIF orientation.
+
+  Raises:
+    DamagedError: see `open_image`.
+  """
+  try:
+    return _open(data).size
+  except _DECODING_ERRORS as error:
+    raise _damaged(error) from error
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+  file = Image.open(io.BytesIO(data), formats=FORMATS)
+  _check_header(file)
+  return file
+
+
+def _damaged(error: Exception) -> DamagedError:
+  if isinstance(error, UnidentifiedImageError):
+    # Its message shows where in memory the bytes are.
+    return DamagedError(f"it is not an image file ({', '.join(FORMATS)})")
+  return DamagedError(str(error) or type(error).__name__)
 
 
 def _check_header(image: ImageFile.ImageFile) -> None:
@@ -233,6 +254,10 @@ class EncodedDataset(Protocol):
   def num_classes(self) -> int:
     """The number of classes; labels are below."""
 
+  @property
+  def split_names(self) -> Sequence[str]:
+    """The splits that there are."""
+
   def split(self, name: str) -> EncodedImages:
     """Returns the images of a split, such as `train`."""
 
@@ -250,7 +275,7 @@ class Records:
     self,
     encoded: EncodedImages,
     num_classes: int,
-    transform: Transform,
+    transform: sources.Transform,
     *,
     max_damaged: int = 0,
   ) -> None:
@@ -342,7 +367,7 @@ class InMemory:
 
 
 def for_training(
-  encoded: EncodedImages, num_classes: int, transform: Transform
+  encoded: EncodedImages, num_classes: int, transform: sources.Transform
 ) -> Records:
   """Returns records that replace damaged images.
 

@@ -1,14 +1,16 @@
 """Finds the prepared copy of a data set in a folder, and opens it.
 
 A copy is what tensorflow-datasets prepared, in array_record or in TFRecord
-files, or folders of images. Nothing is downloaded. A wrong folder is refused
-here, because tensorflow-datasets names the wrong cause: it reports a missing
-folder as an unknown format.
+files, or has a layout of its own, such as folders of images. Nothing is
+downloaded. A wrong folder is refused here, because tensorflow-datasets names
+the wrong cause: it reports a missing folder as an unknown format.
 """
 
+import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from etils import epath
 
@@ -17,23 +19,49 @@ from pqf_jax.data import decoding
 from pqf_jax.data.formats import image_files, tfds_folder, tfds_info
 
 
+class Layout(NamedTuple):
+  """Files of a data set that tensorflow-datasets did not prepare.
+
+  They are read locally only.
+
+  Attributes:
+    text: what a folder must hold, for messages.
+    is_in: whether it seems to.
+    open: opens the folder; raises an `InputError` where it is not complete.
+  """
+
+  text: str
+  is_in: Callable[[pathlib.Path], bool]
+  open: Callable[[pathlib.Path], decoding.EncodedDataset]
+
+
+def image_folders(class_names: Sequence[str] = ()) -> Layout:
+  """Returns the layout of `image_files.Folder`."""
+  return Layout(
+    "train/CLASS and val/CLASS with the images",
+    lambda folder: any(
+      (folder / name).is_dir() for name in ("train", *image_files.TEST_FOLDERS)
+    ),
+    functools.partial(image_files.Folder, class_names=class_names),
+  )
+
+
 def open_copy(
   name: str,
   data_dir: str | None,
   *,
   prepare_command: str = "",
-  class_names: Sequence[str] | None = None,
+  layout: Layout | None = None,
 ) -> decoding.EncodedDataset:
   """Opens the newest version of a data set.
 
   Args:
     name: of the data set.
     data_dir: the folder that holds `<name>/<version>/dataset_info.json`, or
-      `train` and `val`.
+      files of the layout.
     prepare_command: the command that makes a copy, with {data_dir} in place of
-      that folder; '': only folders of images are expected.
-    class_names: names of the folders in `train`, () for any; None: folders of
-      images are not expected.
+      that folder; '': only the layout is expected.
+    layout: another one that the folder may have.
 
   Raises:
     InputError: the folder holds no copy; the message says what was looked for,
@@ -42,8 +70,8 @@ def open_copy(
   layouts = []
   if prepare_command:
     layouts.append(f"{name}/VERSION/{tfds_info.INFO_FILE}")
-  if class_names is not None:
-    layouts.append("train/CLASS and val/CLASS with the images")
+  if layout is not None:
+    layouts.append(layout.text)
   folder = f"the folder that holds {' or '.join(layouts)}"
 
   def advice(new_dir: str) -> str:
@@ -61,13 +89,13 @@ def open_copy(
     newest = max(versions, key=_version_number)
     # Not into `top`: the command would find the data set there already.
     return tfds_folder.Folder(newest, advice(f"{top}_array_record"))
-  if class_names is not None and _has_images(top):
-    return image_files.Folder(pathlib.Path(top), class_names)
+  if layout is not None and _has(layout, top):
+    return layout.open(pathlib.Path(top))
   missing = "" if top.exists() else " (it does not exist)"
   problem = f"{name}: found no {' or '.join(layouts)} in {top}{missing}"
   for parent in (top.parent, top.parent.parent):
     if _versions(parent / name) or (
-      class_names is not None and _has_images(parent)
+      layout is not None and _has(layout, parent)
     ):
       raise errors.InputError(
         f"{problem}, but data_dir={parent} has it: give that folder"
@@ -83,12 +111,9 @@ def _absolute(folder: str) -> epath.Path:
   return epath.Path(os.path.abspath(os.path.expanduser(folder)))
 
 
-def _has_images(folder: epath.Path) -> bool:
-  # Folders of images are read locally only.
-  names = ("train", *image_files.TEST_FOLDERS)
-  return "://" not in os.fspath(folder) and any(
-    (folder / name).is_dir() for name in names
-  )
+def _has(layout: Layout, folder: epath.Path) -> bool:
+  is_local = "://" not in os.fspath(folder)
+  return is_local and layout.is_in(pathlib.Path(folder))
 
 
 def _versions(folder: epath.Path) -> list[epath.Path]:

@@ -27,9 +27,11 @@ class Model(Protocol):
     load_torch(state_dict, template) -> variables: maps weights with torch's
       names. Without it only files of this library can be read.
     arrange(state_dict) -> state_dict: brings torch's layout into the common one
-      where they differ in more than names.
+      where they differ in more than names, or in the names of the layer that
+      depends on `num_classes`.
     backbone(**settings) -> (network, prefix): the classifier that stage 0 can
-      begin with, and where its variables belong; see `config.backbone`.
+      begin with, and where its variables belong; see `config.backbone`. Without
+      it stage 0 can begin with the same network for other classes.
   """
 
   def make(self, **settings: Any) -> "Network":

@@ -162,15 +162,12 @@ def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
 
   See `torch_names`.
   """
-  renamed = _timm_names()
+  return torch_names.torch_to_flax(arrange(state_dict), template)
 
-  def timm_name(name: str) -> str:
-    module, _, entry = name.rpartition(".")
-    return f"{renamed.get(module, module)}.{entry}"
 
-  return torch_names.torch_to_flax(
-    {timm_name(name): value for name, value in state_dict.items()}, template
-  )
+def arrange(state_dict: Mapping[str, Any]) -> torch_names.StateDict:
+  """Returns a state dict with timm's names."""
+  return torch_names.rename_modules(state_dict, _timm_names())
 
 
 def _timm_names() -> dict[str, str]:

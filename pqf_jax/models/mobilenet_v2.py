@@ -1,9 +1,10 @@
 """MobileNetV2 (arXiv 1801.04381) of width 1 as in torchvision.
 
 Variables have torchvision's names: `features.1.conv.0.0.weight` is
-`params/features/1/conv/0/0/kernel`. Maps are [B, H, W, C]. The dropout before
-the classifier is left out: a network whose weights are codes is fine-tuned for
-few epochs and underfits rather than overfits.
+`params/features/1/conv/0/0/kernel`; files may also have timm's, of
+`mobilenetv2_100`. Maps are [B, H, W, C]. The dropout before the classifier is
+left out: a network whose weights are codes is fine-tuned for few epochs and
+underfits rather than overfits.
 """
 
 import functools
@@ -113,5 +114,39 @@ def make(*, num_classes: int, dtype: DTypeLike = jnp.float32) -> MobileNetV2:
 
 
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:
-  """Maps torchvision's state dict to variables; see `torch_names`."""
-  return torch_names.torch_to_flax(state_dict, template)
+  """Maps a state dict with torchvision's or timm's names to variables.
+
+  See `torch_names`.
+  """
+  return torch_names.torch_to_flax(arrange(state_dict), template)
+
+
+def arrange(state_dict: Mapping[str, Any]) -> torch_names.StateDict:
+  """Returns a state dict with torchvision's names."""
+  return torch_names.rename_modules(state_dict, _torchvision_names())
+
+
+def _torchvision_names() -> dict[str, str]:
+  """Returns {module's name in timm's mobilenetv2_100: in torchvision}."""
+  names = {
+    "conv_stem": "features.0.0",
+    "bn1": "features.0.1",
+    "conv_head": "features.18.0",
+    "bn2": "features.18.1",
+    "classifier": "classifier.1",
+  }
+  number = 1
+  for i, (expansion, _, length, _) in enumerate(BLOCKS):
+    convs = ["conv_dw", "conv_pw"]
+    if expansion > 1:
+      convs = ["conv_pw", "conv_dw", "conv_pwl"]
+    last = len(convs) - 1
+    for j in range(length):
+      old, new = f"blocks.{i}.{j}", f"features.{number}.conv"
+      for k, layer in enumerate(convs):
+        # A convolution and its norm are one module, but for the last ones.
+        conv, norm = (f"{k}", f"{k + 1}") if k == last else (f"{k}.0", f"{k}.1")
+        names[f"{old}.{layer}"] = f"{new}.{conv}"
+        names[f"{old}.bn{k + 1}"] = f"{new}.{norm}"
+      number += 1
+  return names

@@ -112,6 +112,23 @@ def flax_to_torch(variables: PyTree) -> StateDict:
   }
 
 
+def rename_modules(
+  state_dict: Mapping[str, Any], names: Mapping[str, str]
+) -> StateDict:
+  """Returns a state dict with other names of some modules.
+
+  Args:
+    state_dict: {module.entry: array}.
+    names: {module: its other name}.
+  """
+
+  def renamed(name: str) -> str:
+    module, _, entry = name.rpartition(".")
+    return f"{names.get(module, module)}.{entry}"
+
+  return {renamed(name): array for name, array in state_dict.items()}
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> StateDict:
   """Reads {name: array} from a `.safetensors` file.
 
@@ -198,9 +215,15 @@ def check_fit(
     if names
   ]
   if listed:
+    # Only kernel and bias of one layer: most likely the classifier's.
+    is_head = {n for n, names in problems.items() if names} == {
+      "of another shape"
+    } and len(problems["of another shape"]) <= 2
     raise errors.InputError(
       f"the weights do not fit the model: {'; '.join(listed)}. Choose other "
       "weights, or the model settings that they were trained with"
+      + ", or give them as config.backbone to train a head anew"
+      * is_head
     )
 
 

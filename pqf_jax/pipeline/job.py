@@ -98,7 +98,11 @@ def prepare(
     InputError: see the functions that it calls.
   """
   task = tasks.get(config.task)
-  stages = [stage for stage in TRAININGS if config[stage].epochs]
+  stages = [
+    stage
+    for stage in TRAININGS
+    if config[stage].epochs and not (stage == "train" and config.weights)
+  ]
   check_batches(config, stages)
   network, template = build_network(config)
   task.check(config, network, template, num_devices=jax.device_count())
@@ -116,17 +120,22 @@ def prepare(
       "nothing to compress: give --config.weights=FILE.safetensors, or train "
       "from scratch with --config.train.epochs=N"
     )
-  backbone = (
-    weights.read_backbone(config.backbone, dict(config.model), template)
-    if config.backbone
-    else {}
-  )
+  backbone = {}
+  if config.backbone and variables is None:
+    backbone = weights.read_backbone(
+      config.backbone,
+      dict(config.model),
+      template,
+      norm_epsilon=contract.norm_epsilon(network),
+      sample=task.sample(config),
+    )
   if config.finetune.epochs:
     contract.check_statistics(network, variables or {}, "config.weights")
   if stages:
     contract.check_statistics(network, backbone, "config.backbone")
   loaded = task.load(config, network)
-  check_training(config, stages, loaded.num_train)
+  for stage in stages:
+    check_training(config, stage, loaded.for_stage(stage).num_train)
   inputs = {"data": loaded.fingerprint(), "backbone": digest(backbone)}
   if variables is not None:
     inputs["weights"] = digest(variables)
@@ -149,39 +158,61 @@ def digest(variables: PyTree) -> str:
   return storage.digest_arrays(sorted(trees.flatten(variables).items()))
 
 
+def count_classes(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """Returns the config with the number of classes of its data in place of 0.
+
+  Raises:
+    InputError: the data are missing.
+  """
+  if config.model.get("num_classes") != 0:
+    return config
+  task: Any = tasks.get(config.task)
+  try:
+    count = task.count_classes(config)
+  except errors.InputError as error:
+    raise errors.InputError(
+      f"config.model.num_classes is 0, so that the classes of the data are "
+      f"counted: {error}"
+    ) from error
+  counted = config.copy_and_resolve_references()
+  counted.model.num_classes = count
+  return counted
+
+
 def check_training(
-  config: ml_collections.ConfigDict, stages: Iterable[str], num_train: int
+  config: ml_collections.ConfigDict, stage: str, num_train: int
 ) -> None:
   """Refuses a training that cannot be run on so many images.
 
   Args:
     config: the recipe.
-    stages: those of 'train' and 'finetune' that will run.
+    stage: 'train' or 'finetune', which will run.
     num_train: training images.
 
   Raises:
     InputError: names the setting, its value and those that fit.
   """
-  for stage in stages:
-    batch_size = config[stage].batch_size
-    if batch_size > num_train:
-      raise errors.InputError(
-        f"config.{stage}.batch_size is {batch_size}, but there are {num_train} "
-        f"training images; choose 1 to {num_train}"
-      )
-    schedule = training.Schedule(
-      config[stage], num_train, config.checkpoint_steps
+  batch_size = config[stage].batch_size
+  if batch_size > num_train:
+    raise errors.InputError(
+      f"config.{stage}.batch_size is {batch_size}, but there are {num_train} "
+      f"training images; choose 1 to {num_train}"
     )
-    if schedule.num_steps > settings.MOST:
-      raise errors.InputError(
-        f"config.{stage}.epochs is {config[stage].epochs}, which are "
-        f"{schedule.num_steps} steps; choose at most "
-        f"{settings.MOST // schedule.steps_per_epoch}"
-      )
-    try:
-      schedule.make_optimizer()
-    except errors.InputError as error:
-      raise errors.InputError(f"config.{stage}: {error}") from error
+  schedule = training.Schedule(
+    config[stage], num_train, config.checkpoint_steps
+  )
+  if schedule.num_steps > settings.MOST:
+    raise errors.InputError(
+      f"config.{stage}.epochs is {config[stage].epochs}, which are "
+      f"{schedule.num_steps} steps; choose at most "
+      f"{settings.MOST // schedule.steps_per_epoch}"
+    )
+  try:
+    schedule.make_optimizer()
+  except errors.InputError as error:
+    raise errors.InputError(f"config.{stage}: {error}") from error
 
 
 def check_batches(

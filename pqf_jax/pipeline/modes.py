@@ -27,6 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     InputError: bad input, found before any long work wherever that can be.
   """
   settings.check(config)
+  given, config = config, jobs.count_classes(config)
   if not (workdir or config.name):
     raise errors.InputError(
       "config.name is empty, but names the default workdir, runs/NAME; give "
@@ -43,6 +44,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     config.compilation_cache, config.compilation_cache_megabytes
   )
   progress.say_everywhere(distributed.banner())
+  if config is not given:
+    progress.say(f"{config.data.name}: {config.model.num_classes} classes")
   distributed.check_agreement(
     {
       "config": config.to_dict(),

@@ -12,6 +12,7 @@ from pqf_jax import errors, permute, tasks
 from pqf_jax.core import blocks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
+from pqf_jax.data import transforms
 from pqf_jax.permutation import search
 
 SEARCHES: dict[str, permute.Search] = {
@@ -38,6 +39,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
   "dtype": ("float32", "bfloat16"),  # float16 would need its losses scaled
   "finetune_from": ("calibrated", "quantized"),
   "pack": ("last", "best"),
+  "data.augmentation": ("", *transforms.AUGMENTATIONS),
 } | {f"storage.{name}": names for name, names in storages.CHOICES.items()}
 MOST = 2**31 - 1
 # Least and most of the numbers in `config.train` and `config.finetune`.
@@ -58,8 +60,12 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "seed": (0, 2**32 - 1),
   "distributed_timeout": (1, MOST),
   "compilation_cache_megabytes": (1, MOST),
-  "model.num_classes": (1, 2**20),
+  "model.num_classes": (0, 2**20),
   "data.image_size": (0, 2**14),
+  "data.resize": (-1, 2**14),
+  "data.crop": (0, 2**14),
+  "data.padding": (-1, 2**14),
+  "train.backbone_rate": (0, 1),
   "data.num_objects": (0, 2**14),
   "target_bytes": (0, 2**50),
   "permute.kmeans_steps": (0, plans.MOST),
@@ -96,7 +102,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.InputError(
         f"config.{name} is {value!r}; give {least:g} to {most:g}"
       )
-  tasks.get(config.task)
+  task = tasks.get(config.task)
+  if values.get("model.num_classes") == 0 and not hasattr(
+    task, "count_classes"
+  ):
+    raise errors.InputError(
+      f"config.model.num_classes is 0, but task {config.task!r} does not count "
+      "classes; give their number"
+    )
   _check_channel_values("mean", config.data.mean, 0)
   _check_channel_values("std", config.data.std, 1e-6)
   make_rules(config.rules)

@@ -211,7 +211,7 @@ def fit(
   teacher: PyTree | None = None,
 ) -> tuple[training.Fitted, checkpoint.Record]:
   """Runs `training.fit` with the settings of a config; 0 epochs do nothing."""
-  task = job.loaded
+  task = job.loaded.for_stage(stage)
   if not stage_settings.epochs:
     _, record = job.evaluated(variables)
     return training.Fitted(variables, variables), record
@@ -241,6 +241,8 @@ def fit(
     metric=next(iter(job.task.metrics)),
     key=job.key(f"{stage} steps"),
     frozen=job.config.frozen,
+    slow=job.backbone,
+    slow_rate=stage_settings.get("backbone_rate", 1.0),
     checkpoints=job.files.checkpoints,
     on_metrics=job.files.log,
   )

@@ -6,7 +6,7 @@ run goes on with exactly the next batch.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,8 @@ def fit(
   metric: str,
   key: jax.Array,
   frozen: Sequence[str] = (),
+  slow: Collection[str] = (),
+  slow_rate: float = 1.0,
   checkpoints: checkpoint.Checkpoints,
   on_metrics: Callable[[dict[str, Any]], None],
 ) -> tuple[Fitted, checkpoint.Record]:
@@ -119,6 +121,8 @@ def fit(
     metric: an epoch with the highest value of it is the best.
     key: random number generator key of the steps.
     frozen: see `finetune.init_state`.
+    slow: paths of variables that learn at a lower rate.
+    slow_rate: their share of the learning rate.
     checkpoints: where progress is saved.
     on_metrics: receives the records of `metrics.jsonl`.
 
@@ -127,6 +131,8 @@ def fit(
     Preempted: the process was asked to stop; all is saved.
   """
   optimizer = schedule.make_optimizer()
+  if slow and slow_rate != 1:
+    optimizer = finetune.slow_down(optimizer, slow, slow_rate)
   step_fn = finetune.make_finetune_step(
     loss_fn,
     optimizer,

@@ -32,6 +32,8 @@ class LoadedTask(NamedTuple):
       these networks do; may be empty.
     fingerprint: () -> text that is another one for other data, so that a run
       does not go on with them.
+    labelled: the same on other training images, which have labels; None: all
+      have. Stage 0 trains on them.
     hidden: of `Task.metrics`, those that tell nothing on these data; tables
       and charts leave them out.
   """
@@ -44,7 +46,12 @@ class LoadedTask(NamedTuple):
   evaluate: Callable[[PyTree], dict[str, float]]
   pictures: Callable[[Mapping[str, PyTree]], list[bytes]]
   fingerprint: Callable[[], str] = lambda: ""
+  labelled: "LoadedTask | None" = None
   hidden: Collection[str] = ()
+
+  def for_stage(self, stage: str) -> "LoadedTask":
+    """Returns what 'train' or 'finetune' trains on."""
+    return (stage == "train" and self.labelled) or self
 
 
 class AbstractPrograms(NamedTuple):
@@ -67,6 +74,8 @@ class Task(Protocol):
   """One kind of network.
 
   Optional members:
+    count_classes(config) -> int: of the data, where `config.model.num_classes`
+      is 0.
     predict(config, network, variables, folder) -> files written: what
       `config.mode=predict` does for one image.
 

@@ -101,6 +101,10 @@ KEYS = {
   "data.dir": DIGITS_DIR,
   "data.unlabelled": DIGITS_DIR,
   "data.image_size": (*WHOLE, "1", "16384"),
+  "data.resize": (*WHOLE, "16384"),
+  "data.crop": (*WHOLE, "16384"),
+  "data.padding": WHOLE,
+  "data.augmentation": (*WORDS, "flip,crop", "crop,random_resized_crop"),
   "data.num_objects": WHOLE,
   "data.mean": CHANNELS,
   "data.std": CHANNELS,
@@ -117,6 +121,7 @@ KEYS = {
   "dtype": (*WORDS, "float16"),
   "norm_statistics": WORDS,
   **{f"train.{name}": values for name, values in TRAINING.items()},
+  "train.backbone_rate": (*REAL, "1.5"),
   **{f"finetune.{name}": values for name, values in TRAINING.items()},
   "distillation": WORDS,
   "distillation.share": (*REAL, "1.5"),
@@ -136,6 +141,12 @@ ACCEPTED = {
   "compilation_cache_megabytes": ("as many as it takes", ("2147483647",)),
   "data.dir": ("not read: digits come with scikit-learn", DIGITS_DIR),
   "data.image_size": ("the usual size; one pixel is an image", ("0", "1")),
+  "data.resize": ("not resized; as is usual", ("0", "-1")),
+  "data.crop": ("as is usual", ("0",)),
+  "data.padding": ("none; as is usual", ("0", "-1")),
+  "data.augmentation": ("as is usual", ("",)),
+  "model.num_classes": ("counted", ("0",)),
+  "train.backbone_rate": ("the backbone stays as it is", ("0",)),
   "data.num_objects": ("as many as there are; digits have none", ("0",)),
   "data.mean": ("those of the data set; black", ("()", "(0,0,0)")),
   "data.std": ("those of the data set", ("()",)),
@@ -174,6 +185,8 @@ NEED_MORE = {
   "model.max_size",
   "data.name",
   "data.image_size",
+  "data.resize",
+  "data.crop",
   "rules",
   "frozen",
   "image",
@@ -214,7 +227,8 @@ def cases() -> Iterator[Case]:
       yield Case(f"model.{key}", value, RESNET, plan)
   for key in ("num_classes", "min_size", "max_size"):
     for value in WHOLE:
-      yield Case(f"model.{key}", value, DETECTOR, plan)
+      if (key, value) != ("num_classes", "0"):  # which others accept
+        yield Case(f"model.{key}", value, DETECTOR, plan)
   for value in REAL:
     yield Case("model.norm_epsilon", value, DETECTOR, plan)
   for value in (*TUPLE, "((0,),)*5", "((-1,),(2,),(3,),(4,),(5,))"):

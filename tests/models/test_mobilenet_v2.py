@@ -29,6 +29,20 @@ def test_paths_are_torchvisions_names_with_slashes():
   assert flat["params/classifier/1/kernel"].shape == (1280, 10)
 
 
+def test_files_with_timms_names_are_read_as_those_with_torchvisions():
+  # Both networks define their layers in the same order.
+  template = shapes(num_classes=mobile_weights.NUM_CLASSES)
+  theirs = resnet_weights.draw(mobile_weights.mobilenet_v2())
+  names = mobile_weights.mobilenet_v2_of_timm()
+  assert list(names.values()) == [array.shape for array in theirs.values()]
+  timms = dict(zip(names, theirs.values(), strict=True))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    mobilenet_v2.load_torch(timms, template),
+    mobilenet_v2.load_torch(theirs, template),
+  )
+
+
 @pytest.mark.parametrize(
   ("channels", "payload_bytes"), [(4, 1_172_460), (8, 951_420)]
 )

@@ -4,7 +4,7 @@ Names and shapes are written out from the tables of the papers;
 `resnet_weights.draw` draws random values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 NUM_CLASSES = 10
 # Even sides distinguish symmetric padding from 'SAME', odd sides floor from
@@ -12,6 +12,7 @@ NUM_CLASSES = 10
 IMAGE_SHAPE = (2, 40, 37, 3)
 Shapes = dict[str, tuple[int, ...]]
 Entries = Iterator[tuple[str, tuple[int, ...]]]
+Stages = Sequence[Sequence[tuple[int, int, int]]]
 
 # (output channels, stride), block by block.
 MOBILENET_V2 = (
@@ -58,13 +59,20 @@ def _mobilenet_v2(num_classes: int) -> Entries:
 
 def efficientnet_lite0(num_classes: int = NUM_CLASSES) -> Shapes:
   """Returns timm's {name: shape} without num_batches_tracked."""
-  return dict(_efficientnet_lite0(num_classes))
+  return dict(_of_timm(EFFICIENTNET_LITE0, num_classes))
 
 
-def _efficientnet_lite0(num_classes: int) -> Entries:
+def mobilenet_v2_of_timm(num_classes: int = NUM_CLASSES) -> Shapes:
+  """Returns timm's {name: shape}, in the order of torchvision's."""
+  lengths, blocks = (1, 2, 3, 4, 3, 3, 1), iter(MOBILENET_V2)
+  stages = [[(*next(blocks), 3) for _ in range(length)] for length in lengths]
+  return dict(_of_timm(stages, num_classes))
+
+
+def _of_timm(stages: Stages, num_classes: int) -> Entries:
   yield from _layer("conv_stem", "bn1", (32, 3, 3, 3))
   c_in = 32
-  for stage, blocks in enumerate(EFFICIENTNET_LITE0):
+  for stage, blocks in enumerate(stages):
     for i, (c_out, _, size) in enumerate(blocks):
       name = f"blocks.{stage}.{i}"
       inner = c_in if stage == 0 else 6 * c_in

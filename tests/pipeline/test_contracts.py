@@ -100,7 +100,7 @@ def test_what_a_network_may_lack_is_not_missed(config, tmp_path, network):
     (Maps, {}, r"'Maps' maps one image to .*\(1, 64, 64, 10\).*\(1, 10\)"),
     (Plain, {"task": "detection"}, "'Plain' cannot take .* 'detection', uint8"),
     (TwoInputs, {"task": "detection"}, "has no method training_outputs"),
-    (Plain, {"backbone": "x.pth"}, "'Plain' is not built around another"),
+    (Plain, {"backbone": "x.pth"}, "no weights file x.pth"),
   ],
 )
 def test_what_a_config_asks_too_much_of_is_refused_before_any_work(

@@ -23,29 +23,31 @@ def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
   del data_dir
   size = image_size or IMAGE_SIZE
   ink, labels = datasets.load_digits(return_X_y=True)
-  sources.check_memory("digits", len(labels), size)
   pixels = np.rint(ink * (255 / MAX_INK)).astype(np.uint8).reshape(-1, 8, 8)
-  images = (Image.fromarray(image).convert("RGB") for image in pixels)
-  records = [
-    {"image": np.asarray(transforms.resize(image, size)), "label": int(label)}
-    for image, label in zip(images, labels, strict=True)
-  ]
+  images = [Image.fromarray(image).convert("RGB") for image in pixels]
   train, test = model_selection.train_test_split(
-    records, test_size=TEST_SHARE, random_state=0, stratify=labels
+    list(zip(images, labels.tolist(), strict=True)),
+    test_size=TEST_SHARE,
+    random_state=0,
+    stratify=labels,
   )
-  return sources.ImageDataset(
+  return sources.prepare_images(
+    # Half a pixel of the scan; a whole one would cut strokes off.
+    transforms.Preparation((size, size), size, size // 16, "crop"),
     name="digits",
-    train=train,
-    test=test,
+    train=functools.partial(_records, train),
+    test=functools.partial(_records, test),
     num_classes=10,
     mean=(MEAN,) * 3,
     std=(STD,) * 3,
-    # Half a pixel of the scan; a whole one would cut strokes off.
-    augment=functools.partial(
-      transforms.random_crop,
-      size=size,
-      padding=size // 16,
-      flip_probability=0.0,
-    ),
-    prepare=functools.partial(transforms.resize, size=size),
+    num_in_memory=len(labels),
   )
+
+
+def _records(
+  images: list[tuple[Image.Image, int]], transform: sources.Transform
+) -> list[sources.Record]:
+  return [
+    {"image": np.asarray(transform(image)), "label": label}
+    for image, label in images
+  ]

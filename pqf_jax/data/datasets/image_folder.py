@@ -1,10 +1,18 @@
-"""Your own photographs: DIR/train/CLASS/* and DIR/val/CLASS/*."""
+"""Your own images: DIR/train/CLASS/* and DIR/val/CLASS/*."""
 
-from pqf_jax.data import locate, sources
-from pqf_jax.data.datasets import imagenet2012
+from pqf_jax.data import locate, photographs, sources
 
 
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
-  """Opens folders of images, which are resized and cropped as ImageNet's."""
-  copy = locate.open_copy("image_folder", data_dir, class_names=())
-  return imagenet2012.make_dataset("image_folder", copy, image_size)
+  """Opens folders of images; see `photographs.fitting`."""
+  copy = locate.open_copy(
+    "image_folder", data_dir, layout=locate.image_folders()
+  )
+  train, test = copy.split("train"), copy.split("validation")
+  return photographs.make_dataset(
+    "image_folder",
+    train,
+    test,
+    copy.num_classes,
+    photographs.fitting(train, image_size),
+  )

@@ -73,7 +73,8 @@ class Folder(decoding.EncodedDataset):
       class_names: the classes that must be in `train`; (): any.
 
     Raises:
-      InputError: a folder is missing, or the classes are not those expected.
+      InputError: a folder is missing, or the classes are not those expected,
+        or only one.
     """
     self._train = top / "train"
     tests = [top / name for name in TEST_FOLDERS if (top / name).is_dir()]
@@ -90,13 +91,24 @@ class Folder(decoding.EncodedDataset):
       )
     self._test = tests[0]
     self.class_names = _folders(self._train)
+    self._are_known = bool(class_names)
     if class_names:
       _check_classes(self._train, self.class_names, class_names)
+    if len(self.class_names) == 1:
+      raise errors.InputError(
+        f"{self._train} has one folder of a class, {self.class_names[0]}; a "
+        "classifier needs two or more: put the images into train/CLASS"
+      )
 
   @property
   def num_classes(self) -> int:
     """The number of folders in `train`."""
     return len(self.class_names)
+
+  @property
+  def split_names(self) -> tuple[str, ...]:
+    """Both splits."""
+    return "train", "validation"
 
   def flat_test_files(self) -> list[str]:
     """Returns the images in `val` itself, if it has no folders of classes."""
@@ -110,7 +122,9 @@ class Folder(decoding.EncodedDataset):
     """Returns the images of `train`, or for any other name those of `val`.
 
     Raises:
-      InputError: there are no images, or some of a class that `train` lacks.
+      InputError: there are no images, or some of a class that `train` lacks,
+        or none of one that it has; where the classes are known, as ImageNet's
+        are, this is a warning.
     """
     folder = self._train if name == "train" else self._test
     class_names = _folders(folder)
@@ -150,11 +164,15 @@ class Folder(decoding.EncodedDataset):
     )
     lacking = [name for name in self.class_names if name not in images_of]
     if lacking:
-      warnings.warn(
+      found = (
         f"{folder} has no images of {len(lacking)} of the {self.num_classes} "
-        f"classes: {_first(lacking)}",
-        stacklevel=2,
+        f"classes: {_first(lacking)}"
       )
+      if not self._are_known:
+        raise errors.InputError(
+          f"{found}; add some, or remove these classes from {self._train}"
+        )
+      warnings.warn(found, stacklevel=2)
     label = {name: number for number, name in enumerate(self.class_names)}
     labels = [label[name] for name in class_names for _ in images_of[name]]
     return Images(list(itertools.chain(*images_of.values())), labels)

@@ -91,6 +91,11 @@ class Folder(decoding.EncodedDataset):
     """The number of classes in `features.json`."""
     return self._info.num_classes
 
+  @property
+  def split_names(self) -> tuple[str, ...]:
+    """The names of the splits."""
+    return tuple(self._info.splits)
+
   def split(self, name: str) -> decoding.EncodedImages:
     """Returns the images of a split.
 
@@ -114,6 +119,16 @@ class Folder(decoding.EncodedDataset):
       files.check_regular(path)
     lengths = self._info.splits[name].shard_lengths
     return Examples(READERS[self._format], paths, lengths)
+
+
+def prepare_command(name: str) -> str:
+  """Returns how a data set is prepared, with {data_dir} for the folder."""
+  return (
+    "where tensorflow is installed too, run "
+    'python -c "import tensorflow_datasets as tfds; '
+    f"tfds.builder('{name}', data_dir='{{data_dir}}', "
+    "file_format='array_record').download_and_prepare()\""
+  )
 
 
 def _parse(record: bytes) -> decoding.EncodedImage:

@@ -1,11 +1,12 @@
 """Reads a weights file of any known kind."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pqf_jax import errors, models, pack
 from pqf_jax.core import trees, vq_array
@@ -31,6 +32,7 @@ def read(
   template: PyTree,
   *,
   norm_epsilon: float | None,
+  anew: Collection[str] = (),
 ) -> PyTree:
   """Reads the variables in a file, checked against the model.
 
@@ -44,6 +46,8 @@ def read(
     model_name: of the module under `pqf_jax.models` that knows torch's names.
     template: the model's variables as `jax.ShapeDtypeStruct`s.
     norm_epsilon: of the network's norms; None: it has none.
+    anew: paths of variables that are zeros, whatever the file has in their
+      place.
 
   Raises:
     InputError: no such file, damaged, with torch's names where the model knows
@@ -56,7 +60,7 @@ def read(
   try:
     if header is not None:
       _check_epsilon(header["norm_epsilon"], norm_epsilon)
-      return _fit_packed(content, template)
+      return _fit_packed(content, template, anew)
     model = models.get_model(model_name)
     if not hasattr(model, "load_torch"):
       raise errors.InputError(
@@ -64,6 +68,16 @@ def read(
         "function load_torch to read; give a file that pqf_jax packed"
       )
     content = _without_prefixes(source, content, template)
+    if anew:
+      if hasattr(model, "arrange"):
+        content = model.arrange(content)
+      content |= {
+        torch_names.torch_name(path): np.zeros(
+          torch_names.torch_shape(path, leaf), np.float32
+        )
+        for path, leaf in trees.flatten(template).items()
+        if path in anew
+      }
     if not authors_files.is_authors_layout(content):
       return model.load_torch(content, template)
     if hasattr(model, "arrange"):
@@ -78,27 +92,52 @@ def read(
 
 
 def read_backbone(
-  source: str, settings: Mapping[str, Any], template: PyTree
+  source: str,
+  settings: Mapping[str, Any],
+  template: PyTree,
+  *,
+  norm_epsilon: float | None,
+  sample: Sequence[Any],
 ) -> dict[str, Any]:
   """Reads the layers that a network takes over from another one.
 
+  That is the classifier around which it is built, or the same network with
+  another number of classes, of which all is taken but what depends on them.
+
   Args:
     source: a trained classifier; see `read`.
-    settings: name and arguments of the model around it, whose module says by
-      `backbone(**settings)` which classifier that is and where it belongs.
+    settings: name and arguments of the model. If its module has a function
+      `backbone(**settings)`, this says which classifier it is built around and
+      where that belongs.
     template: the model's variables as `jax.ShapeDtypeStruct`s.
+    norm_epsilon: of the network's norms; None: it has none.
+    sample: inputs of the network.
 
   Raises:
-    InputError: the model has no backbone, or the file holds another one.
+    InputError: the model has neither a backbone nor a number of classes, or the
+      file holds another network.
   """
   arguments = dict(settings)
   name = arguments.pop("name")
   model = models.get_model(name)
   if not hasattr(model, "backbone"):
-    raise errors.InputError(
-      f"config.backbone is {source!r}, but model {name!r} is not built around "
-      "another network; give --config.weights"
+    if "num_classes" not in arguments:
+      raise errors.InputError(
+        f"config.backbone is {source!r}, but model {name!r} is not built "
+        "around another network and has no num_classes; give --config.weights"
+      )
+    arguments["num_classes"] += 1
+    more = model.make(**arguments).init
+    head = _of_another_shape(
+      template, jax.eval_shape(more, jax.random.key(0), *sample)
     )
+    found = read(source, name, template, norm_epsilon=norm_epsilon, anew=head)
+    taken = trees.flatten(vq_array.decode_params(found))
+    progress.say(
+      f"{source}: {len(taken) - len(head)} of {len(taken)} variables are taken "
+      f"over, not {', '.join(head)}"
+    )
+    return {path: leaf for path, leaf in taken.items() if path not in head}
   classifier, prefix = model.backbone(**arguments)
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   shapes = jax.eval_shape(classifier.init, jax.random.key(0), images)
@@ -111,6 +150,16 @@ def read_backbone(
     found[f"{collection}/{prefix}/{rest}"] = leaf
   wanted = trees.flatten(template)
   return {path: leaf for path, leaf in found.items() if path in wanted}
+
+
+def _of_another_shape(template: PyTree, other: PyTree) -> list[str]:
+  """Returns the paths of the template whose shapes differ in the other tree."""
+  others = trees.flatten(other)
+  return [
+    path
+    for path, leaf in trees.flatten(template).items()
+    if path not in others or others[path].shape != leaf.shape
+  ]
 
 
 def _locate(source: str) -> tuple[str, str]:
@@ -158,10 +207,13 @@ def _check_epsilon(
     )
 
 
-def _fit_packed(variables: PyTree, template: PyTree) -> PyTree:
+def _fit_packed(
+  variables: PyTree, template: PyTree, anew: Collection[str]
+) -> PyTree:
   """Returns the variables in the template's structure and types."""
-  flat = trees.flatten(variables, vq_array.is_vq)
   wanted = trees.flatten(template)
+  zeros = {path: np.zeros(wanted[path].shape, np.float32) for path in anew}
+  flat = trees.flatten(variables, vq_array.is_vq) | zeros
   torch_names.check_fit(
     flat,
     {path: tuple(leaf.shape) for path, leaf in wanted.items()},

@@ -64,6 +64,29 @@ class Classification:
   ) -> contract.LoadedTask:
     """See `contract.Task`."""
     dataset = open_dataset(config)
+    if not config.data.unlabelled:
+      return self._on(dataset, config, network)
+    unlabelled = data.use_unlabelled(dataset, config.data.unlabelled)
+    task = self._on(unlabelled, config, network)
+    if config.weights or not config.train.epochs:
+      return task
+    labelled = self._on(dataset, config, network)
+    return task._replace(
+      labelled=labelled,
+      fingerprint=lambda: f"{labelled.fingerprint()} {task.fingerprint()}",
+    )
+
+  def count_classes(self, config: ml_collections.ConfigDict) -> int:
+    """See `contract.Task`."""
+    return _get_dataset(config).num_classes
+
+  def _on(
+    self,
+    dataset: data.ImageDataset,
+    config: ml_collections.ConfigDict,
+    network: models.Network,
+  ) -> contract.LoadedTask:
+    """Returns the task on a data set."""
     preprocess = functools.partial(
       data.normalize, mean=dataset.mean, std=dataset.std
     )
@@ -112,7 +135,8 @@ class Classification:
     preprocess = functools.partial(
       data.normalize, mean=(0.5,) * 3, std=(1,) * 3
     )
-    side = config.data.image_size or data.usual_size(config.data.name)
+    wanted = config.data
+    side = wanted.crop or wanted.image_size or data.usual_size(wanted.name)
 
     def batch(size: int, fields: contract.Shapes) -> contract.Shapes:
       image = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
@@ -154,11 +178,6 @@ def _check_labels(config: ml_collections.ConfigDict) -> None:
   """Refuses to train on images without labels where the loss needs them."""
   if not config.data.unlabelled:
     return
-  if config.train.epochs and not config.weights:
-    raise errors.InputError(
-      f"config.data.unlabelled is {config.data.unlabelled!r}, but a training "
-      "from scratch needs labels; give --config.weights=FILE"
-    )
   share = config.distillation.share
   if config.finetune.epochs and share < 1:
     raise errors.InputError(
@@ -189,18 +208,15 @@ def open_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
   Raises:
     InputError: they are missing or damaged, or have another number of classes.
   """
-  dataset = data.get_dataset(
-    config.data.name,
-    data_dir=config.data.dir or None,
-    image_size=config.data.image_size or None,
-  )
+  dataset = _get_dataset(config)
   if dataset.num_classes != config.model.num_classes:
     raise errors.InputError(
       f"config.model.num_classes is {config.model.num_classes}, but "
       f"{config.data.name} has {dataset.num_classes} classes"
     )
-  if config.data.unlabelled:
-    dataset = data.use_unlabelled(dataset, config.data.unlabelled)
+  changes = data.preparation_changes(config.data)
+  if changes:
+    dataset = data.prepare_otherwise(dataset, **changes)
   return dataset._replace(
     mean=tuple(config.data.mean) or dataset.mean,
     std=tuple(config.data.std) or dataset.std,
@@ -210,3 +226,11 @@ def open_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
 def _norm_axis(config: ml_collections.ConfigDict) -> str | None:
   """Returns the axis over which norms average in training."""
   return distributed.AXIS if config.norm_statistics == "batch" else None
+
+
+def _get_dataset(config: ml_collections.ConfigDict) -> data.ImageDataset:
+  return data.get_dataset(
+    config.data.name,
+    data_dir=config.data.dir or None,
+    image_size=config.data.image_size or None,
+  )

@@ -63,6 +63,13 @@ class Detection:
         f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
         "trains on annotated images only, so leave it empty"
       )
+    changes = data.preparation_changes(config.data)
+    if changes:
+      name, value = next(iter(changes.items()))
+      raise errors.InputError(
+        f"config.data.{name} is {value!r}; a detector resizes images itself, "
+        "so leave it out"
+      )
     if not hasattr(network, "training_outputs"):
       raise errors.InputError(
         f"model {name!r} has no method training_outputs, which detection needs "

@@ -191,7 +191,8 @@ def test_a_preparation_that_was_interrupted_at_its_end(spoiled):
 def test_a_preparation_that_was_interrupted(spoiled):
   (spoiled / "cifar10/3.0.2/dataset_info.json").unlink()
   message = refusal("cifar10", spoiled)
-  assert f"no cifar10/VERSION/dataset_info.json in {spoiled};" in message
+  assert "found no cifar10/VERSION/dataset_info.json or cifar-10" in message
+  assert f" in {spoiled};" in message
   assert PREPARE.format(spoiled) in message
 
 
