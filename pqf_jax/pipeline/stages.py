@@ -66,7 +66,10 @@ def dense_stage(job: jobs.Job) -> Staged:
     sample = job.task.sample(job.config)
     variables = jax.jit(job.network.init)(job.key("init"), *sample)
     variables = trees.replace(variables, job.backbone)
-    fitted, record = fit(job, "train", variables, job.config.train)
+    wanted = job.config.train
+    fitted, record = fit(
+      job, "train", variables, wanted, backbone_rate=wanted.backbone_rate
+    )
     return fitted.last, record
 
   staged = job.run(
@@ -209,6 +212,7 @@ def fit(
   variables: PyTree,
   stage_settings: ml_collections.ConfigDict,
   teacher: PyTree | None = None,
+  backbone_rate: float = 1.0,
 ) -> tuple[training.Fitted, checkpoint.Record]:
   """Runs `training.fit` with the settings of a config; 0 epochs do nothing."""
   task = job.loaded.for_stage(stage)
@@ -242,7 +246,7 @@ def fit(
     key=job.key(f"{stage} steps"),
     frozen=job.config.frozen,
     slow=job.backbone,
-    slow_rate=stage_settings.get("backbone_rate", 1.0),
+    slow_rate=backbone_rate,
     checkpoints=job.files.checkpoints,
     on_metrics=job.files.log,
   )
