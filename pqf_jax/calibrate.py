@@ -127,7 +127,7 @@ class _Calibration:
       for path, leaf in self.dense.items()
     ]
     self.streams = streams.Streams(
-      program, pairs, [jax.tree.leaves(batch) for batch in batches]
+      program, pairs, [trees.leaves(batch) for batch in batches]
     )
 
   def replace(self, path: str, leaf: Any) -> None:

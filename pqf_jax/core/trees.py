@@ -8,6 +8,7 @@ import numpy as np
 from jax import tree_util
 
 from pqf_jax import errors
+from pqf_jax.core import modules
 
 PyTree = Any
 FlatTree = dict[str, Any]
@@ -26,13 +27,14 @@ def flatten(
   """Lists the leaves of a tree as {path: leaf}, in the tree's own order.
 
   Args:
-    tree: any pytree (Linen variables, an NNX pure dict, Haiku parameters, ...).
+    tree: any pytree, or an NNX module (see `modules.seal`).
     is_leaf: whether a node, such as a `VQArray`, counts as one leaf.
 
   Raises:
     InputError: two leaves have the same path, so that names are ambiguous.
   """
-  named, _ = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  sealed = modules.seal(tree)
+  named, _ = tree_util.tree_flatten_with_path(sealed, is_leaf=is_leaf)
   flat = {path_name(key_path): leaf for key_path, leaf in named}
   if len(flat) != len(named):
     raise errors.InputError(
@@ -40,6 +42,21 @@ def flatten(
       "paths; rename the keys that contain '/' or are equal as text"
     )
   return flat
+
+
+def leaves(tree: PyTree) -> list[Any]:
+  """Returns the arrays of a tree, in the order of `flatten`."""
+  return jax.tree.leaves(modules.seal(tree))
+
+
+def map_leaves(
+  function: Callable[[Any], Any],
+  tree: PyTree,
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+  """Replaces every array of a tree, or node that counts as one leaf."""
+  sealed = modules.seal(tree)
+  return modules.unseal(jax.tree.map(function, sealed, is_leaf=is_leaf))
 
 
 def sample_paths(tree: PyTree, count: int = 5) -> str:
@@ -73,14 +90,17 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
       f"the tree has no leaves {sorted(unknown)}; use paths as "
       "pqf_jax.core.trees.flatten lists them"
     )
-  return tree_util.tree_map_with_path(
-    lambda key_path, leaf: leaves.get(path_name(key_path), leaf), tree
+  return modules.unseal(
+    tree_util.tree_map_with_path(
+      lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
+      modules.seal(tree),
+    )
   )
 
 
 def shapes(tree: PyTree) -> PyTree:
   """Replaces every array of a tree by its `jax.ShapeDtypeStruct`."""
-  return jax.tree.map(
+  return map_leaves(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
   )
 

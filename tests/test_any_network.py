@@ -1,0 +1,154 @@
+"""Networks of any library: compressed, trained, saved as what they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import pqf_jax
+from pqf_jax import errors
+from pqf_jax.core import trees, vq_array
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(2, 6, 6, 3)).astype(np.float32)
+RULES = [
+  pqf_jax.Rule("stem/kernel", None),
+  pqf_jax.Rule(".*", 16, kmeans_steps=5),
+]
+KEY = jax.random.key(0)
+
+
+class Net(nnx.Module):
+  """A convolutional network with what NNX modules have besides variables."""
+
+  def __init__(self, rngs):
+    self.stem = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+    self.norm = nnx.BatchNorm(16, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(2)])
+    self.tied = self.layers[0]
+
+  def __call__(self, images, *, scale=1):
+    x = nnx.relu(self.norm(self.stem(images)))
+    for layer in (*self.layers, self.tied):
+      x = nnx.relu(layer(self.dropout(x)))
+    return scale * x.mean((1, 2))
+
+
+@pytest.fixture(scope="module")
+def net():
+  net = Net(nnx.Rngs(0))
+  net.eval()
+  return net
+
+
+@pytest.fixture(scope="module")
+def compressed(net):
+  return pqf_jax.compress(net, sample=IMAGES, rules=RULES, key=KEY)
+
+
+def test_an_nnx_module_comes_back_as_one(net, compressed):
+  """It is applied as it is; its own variables are another network's."""
+  small = compressed.variables
+  assert type(small) is Net and small.tied is small.layers[0]
+  assert [vq_array.is_vq(layer.kernel[...]) for layer in net.layers] == [0, 0]
+  kernels = [layer.kernel.get_value() for layer in small.layers]
+  assert list(map(vq_array.is_vq, kernels)) == [True, True]
+  assert list(compressed.plan) == ["layers/0/kernel", "layers/1/kernel"]
+  np.testing.assert_allclose(
+    nnx.jit(lambda net, x: net(x))(small, IMAGES),
+    pqf_jax.decode_params(small)(IMAGES),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+def test_a_function_of_the_module_or_its_state_gives_the_same(net, compressed):
+  definition, state = nnx.split(net)
+
+  def apply(state, images, *, doubled, scale):
+    assert doubled is True
+    return nnx.merge(definition, state)(images, scale=scale)
+
+  result = pqf_jax.compress(
+    apply,
+    state,
+    pqf_jax.Inputs(IMAGES, doubled=True, scale=jnp.float32(2)),
+    RULES,
+    key=KEY,
+  )
+  assert isinstance(result.variables, nnx.State)
+  got, expected = map(trees.flatten, (result.variables, compressed.variables))
+  assert got.keys() == expected.keys()
+  for path in compressed.plan:
+    for part in ("codes", "codebook"):
+      np.testing.assert_array_equal(
+        got[f"{path}/{part}"], expected[f"{path}/{part}"]
+      )
+
+
+def test_a_step_trains_the_module_as_nnx_does(net):
+  """Parameters follow the gradient, statistics the batch, as Flax computes."""
+
+  def loss_fn(net, batch, key):
+    net.train()
+    outputs = nnx.relu(net.norm(net.stem(batch["images"])))
+    del key
+    return jnp.square(outputs - 1).mean(), (net, {})
+
+  batch = {"images": IMAGES}
+  optimizer = optax.sgd(0.5)
+  step = pqf_jax.make_finetune_step(loss_fn, optimizer)
+  state, _ = step(pqf_jax.init_state(net, optimizer), batch)
+  got = pqf_jax.state_variables(state)
+  assert type(got) is Net and got.tied is got.layers[0]
+
+  expected = nnx.clone(net)
+  gradients = nnx.grad(lambda net: loss_fn(net, batch, KEY)[0])(expected)
+  for name in ("kernel", "bias"):
+    moved = getattr(net.stem, name)[...] - 0.5 * gradients["stem"][name][...]
+    np.testing.assert_allclose(
+      getattr(got.stem, name)[...], moved, rtol=1e-4, atol=1e-6
+    )
+  for name in ("mean", "var"):
+    wanted = getattr(expected.norm, name)[...]
+    assert not np.allclose(wanted, getattr(net.norm, name)[...])
+    np.testing.assert_allclose(getattr(got.norm, name)[...], wanted, rtol=1e-5)
+
+
+def test_codebooks_of_a_module_are_trained_and_codes_are_not(compressed):
+  def loss_fn(net, batch, key):
+    del key
+    return jnp.square(net(batch["images"]) - 1).mean(), ({}, {})
+
+  optimizer = optax.sgd(0.1)
+  step = pqf_jax.make_finetune_step(loss_fn, optimizer)
+  state = pqf_jax.init_state(compressed.variables, optimizer)
+  losses = []
+  for _ in range(3):
+    state, metrics = step(state, {"images": IMAGES})
+    losses.append(float(metrics["loss"]))
+  assert losses[2] < losses[0]
+  before, after = map(
+    trees.flatten, (compressed.variables, pqf_jax.state_variables(state))
+  )
+  for path in compressed.plan:
+    assert not np.array_equal(
+      before[f"{path}/codebook"], after[f"{path}/codebook"]
+    )
+    np.testing.assert_array_equal(
+      before[f"{path}/codes"], after[f"{path}/codes"]
+    )
+
+
+def test_what_holds_no_variables_is_refused(net):
+  def refused(message, *arguments, **named):
+    with pytest.raises(errors.InputError, match=message):
+      pqf_jax.compress(*arguments, key=KEY, **named)
+
+  refused("is a function, which holds none", lambda x: x, sample=IMAGES)
+  refused("sample is None; give an example", net)
+  refused("sample is 'auto'.*by name", net, IMAGES, "auto")
+  refused("give one of them", net, sample=IMAGES)
