@@ -1,11 +1,15 @@
 """Networks of any library: compressed, trained, saved as what they are."""
 
+import collections
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
 import pqf_jax
 from pqf_jax import errors
@@ -29,12 +33,13 @@ class Net(nnx.Module):
     self.dropout = nnx.Dropout(0.5, rngs=rngs)
     self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(2)])
     self.tied = self.layers[0]
+    self.mix = jnp.eye(16)  # no variable
 
   def __call__(self, images, *, scale=1):
     x = nnx.relu(self.norm(self.stem(images)))
     for layer in (*self.layers, self.tied):
       x = nnx.relu(layer(self.dropout(x)))
-    return scale * x.mean((1, 2))
+    return scale * (x.mean((1, 2)) @ self.mix)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +148,98 @@ def test_codebooks_of_a_module_are_trained_and_codes_are_not(compressed):
     )
 
 
+# ---- files -------------------------------------------------------------------
+
+
+def test_a_module_comes_back_from_its_file(compressed, tmp_path):
+  """Into another one, whose variables and random keys may be anything."""
+  file = tmp_path / "model.safetensors"
+  packed = pqf_jax.save(file, compressed.variables)
+  assert packed.payload_bytes == compressed.size.payload_bytes
+
+  template = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+  with pytest.raises(errors.InputError, match="dropout/rngs/key of .*nnx.reseed"):
+    pqf_jax.load(file, template)
+  nnx.reseed(template, default=0)
+  with pytest.raises(errors.InputError, match="file mix that the template"):
+    pqf_jax.load(file, template)
+  template = Net(nnx.Rngs(1))
+  template.eval()
+  loaded = pqf_jax.load(file, template)
+  assert type(loaded) is Net and loaded.tied is loaded.layers[0]
+  kernels = [layer.kernel.get_value() for layer in loaded.layers]
+  assert all(map(vq_array.is_vq, kernels))
+  np.testing.assert_allclose(
+    loaded(IMAGES), compressed.variables(IMAGES), atol=1e-3
+  )
+  values = pqf_jax.load(file)
+  assert isinstance(values, dict) and set(values["layers"]) == {0, 1}
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+  """A module as Equinox makes them."""
+
+  weight: jax.Array
+  activation: object
+
+
+TREES = {
+  "names with /": {"mlp/~/linear_0": {"w": np.ones((2, 3), np.float32)}},
+  "frozen dict": FrozenDict(a=np.ones(2, np.float32)),
+  "tuples": (Pair([np.ones(2)], None), {3: np.zeros(1, np.int8)}),
+  "ordered": [collections.OrderedDict(b=np.ones(2), a=np.zeros(3))],
+  "module": {"layer": Layer(np.ones((2, 2), np.float32), jnp.tanh)},
+  "state": nnx.State({"b": nnx.Param(jnp.ones(2)), "c": {"d": jnp.ones(3)}}),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_any_tree_comes_back_into_a_template(name, tmp_path):
+  tree = TREES[name]
+  pqf_jax.save(tmp_path / "file", tree)
+  loaded = pqf_jax.load(tmp_path / "file", trees.shapes(tree))
+  assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+  for got, expected in zip(
+    trees.leaves(loaded), trees.leaves(tree), strict=True
+  ):
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["frozen dict", "tuples", "ordered", "module"])
+def test_a_tree_of_other_nodes_needs_its_template(name, tmp_path):
+  pqf_jax.save(tmp_path / "file", TREES[name])
+  with pytest.raises(errors.InputError, match=r"pqf_jax.load\(path, template"):
+    pqf_jax.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+  ("template", "message"),
+  [
+    ({"a": np.ones(2), "c": np.ones(1)}, "has c that the file .* file b that"),
+    ({"a": np.ones(2)}, "has nothing that the file lacks, and the file b that"),
+    (
+      {"a": np.ones(3), "b": np.ones(1)},
+      r"a is float64 of shape \(3,\) in",
+    ),
+    ({"a": np.ones(2, int), "b": np.ones(1)}, "a is int64 of .* in the templ"),
+    ({"a": 1.5, "b": np.ones(1)}, "a is of type float in the template"),
+    ([np.ones(2), np.ones(1)], "has 0, 1 that the file lacks, .* file a, b "),
+  ],
+)
+def test_a_template_that_does_not_fit_is_named(template, message, tmp_path):
+  pqf_jax.save(tmp_path / "file", {"a": np.ones(2), "b": np.ones(1)})
+  with pytest.raises(errors.InputError, match=message):
+    pqf_jax.load(tmp_path / "file", template)
+
+
+# ---- what is refused ---------------------------------------------------------
+
+
 def test_what_holds_no_variables_is_refused(net):
   def refused(message, *arguments, **named):
     with pytest.raises(errors.InputError, match=message):
@@ -152,3 +249,6 @@ def test_what_holds_no_variables_is_refused(net):
   refused("sample is None; give an example", net)
   refused("sample is 'auto'.*by name", net, IMAGES, "auto")
   refused("give one of them", net, sample=IMAGES)
+  axes = pqf_jax.KernelAxes((0,), (1,))
+  rules = [pqf_jax.Rule("mix", 16, axes=axes), *RULES]
+  refused("mix is a bare array of an", net, sample=IMAGES, rules=rules)

@@ -6,7 +6,7 @@ tree, so that `jit` takes it and each variable has one path; `unseal` gives the
 module back, with whatever its variables have become.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -91,21 +91,25 @@ class Graph:
   Attributes:
     values: {name: values below}.
     definition: all else, as `nnx.split` returns it.
+    kinds: {path: the class of the variable there, None for a bare array}.
   """
 
-  def __init__(self, values: dict[Any, Any], definition: Any):
+  def __init__(
+    self, values: dict[Any, Any], definition: Any, kinds: Mapping[str, Any]
+  ):
     self.values = values
     self.definition = definition
+    self.kinds = kinds
 
 
 tree_util.register_pytree_with_keys(
   Graph,
   lambda graph: (
     [(tree_util.DictKey(key), graph.values[key]) for key in graph.values],
-    (tuple(graph.values), graph.definition),
+    (tuple(graph.values), graph.definition, tuple(graph.kinds.items())),
   ),
   lambda static, values: Graph(
-    dict(zip(static[0], values, strict=True)), static[1]
+    dict(zip(static[0], values, strict=True)), static[1], dict(static[2])
   ),
 )
 
@@ -119,7 +123,13 @@ def seal(tree: PyTree) -> PyTree:
   leaves, structure = jax.tree.flatten(tree, is_leaf=_is_nnx)
   if any(map(_is_nnx, leaves)):
     definition, state = nnx.split(tree)
-    return Graph(nnx.to_pure_dict(state), definition)
+    kinds = {
+      "/".join(map(str, keys)): (
+        type(value) if isinstance(value, nnx.Variable) else None
+      )
+      for keys, value in nnx.to_flat_state(state)
+    }
+    return Graph(nnx.to_pure_dict(state), definition, kinds)
   # Of a plain tree it is a mistake, which others report.
   if _is_plain(structure) or all(map(_is_array, leaves)):
     return tree
@@ -148,14 +158,21 @@ def call(
 
 def parameters(tree: PyTree) -> set[str] | None:
   """Returns the paths of what NNX calls a `Param`; None without NNX."""
-  if not isinstance(sealed := seal(tree), Graph):
+  graph = seal(tree)
+  if not isinstance(graph, Graph):
     return None
-  _, state = nnx.split(unseal(sealed))
-  return {
-    "/".join(map(str, keys))
-    for keys, variable in nnx.to_flat_state(state)
-    if isinstance(variable, nnx.Param)
-  }
+  kinds = graph.kinds.items()
+  return {path for path, kind in kinds if kind and issubclass(kind, nnx.Param)}
+
+
+def bare_arrays(tree: PyTree) -> set[str]:
+  """Returns the paths of arrays that an NNX module holds outside of variables.
+
+  In their place it can hold nothing but arrays.
+  """
+  graph = seal(tree)
+  kinds = graph.kinds if isinstance(graph, Graph) else {}
+  return {path for path, kind in kinds.items() if kind is None}
 
 
 def _open(node: Any) -> Any:

@@ -56,7 +56,8 @@ def map_leaves(
 ) -> PyTree:
   """Replaces every array of a tree, or node that counts as one leaf."""
   sealed = modules.seal(tree)
-  return modules.unseal(jax.tree.map(function, sealed, is_leaf=is_leaf))
+  mapped = jax.tree.map(function, sealed, is_leaf=is_leaf)
+  return mapped if sealed is tree else modules.unseal(mapped)
 
 
 def sample_paths(tree: PyTree, count: int = 5) -> str:
@@ -90,19 +91,25 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
       f"the tree has no leaves {sorted(unknown)}; use paths as "
       "pqf_jax.core.trees.flatten lists them"
     )
-  return modules.unseal(
-    tree_util.tree_map_with_path(
-      lambda key_path, leaf: leaves.get(path_name(key_path), leaf),
-      modules.seal(tree),
-    )
+  sealed = modules.seal(tree)
+  replaced = tree_util.tree_map_with_path(
+    lambda key_path, leaf: leaves.get(path_name(key_path), leaf), sealed
   )
+  return replaced if sealed is tree else modules.unseal(replaced)
 
 
 def shapes(tree: PyTree) -> PyTree:
-  """Replaces every array of a tree by its `jax.ShapeDtypeStruct`."""
+  """Replaces every array by its `jax.ShapeDtypeStruct`; modules are sealed."""
   return map_leaves(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+    modules.seal(tree),
   )
+
+
+def is_random_key(leaf: Any) -> bool:
+  """Returns whether a leaf is a key of `jax.random.key`."""
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def check_arrays(name: str, tree: PyTree) -> None:
