@@ -148,6 +148,25 @@ def test_codebooks_of_a_module_are_trained_and_codes_are_not(compressed):
     )
 
 
+def test_statistics_of_a_module_are_calibrated(net):
+  """Its norm gives each channel the mean and variance that it has dense."""
+  noisy = trees.flatten(net)["stem/kernel"] + jnp.asarray(
+    RNG.normal(size=(3, 3, 3, 16)) / 4, jnp.float32
+  )
+  coarse = trees.replace(net, {"stem/kernel": noisy})
+  result, _ = pqf_jax.calibrate_params(
+    lambda net, x: net(x), net, coarse, [(IMAGES,)]
+  )
+
+  def moments(net):
+    x = net.norm(net.stem(IMAGES))
+    return np.array([x.mean((0, 1, 2)), x.std((0, 1, 2))])
+
+  assert type(result) is Net
+  np.testing.assert_allclose(moments(result), moments(net), atol=1e-3)
+  assert not np.allclose(moments(coarse), moments(net), atol=0.1)
+
+
 @pytest.mark.parametrize("form", ["dense", "layer", "fused"])
 def test_a_module_is_applied_without_its_dense_kernels(form, compressed):
   net = compressed.variables
