@@ -94,6 +94,56 @@ def test_a_function_of_the_module_or_its_state_gives_the_same(net, compressed):
       )
 
 
+def test_stacked_layers_of_nnx_have_a_codebook_each():
+  class Stack(nnx.Module):
+    def __init__(self, rngs):
+      make = nnx.vmap(lambda rngs: nnx.Linear(16, 16, rngs=rngs))
+      self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+
+    def __call__(self, x):
+      run = nnx.scan(
+        lambda layer, x: nnx.relu(layer(x)),
+        in_axes=(0, nnx.Carry),
+        out_axes=nnx.Carry,
+      )
+      return run(self.layers, x)
+
+  result = pqf_jax.compress(
+    Stack(nnx.Rngs(0)),
+    sample=IMAGES[..., :1] @ np.ones((1, 16), np.float32),
+    rules=RULES[1:],
+    key=KEY,
+  )
+  kernel = result.variables.layers.kernel.get_value()
+  assert kernel.codebook.shape[:2] == (3, 16)
+
+
+def test_calibration_and_targets_take_inputs_too():
+  variables = {
+    name: jnp.asarray(RNG.normal(size=(16, 16)) / 4, jnp.float32)
+    for name in "ab"
+  }
+
+  def apply(variables, x, *, scale, rounded):
+    x = jax.nn.relu(x @ variables["a"]) @ variables["b"]
+    return scale * (jnp.round(x) if rounded else x)
+
+  def inputs():
+    x = jnp.asarray(RNG.normal(size=(64, 16)), jnp.float32)
+    return pqf_jax.Inputs(x, scale=jnp.float32(2), rounded=False)
+
+  result = pqf_jax.compress(
+    apply,
+    variables,
+    inputs(),
+    target_ratio=3,
+    key=KEY,
+    calibration=[inputs(), inputs()],
+  )
+  assert result.outputs
+  assert all(error.after < error.before for error in result.outputs.values())
+
+
 def test_a_step_trains_the_module_as_nnx_does(net):
   """Parameters follow the gradient, statistics the batch, as Flax computes."""
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import pqf_jax
-from pqf_jax import kmeans
+from pqf_jax import inference, kmeans
 from pqf_jax.core import channels, modules, trees, vq_array
 from pqf_jax.discovery import discover
 from pqf_jax.kmeans import reference
@@ -94,7 +94,8 @@ class Decoder(nn.Module):
     return embed.attend(nn.LayerNorm()(x))
 
 
-def _equinox_cnn():
+@pytest.fixture
+def make_cnn():
   eqx = pytest.importorskip("equinox")
 
   class CNN(eqx.Module):
@@ -113,7 +114,7 @@ def _equinox_cnn():
       x = self.activation(self.stem(image))
       return self.mlp(self.activation(self.conv(x)).mean((1, 2)))
 
-  return CNN(KEY)
+  return CNN
 
 
 # ---- the blocks --------------------------------------------------------------
@@ -244,12 +245,65 @@ def test_haiku_mlp(monkeypatch):
   )
 
 
-def test_equinox_cnn(monkeypatch):
-  dense, images = _equinox_cnn(), IMAGES.transpose(0, 3, 1, 2)
+def test_a_haiku_network_with_state(monkeypatch):
+  """Its norms' statistics follow the channels of their layers."""
+  hk = pytest.importorskip("haiku")
+
+  def forward(x, training):
+    x = hk.BatchNorm(True, True, 0.9)(hk.Linear(16)(x), training)
+    return hk.Linear(8)(jax.nn.relu(x))
+
+  network = hk.transform_with_state(forward)
+  x = RNG.normal(size=(4, 8)).astype(np.float32)
+  params, state = network.init(KEY, x, True)
+
+  def apply(variables, x):
+    parts = variables["params"], variables["state"]
+    return network.apply(*parts, None, x, False)[0]
+
+  axes = pqf_jax.discover_channels(apply, {"params": params, "state": state}, x)
+  assert set(axes) == {
+    "params/linear/w",
+    "params/linear/b",
+    "params/linear_1/w",
+    "params/batch_norm/scale",
+    "params/batch_norm/offset",
+    "state/batch_norm/~/mean_ema/average",
+    "state/batch_norm/~/var_ema/average",
+  }
+
+
+def _trains_by_equinox(mlp):
+  import equinox as eqx
+
+  @eqx.filter_jit
+  @eqx.filter_grad
+  def gradients(mlp):
+    return jnp.square(mlp(jnp.ones(32)) - 1).sum()
+
+  moved = eqx.apply_updates(mlp, gradients(mlp))
+  before, after = map(trees.flatten, (mlp, moved))
+  changed = {p for p in after if not np.array_equal(before[p], after[p])}
+  assert "layers/1/weight/codebook" in changed
+  assert not any(path.endswith("codes") for path in changed)
+
+
+def test_equinox_cnn(monkeypatch, make_cnn):
+  import equinox as eqx
+
+  dense, images = make_cnn(KEY), IMAGES.transpose(0, 3, 1, 2)
   names, axes = _run("def apply(net", monkeypatch, net=dense, images=images)
   _check(names, lambda net, x: jax.vmap(net)(x), dense, axes, images)
   assert type(names["net"]) is type(dense)
   assert names["net"].activation is jax.nn.relu
+  _trains_by_equinox(names["result"].variables.mlp)
+  template = eqx.filter_eval_shape(make_cnn, KEY)
+  loaded = pqf_jax.load("cnn.safetensors", template)
+  network = inference.make_apply(
+    lambda net, x: jax.vmap(net)(x), loaded, "layer"
+  )
+  got = network.apply_fn(network.variables, images)
+  np.testing.assert_allclose(got, names["logits"], rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(
     names["logits"],
     names["apply"](names["result"].variables, images),

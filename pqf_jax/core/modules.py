@@ -68,6 +68,9 @@ class Constant:
   def __init__(self, value: Any):
     self.value = value
 
+  def __repr__(self) -> str:
+    return repr(self.value)
+
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, Constant) and (
       self.value is other.value or bool(self.value == other.value)

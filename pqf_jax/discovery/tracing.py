@@ -47,8 +47,8 @@ def trace_program(
     raise errors.InputError(
       "the apply function cannot be traced by JAX: "
       f"{type(error).__name__}: {reason} -- it has to be a function of "
-      "(variables, *inputs) made of JAX operations; give Python flags by "
-      "pqf_jax.Inputs(images, train=False)"
+      "(variables, *inputs) made of JAX operations; give several inputs, and "
+      "Python flags, as pqf_jax.Inputs(images, mask, train=False)"
     ) from error
 
 
