@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the names of `_NAMES`, for editors and type checkers
   from pqf_jax.core.blocks import KernelAxes as KernelAxes
   from pqf_jax.core.channels import ChannelAxis as ChannelAxis
   from pqf_jax.core.channels import apply_permutations as apply_permutations
+  from pqf_jax.core.modules import Inputs as Inputs
   from pqf_jax.core.plan import CompressionPlan as CompressionPlan
   from pqf_jax.core.plan import LayerPlan as LayerPlan
   from pqf_jax.core.plan import Rule as Rule
@@ -73,6 +74,7 @@ _NAMES = {  # by module
   "compression": "Compressed compress",
   "core.blocks": "BlockSpec KernelAxes",
   "core.channels": "ChannelAxis apply_permutations",
+  "core.modules": "Inputs",
   "core.plan": "CompressionPlan LayerPlan Rule SizeReport make_plan "
   "predict_size",
   "core.storage": "Storage",

@@ -3,6 +3,7 @@
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -253,11 +254,22 @@ def _list_options(
       options[path] = kernel_options.list_options(
         flat[path], axes, kmeans_steps
       )
+  unreadable = []
   while plan := kernel_options.plan_of({p: o[0] for p, o in options.items()}):
     unread = readers.find_unreadable(apply_fn, plan, variables, *sample)
     if unread is None:
-      return options
+      break
     options[unread.path] = [None]
+    unreadable.append(unread.path)
+  if unreadable:
+    warnings.warn(
+      f"{len(unreadable)} kernels stay dense, such as {unreadable[0]}, since "
+      "their layers take arrays only; a function that applies the network to "
+      "pqf_jax.decode_params(variables) lets them be compressed",
+      stacklevel=4,
+    )
+  if plan:
+    return options
   raise errors.InputError(
     f"none of the {len(options)} kernels can be compressed: 16 codewords need "
     "64 sub-vectors, and a layer that reads a VQArray, as those of Flax and "

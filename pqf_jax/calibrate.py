@@ -10,7 +10,6 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.calibration import layers, moments, reconstruction, streams
-from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
 from pqf_jax.discovery import tracing
 
@@ -121,14 +120,13 @@ class _Calibration:
     self.reads = layers.find_reads(
       program, {number: path for path, number in self._numbers.items()}
     )
-    norms = plans.foldable_norms(self.dense).values()
-    self.norms = {members[2]: members[3] for members in norms}
+    self.norms = _statistics(self.dense)
     pairs = [
       streams.Pair(leaf, _to_array(self.leaves[path]))
       for path, leaf in self.dense.items()
     ]
     self.streams = streams.Streams(
-      program, pairs, [jax.tree.leaves(batch) for batch in batches]
+      program, pairs, [trees.leaves(batch) for batch in batches]
     )
 
   def replace(self, path: str, leaf: Any) -> None:
@@ -146,6 +144,20 @@ class _Calibration:
 @jax.jit
 def _is_finite(array: jax.Array) -> jax.Array:
   return jnp.isfinite(array).all()
+
+
+def _statistics(flat: trees.FlatTree) -> dict[str, str]:
+  """Returns {path of a norm's means: path of its variances}, by their names."""
+  pairs = {
+    path: f"{path.removesuffix('mean')}var"
+    for path in flat
+    if path.rpartition("/")[2] == "mean"
+  }
+  return {
+    mean: var
+    for mean, var in pairs.items()
+    if var in flat and np.shape(flat[var]) == np.shape(flat[mean])
+  }
 
 
 def _to_array(leaf: Any) -> Any:

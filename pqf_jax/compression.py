@@ -36,9 +36,9 @@ class Compressed(NamedTuple):
 
 def compress(
   apply_fn: Callable[..., PyTree],
-  variables: PyTree,
-  sample: PyTree,
-  rules: Sequence[plans.Rule] | str,
+  variables: PyTree = None,
+  sample: PyTree = None,
+  rules: Sequence[plans.Rule] | str = "auto",
   *,
   key: jax.Array,
   calibration: Sequence[PyTree] = (),
@@ -48,9 +48,13 @@ def compress(
   """Permutes, quantizes and calibrates any network; `save` writes the result.
 
   Args:
-    apply_fn: (variables, sample) -> outputs, traceable by JAX.
-    variables: dense variable tree.
-    sample: one small input; the network is run on it a few times.
+    apply_fn: (variables, sample) -> outputs, traceable by JAX: a network in
+      inference mode. Or a module that holds its variables, of NNX after
+      `eval()` or of Equinox; without `variables`, all else by name.
+    variables: dense variables, a tree or module of any library. The result has
+      the same type.
+    sample: one small input; the network is run on it a few times. Several, and
+      arguments by name, as `Inputs`.
     rules: see `plan.Rule`; every kernel (`find_kernels`) must be covered. Or
       'auto', which chooses them for a target: see `allocate_bytes`. The first
       batch of the calibration then tells which kernels matter.
@@ -62,12 +66,15 @@ def compress(
     target_bytes: its bytes, without the header.
 
   Raises:
-    InputError: variables or samples are not arrays, a target without 'auto', or
-      a layer takes no compressed kernel; see `make_plan`, `allocate_bytes`,
-      `discover_channels`, `quantize_params` and `calibrate_params`.
+    InputError: variables or samples are not arrays or are missing, a target
+      without 'auto', or a layer takes no compressed kernel; see `make_plan`,
+      `allocate_bytes`, `discover_channels`, `quantize_params` and
+      `calibrate_params`.
   """
+  if variables is None:
+    apply_fn, variables = _take_module(apply_fn)
   vq_array.check_dense(variables)
-  trees.check_arrays("sample", sample)
+  _check_sample(sample)
   trees.check_arrays("calibration", list(calibration))
   targeted = target_ratio is not None or target_bytes is not None
   if isinstance(rules, str) and rules == "auto":
@@ -101,3 +108,25 @@ def compress(
     )
   size = plans.predict_size(plan, compressed)
   return Compressed(compressed, plan, size, groups, layers, outputs)
+
+
+def _take_module(module: Any) -> tuple[Callable[..., PyTree], PyTree]:
+  """Returns a module's function of itself and its inputs, and the module."""
+  leaves = trees.leaves(module)
+  # A function is a tree of one leaf, itself.
+  if not callable(module) or not leaves or leaves[0] is module:
+    raise errors.InputError(
+      f"variables is None, and the network is a {type(module).__name__}, which "
+      "holds none; give compress(apply_fn, variables, sample), or a module of "
+      "NNX or Equinox that can be called"
+    )
+  return lambda called, *args, **kwargs: called(*args, **kwargs), module
+
+
+def _check_sample(sample: PyTree) -> None:
+  if sample is None or isinstance(sample, str):
+    raise errors.InputError(
+      f"sample is {sample!r}; give an example of the network's inputs, for a "
+      "module that holds its variables by name: compress(module, sample=...)"
+    )
+  trees.check_arrays("sample", sample)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from pqf_jax import errors, extras
-from pqf_jax.core import trees, vq_array
+from pqf_jax.core import modules, trees, vq_array
 from pqf_jax.packing import bits, scaling
 from pqf_jax.runtime import files
 
@@ -46,7 +46,7 @@ def export(
   Args:
     path: of the file.
     apply_fn: a function that JAX can trace, such as `model.apply`.
-    variables: a tree of arrays and `VQArray`s.
+    variables: a tree or module of arrays and `VQArray`s.
     *sample: the inputs as arrays or `jax.ShapeDtypeStruct`s. Sizes may be
       symbols of `jax.export.symbolic_shape`, such as that of the batch.
     platforms: on which the program will run, of `PLATFORMS`.
@@ -65,12 +65,12 @@ def export(
   except ModuleNotFoundError as error:
     raise extras.explain(error) from error
   unpackers = jax.tree_util.tree_map_with_path(
-    _unpacker, variables, is_leaf=vq_array.is_vq
+    _unpacker, modules.seal(variables), is_leaf=vq_array.is_vq
   )
 
   def program(*inputs: PyTree) -> PyTree:
     unpacked = jax.tree.map(lambda unpack: unpack(), unpackers)
-    return apply_fn(unpacked, *inputs)
+    return modules.call(apply_fn, unpacked, inputs)
 
   exported = jax.export.export(jax.jit(program), platforms=tuple(platforms))
   data = exported(*sample).serialize()

@@ -15,8 +15,8 @@ import optax
 from jax import lax, sharding, tree_util
 
 from pqf_jax import errors
+from pqf_jax.core import modules, trees, vq_array
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees, vq_array
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -29,7 +29,9 @@ LossFn = Callable[
 
 The key is another one in every step, device and microbatch, for dropout and
 random samples. The updated collections, such as `{"batch_stats": ...}`, replace
-those of the variables after the step; `{}` where the network updates none."""
+those of the variables after the step; `{}` where the network updates none. Of
+variables that are no dict, such as an NNX module, return all: what is not
+trained of their floats is taken."""
 
 
 class FinetuneState(NamedTuple):
@@ -73,8 +75,8 @@ def init_state(
   """Builds the state before the first step.
 
   Args:
-    variables: a tree with `VQArray`s, or a dense one, of which every parameter
-      is trained.
+    variables: a tree or module with `VQArray`s, or a dense one, of which every
+      parameter is trained: see `vq_array.parameters_of`.
     optimizer: the one that the step will use.
     frozen: patterns (full-match regex) of paths that no step changes, besides
       codes and statistics. A `VQArray` has two: `<path>/codebook` and `codes`.
@@ -87,18 +89,21 @@ def init_state(
   trees.check_arrays("variables", variables)
   check_frozen(frozen, variables)
 
+  is_parameter = vq_array.parameters_of(variables)
+
   def is_trainable(path: str, leaf: jax.Array) -> bool:
     kept = any(re.fullmatch(pattern, path) for pattern in frozen)
-    return vq_array.in_params(path, leaf) and not kept
+    return is_parameter(path, leaf) and not kept
 
   # A step donates the buffers of its state; the caller's must survive it.
-  own = jax.tree.map(jnp.copy, variables)
+  own = jax.tree.map(jnp.copy, modules.seal(variables))
   trainable, rest = vq_array.split_trainable(own, is_trainable)
-  if not isinstance(variables, dict) or not jax.tree.leaves(trainable):
+  if not jax.tree.leaves(trainable):
     raise errors.InputError(
       f"no leaf is trained of {type(variables).__name__} with "
-      f"{trees.sample_paths(variables)}; training takes floats under 'params/' "
-      "that `frozen` does not match: give variables as a dict {'params': ...}"
+      f"{trees.sample_paths(variables)}; training takes floats that `frozen` "
+      "does not match: of Linen's variables those under 'params/', of an NNX "
+      "module those of nnx.Param"
     )
   step = jnp.zeros((), jnp.int32)
   average = jax.tree.map(jnp.copy, _floats(own)) if averaged else None
@@ -130,10 +135,10 @@ def state_variables(state: FinetuneState) -> PyTree:
 
   Its floats are the averages, where the state keeps them.
   """
-  last = vq_array.merge_trainable(state.trainable, state.frozen)
-  if state.average is None:
-    return last
-  return vq_array.merge_trainable(state.average, last)
+  last = vq_array.fill(state.trainable, state.frozen)
+  if state.average is not None:
+    last = vq_array.fill(state.average, last)
+  return modules.unseal(last)
 
 
 def _floats(variables: PyTree) -> PyTree:
@@ -336,18 +341,17 @@ def make_finetune_step(
 
   def step(state: FinetuneState, batch: Batch) -> tuple[FinetuneState, Metrics]:
     first = jax.random.wrap_key_data(jnp.asarray(bits), impl=generator)
-    gradients, collections, metrics = learn(
+    gradients, updates, metrics = learn(
       state.trainable,
       state.frozen,
       batch,
       jax.random.fold_in(first, state.step),
     )
-    updates, opt_state = optimizer.update(
+    moves, opt_state = optimizer.update(
       gradients, state.opt_state, state.trainable
     )
-    trainable = optax.apply_updates(state.trainable, updates)
-    _check_collections(collections, state.frozen)
-    frozen = {**state.frozen, **collections}
+    trainable = optax.apply_updates(state.trainable, moves)
+    frozen = _replace(state.frozen, updates)
     new_state = FinetuneState(
       state.step + 1, trainable, frozen, opt_state, state.average
     )
@@ -357,17 +361,41 @@ def make_finetune_step(
   return jax.jit(step, donate_argnums=0)
 
 
-def _check_collections(collections: PyTree, frozen: PyTree) -> None:
-  """Refuses updated collections in which leaves are missing or new."""
-  for name, collection in collections.items():
-    updated, before = map(trees.flatten, (collection, frozen.get(name)))
-    different = sorted(updated.keys() ^ before.keys())
-    if different:
-      raise errors.InputError(
-        f"loss_fn returns the collection {name!r} with other leaves than the "
-        f"variables have ({', '.join(different[:5])}); return all of it, or "
-        "{} where none is updated"
-      )
+def _updates(returned: PyTree, frozen: PyTree) -> PyTree:
+  """Returns what `loss_fn` has updated, as `_replace` takes it.
+
+  Raises:
+    InputError: leaves are missing or new.
+  """
+  if isinstance(frozen, dict):
+    for name, collection in returned.items():
+      updated, before = map(trees.flatten, (collection, frozen.get(name)))
+      different = updated.keys() ^ before.keys()
+      _check_same(f"the collection {name!r}", different)
+    return {name: modules.seal(returned[name]) for name in returned}
+  if isinstance(returned, dict) and not returned:
+    return {}
+  before, updated = trees.flatten(_floats(frozen)), trees.flatten(returned)
+  _check_same("variables", before.keys() - updated.keys())
+  return jax.tree_util.tree_map_with_path(
+    lambda key_path, _: updated[trees.path_name(key_path)], _floats(frozen)
+  )
+
+
+def _check_same(name: str, different: Collection[str]) -> None:
+  if different:
+    raise errors.InputError(
+      f"loss_fn returns {name} with other leaves than the variables have "
+      f"({', '.join(sorted(different)[:5])}); return all of it, or {{}} where "
+      "none is updated"
+    )
+
+
+def _replace(frozen: PyTree, updates: PyTree) -> PyTree:
+  """Returns the frozen leaves after a step."""
+  if isinstance(updates, dict):
+    return {**frozen, **updates} if updates else frozen
+  return vq_array.fill(updates, frozen)
 
 
 def _unchanged(state: FinetuneState) -> FinetuneState:
@@ -386,7 +414,7 @@ def _averaged(state: FinetuneState, decay: float) -> FinetuneState:
     return state
   # The first steps leave the start behind, which is far from the end.
   kept = jnp.minimum(decay, state.step / (9.0 + state.step))
-  last = vq_array.merge_trainable(state.trainable, state.frozen)
+  last = vq_array.fill(state.trainable, state.frozen)
 
   def move(average: jax.Array, leaf: jax.Array) -> jax.Array:
     # In this form what never changes keeps its bits.
@@ -406,11 +434,12 @@ def _learn(
 ) -> Learned:
   def loss_of(trainable: PyTree) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
     variables = vq_array.merge_trainable(trainable, frozen)
-    loss, (collections, metrics) = loss_fn(variables, batch, key)
-    return loss, (collections, {"loss": loss, **metrics})
+    loss, (returned, metrics) = loss_fn(variables, batch, key)
+    updates = _updates(returned, frozen)
+    return loss, (updates, {"loss": loss, **metrics})
 
-  gradients, (collections, metrics) = jax.grad(loss_of, has_aux=True)(trainable)
-  return gradients, collections, metrics
+  gradients, (updates, metrics) = jax.grad(loss_of, has_aux=True)(trainable)
+  return gradients, updates, metrics
 
 
 def _mean_of_parts(

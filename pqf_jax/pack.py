@@ -26,7 +26,15 @@ from pqf_jax import errors
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.core import vq_array
-from pqf_jax.packing import container, header, layers, norms, scaling, structure
+from pqf_jax.packing import (
+  container,
+  header,
+  layers,
+  norms,
+  scaling,
+  structure,
+  templates,
+)
 from pqf_jax.runtime import files
 
 PyTree = Any
@@ -62,8 +70,9 @@ def pack_model(
   """Packs a variable tree; see the module docstring for the layout.
 
   Args:
-    variables: dicts, lists, tuples, None, arrays and `VQArray`s. They come back
-      as they are, but for codebooks, folded norms and what the storage rounds.
+    variables: a tree or module of arrays and `VQArray`s. Dicts, lists, tuples
+      and None come back as they are, other nodes in a template (`load`); but
+      for codebooks, folded norms and what the storage rounds.
     norm_epsilon: of the batch norms that are folded, those of a network with
       `VQArray`s: of all, or {full-match pattern (regex) of the norm's path,
       such as `layer1/0/bn1`: epsilon}, where the first match wins. None where
@@ -73,7 +82,7 @@ def pack_model(
     storage: types of codebooks and of the rest.
 
   Raises:
-    InputError: a node or a type that a file cannot hold, a number that is not
+    InputError: a leaf or a type that a file cannot hold, a number that is not
       finite or too large for the file, a norm without an epsilon or a
       pattern without a norm, an architecture that is not JSON, or a codebook or
       norm of which the storage would keep too little; or no `Storage`.
@@ -179,16 +188,32 @@ def read_contents(
   return _open(path, _read_stream)
 
 
-def load(path: str | os.PathLike[str]) -> PyTree:
+def load(path: str | os.PathLike[str], template: PyTree = None) -> PyTree:
   """Reads a packed file as variables for `model.apply`; see `read`.
+
+      model = pqf_jax.load(path, nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+
+  Args:
+    path: of the file.
+    template: a tree or module of the structure that was saved, which gets the
+      variables of the file; shapes suffice. What is no array, and random keys,
+      are those of the template. None: dicts, lists, tuples and None come back
+      as they were, an NNX module as the nested dicts of its variables.
 
   Where kernels are compressed, norms are folded (see `unpack_model`): exact
   when they use running averages, another function when they are trained on the
   statistics of batches. Takes at most twice the bytes of the file besides the
   result. The file may be replaced meanwhile, as `save` does, not cut.
+
+  Raises:
+    InputError: see `read`; the template has other variables than the file, or
+      of another shape or type; or the file needs a template and there is none.
   """
   read_mapped = functools.partial(_read_stream, mapped=True)
-  return _build(_open(path, read_mapped)[1])
+  _, contents = _open(path, read_mapped)
+  if template is None:
+    return _build(contents)
+  return templates.fill(template, _leaves(contents))
 
 
 def from_bytes(data: bytes) -> tuple[PackedModel, header.Contents]:
@@ -246,6 +271,18 @@ def _open(
 
 
 def _build(contents: header.Contents) -> PyTree:
+  others = [path for path, kind in contents.nodes.items() if kind == "node"]
+  if others:
+    raise errors.InputError(
+      f"the file holds nodes of other types than dicts, lists and tuples "
+      f"({len(others)}, such as {others[0] or 'the root'!r}); give "
+      "pqf_jax.load(path, template), a tree or module of the same structure"
+    )
+  return structure.put_together(_leaves(contents), contents.nodes)
+
+
+def _leaves(contents: header.Contents) -> dict[str, Any]:
+  """Returns {path: variable} of a file."""
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     kernels = pool.map(lambda x: layers.unpack(*x), contents.layers.values())
   leaves: dict[str, Any] = dict(zip(contents.layers, kernels, strict=True))
@@ -254,8 +291,9 @@ def _build(contents: header.Contents) -> PyTree:
     for member, value in zip(plans.NORM, values, strict=True):
       leaves[member.format(norm)] = value
   # Copies, because a view would keep the bytes of the whole file.
-  leaves |= {path: dense.restore() for path, dense in contents.dense.items()}
-  return structure.put_together(leaves, contents.nodes)
+  return leaves | {
+    path: dense.restore() for path, dense in contents.dense.items()
+  }
 
 
 def _store(

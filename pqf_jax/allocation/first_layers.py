@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core as jax_core
 
 from pqf_jax.core import trees
@@ -43,7 +42,7 @@ def find_first_kernels(
     _Value(frozenset({path} & set(kernels)))
     for path in trees.flatten(variables)
   ]
-  arguments += [_Value(is_input=True)] * len(jax.tree.leaves(inputs))
+  arguments += [_Value(is_input=True)] * len(trees.leaves(inputs))
   found: set[str] = set()
   _walk(program, arguments, found)
   return found

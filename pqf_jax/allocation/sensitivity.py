@@ -9,7 +9,7 @@ import numpy as np
 
 from pqf_jax import errors
 from pqf_jax.allocation import distortion
-from pqf_jax.core import trees
+from pqf_jax.core import modules, trees
 
 PyTree = Any
 
@@ -46,13 +46,17 @@ def output_changes(
   key = jax.random.key(0)
 
   @jax.jit
-  def outputs(variables: PyTree, inputs: tuple[PyTree, ...]) -> list[jax.Array]:
-    leaves = map(jnp.asarray, jax.tree.leaves(apply_fn(variables, *inputs)))
+  def run(*sealed: PyTree) -> list[jax.Array]:
+    returned = modules.call(apply_fn, *sealed)
+    leaves = map(jnp.asarray, jax.tree.leaves(returned))
     return [
       leaf.astype(jnp.float32)
       for leaf in leaves
       if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
+
+  def outputs(variables: PyTree, inputs: tuple[PyTree, ...]) -> list[jax.Array]:
+    return run(modules.seal(variables), modules.seal(inputs))
 
   expected = [outputs(variables, batch) for batch in batches]
   scales = _variances(expected)

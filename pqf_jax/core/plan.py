@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.core import blocks, trees, vq_array
+from pqf_jax.core import blocks, modules, trees, vq_array
 from pqf_jax.core import storage as storages
 
 PyTree = Any
@@ -156,6 +156,12 @@ def make_plan(
     if (chosen := (path in first and first[path].axes) or found.get(path))
   }
   _check_coverage(rules, flat, first, axes)
+  for path in axes.keys() & modules.bare_arrays(variables):
+    if first[path].num_codes is not None:
+      raise errors.InputError(
+        f"{path} is a bare array of an NNX module, where no compressed kernel "
+        "can be; hold it in an nnx.Param, or keep it dense (num_codes=None)"
+      )
   return {
     path: _resolve(path, flat[path], first[path], axes[path])
     for path in axes
@@ -343,7 +349,7 @@ def predict_size(
   The variables may be arrays, `jax.ShapeDtypeStruct`s or `VQArray`s. Statistics
   of norms are not counted if the plan has any kernel: packing then folds mean
   and variance into scale and bias, two vectors a norm, as the published sizes
-  count them.
+  count them. Random keys, as modules may have, are in no file.
 
   Raises:
     InputError: the storage is none, or two leaves have the same path.
@@ -355,7 +361,7 @@ def predict_size(
   rows = tuple(
     _layer_size(path, leaf, plan.get(path), storage)
     for path, leaf in flat.items()
-    if path not in folded
+    if path not in folded and not trees.is_random_key(leaf)
   )
   payload_bytes = sum(row.payload_bytes for row in rows)
   dense_bytes = sum(4 * math.prod(row.shape) for row in rows)

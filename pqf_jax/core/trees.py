@@ -8,6 +8,7 @@ import numpy as np
 from jax import tree_util
 
 from pqf_jax import errors
+from pqf_jax.core import modules
 
 PyTree = Any
 FlatTree = dict[str, Any]
@@ -26,13 +27,14 @@ def flatten(
   """Lists the leaves of a tree as {path: leaf}, in the tree's own order.
 
   Args:
-    tree: any pytree (Linen variables, an NNX pure dict, Haiku parameters, ...).
+    tree: any pytree, or an NNX module (see `modules.seal`).
     is_leaf: whether a node, such as a `VQArray`, counts as one leaf.
 
   Raises:
     InputError: two leaves have the same path, so that names are ambiguous.
   """
-  named, _ = tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  sealed = modules.seal(tree)
+  named, _ = tree_util.tree_flatten_with_path(sealed, is_leaf=is_leaf)
   flat = {path_name(key_path): leaf for key_path, leaf in named}
   if len(flat) != len(named):
     raise errors.InputError(
@@ -40,6 +42,22 @@ def flatten(
       "paths; rename the keys that contain '/' or are equal as text"
     )
   return flat
+
+
+def leaves(tree: PyTree) -> list[Any]:
+  """Returns the arrays of a tree, in the order of `flatten`."""
+  return jax.tree.leaves(modules.seal(tree))
+
+
+def map_leaves(
+  function: Callable[[Any], Any],
+  tree: PyTree,
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+  """Replaces every array of a tree, or node that counts as one leaf."""
+  sealed = modules.seal(tree)
+  mapped = jax.tree.map(function, sealed, is_leaf=is_leaf)
+  return mapped if sealed is tree else modules.unseal(mapped)
 
 
 def sample_paths(tree: PyTree, count: int = 5) -> str:
@@ -73,16 +91,25 @@ def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
       f"the tree has no leaves {sorted(unknown)}; use paths as "
       "pqf_jax.core.trees.flatten lists them"
     )
-  return tree_util.tree_map_with_path(
-    lambda key_path, leaf: leaves.get(path_name(key_path), leaf), tree
+  sealed = modules.seal(tree)
+  replaced = tree_util.tree_map_with_path(
+    lambda key_path, leaf: leaves.get(path_name(key_path), leaf), sealed
   )
+  return replaced if sealed is tree else modules.unseal(replaced)
 
 
 def shapes(tree: PyTree) -> PyTree:
-  """Replaces every array of a tree by its `jax.ShapeDtypeStruct`."""
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+  """Replaces every array by its `jax.ShapeDtypeStruct`; modules are sealed."""
+  return map_leaves(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+    modules.seal(tree),
   )
+
+
+def is_random_key(leaf: Any) -> bool:
+  """Returns whether a leaf is a key of `jax.random.key`."""
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def check_arrays(name: str, tree: PyTree) -> None:

@@ -1,7 +1,7 @@
 """`VQArray`: a vector-quantized kernel that Flax modules read as an array."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -12,7 +12,7 @@ from flax.core import meta
 from jax import lax
 
 from pqf_jax import errors
-from pqf_jax.core import blocks, trees
+from pqf_jax.core import blocks, modules, trees
 from pqf_jax.numerics import gathers, segments
 
 PyTree = Any
@@ -291,20 +291,37 @@ def code_dtype(num_codes: int) -> jnp.dtype:
 
 def decode_params(variables: PyTree) -> PyTree:
   """Replaces every `VQArray` of a tree by its dense kernel."""
-  return jax.tree.map(
-    lambda leaf: leaf.decode() if is_vq(leaf) else leaf,
-    variables,
-    is_leaf=is_vq,
+  return trees.map_leaves(
+    lambda leaf: leaf.decode() if is_vq(leaf) else leaf, variables, is_vq
   )
 
 
-def in_params(path: str, leaf: jax.Array) -> bool:
-  """Returns whether Linen trains a leaf: a float of the `params` collection."""
-  return path.startswith("params/") and jnp.issubdtype(leaf.dtype, jnp.floating)
+def parameters_of(variables: PyTree) -> Callable[[str, jax.Array], bool]:
+  """Returns which leaves are trained by default, as (path, leaf) -> bool.
+
+  Floats: of Linen's variables those under `params/`, of an NNX module those in
+  an `nnx.Param`, and of any other tree all.
+  """
+  parameters = modules.parameters(variables)
+  if parameters is None:
+    is_linen = isinstance(variables, Mapping) and "params" in variables
+    start = "params/" if is_linen else ""
+
+    def is_parameter(path: str) -> bool:
+      return path.startswith(start)
+  else:
+
+    def is_parameter(path: str) -> bool:  # of an array, or of a `VQArray`
+      return not parameters.isdisjoint((path, path.rpartition("/")[0]))
+
+  return lambda path, leaf: (
+    is_parameter(path) and jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
 
 
 def split_trainable(
-  variables: PyTree, is_trainable: Callable[[str, jax.Array], bool] = in_params
+  variables: PyTree,
+  is_trainable: Callable[[str, jax.Array], bool] | None = None,
 ) -> tuple[PyTree, PyTree]:
   """Separates trainable leaves from the rest (integer codes, statistics).
 
@@ -312,27 +329,34 @@ def split_trainable(
 
   Args:
     variables: a variable tree; a `VQArray` is two leaves of it.
-    is_trainable: (path, leaf) -> bool.
+    is_trainable: (path, leaf) -> bool; None: see `parameters_of`.
 
   Returns:
     (trainable, frozen): two trees of the same structure, each with None where
-    the other has the leaf; `merge_trainable` undoes it.
+    the other has the leaf. Of modules they are no modules, but trees that `jit`
+    and optimizers take; `merge_trainable` undoes it all.
   """
+  choose = is_trainable or parameters_of(variables)
+  sealed = modules.seal(variables)
   chosen = jax.tree_util.tree_map_with_path(
-    lambda key_path, leaf: is_trainable(trees.path_name(key_path), leaf),
-    variables,
+    lambda key_path, leaf: choose(trees.path_name(key_path), leaf), sealed
   )
   return (
-    jax.tree.map(lambda leaf, yes: leaf if yes else None, variables, chosen),
-    jax.tree.map(lambda leaf, yes: None if yes else leaf, variables, chosen),
+    jax.tree.map(lambda leaf, yes: leaf if yes else None, sealed, chosen),
+    jax.tree.map(lambda leaf, yes: None if yes else leaf, sealed, chosen),
   )
 
 
 def merge_trainable(trainable: PyTree, frozen: PyTree) -> PyTree:
   """Joins the two trees that `split_trainable` returned."""
+  return modules.unseal(fill(trainable, frozen))
+
+
+def fill(tree: PyTree, other: PyTree) -> PyTree:
+  """Returns a tree with the leaves of another where it has None."""
   return jax.tree.map(
     lambda left, right: right if left is None else left,
-    trainable,
-    frozen,
+    tree,
+    other,
     is_leaf=lambda leaf: leaf is None,
   )

@@ -107,7 +107,7 @@ def _infer(
   }
   examples = [
     axis_factors.new_axes(np.shape(leaf), "input")
-    for leaf in jax.tree.leaves(inputs)
+    for leaf in trees.leaves(inputs)
   ]
   for output in walk.run(program, [*parameters.values(), *examples]):
     axis_factors.block_axes(output, "output")

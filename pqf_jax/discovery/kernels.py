@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend import core as jax_core
 
 from pqf_jax import errors
-from pqf_jax.core import blocks, trees
+from pqf_jax.core import blocks, modules, trees
 from pqf_jax.discovery import probes, rules, tracing
 
 PyTree = Any
@@ -106,12 +106,13 @@ def find_kernels(
     InputError: the apply function cannot be traced.
   """
   readings = _readings(apply_fn, variables, inputs)
+  bare = modules.bare_arrays(variables)
   probed = trees.replace(
     variables,
     {
       path: probes.Probe.of(leaf)
       for path, leaf in trees.flatten(variables).items()
-      if readings[path]
+      if readings[path] and path not in bare
     },
   )
   # Where layers take arrays only, no kernel of theirs can be compressed.
@@ -119,7 +120,7 @@ def find_kernels(
     readings = _readings(apply_fn, probed, inputs)
   found, unclear = {}, []
   for path, seen in readings.items():
-    if not seen:
+    if not seen or path in bare:
       continue
     best = max(seen, key=lambda reading: reading.weight)
     equals = {r.axes for r in seen if r.weight == best.weight}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pqf_jax import errors
+from pqf_jax.core import modules
 from pqf_jax.core import plan as plans
 from pqf_jax.discovery import tracing
 
@@ -70,7 +71,11 @@ def _fault(
   """Returns why the network cannot be traced, or nothing."""
   compressed = plans.compressed_shapes(plan, variables)
   try:
-    jax.eval_shape(lambda *arguments: apply_fn(*arguments), compressed, *inputs)
+    jax.eval_shape(
+      lambda *sealed: modules.call(apply_fn, *sealed),
+      modules.seal(compressed),
+      modules.seal(inputs),
+    )
   except Exception as error:  # whatever the caller's function may raise
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
   return ""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from pqf_jax.core import channels
+from pqf_jax.core import channels, modules, trees
 from pqf_jax.discovery import tracing, widening
 
 PyTree = Any
@@ -43,7 +43,7 @@ class CompiledNetwork(NamedTuple):
     """Returns the leaves of the outputs after permuting the variables."""
     with _on_cpu(), _precision(self.wide):
       permuted = channels.apply_permutations(self.variables, axes, permutations)
-      return jax.device_get(self.run(*jax.tree.leaves(permuted)))
+      return jax.device_get(self.run(*trees.leaves(permuted)))
 
 
 def check_program(
@@ -90,7 +90,8 @@ def compile_network(
 
   The variables and inputs are jittered by `rng`; the inputs are fixed.
   """
-  variables, inputs = _jitter(rng, (variables, inputs))
+  sealed = modules.seal(variables), modules.seal(inputs)
+  variables, inputs = _jitter(rng, sealed)
   try:
     return _compile_in(program, variables, inputs, wide=True)
   except Exception as error:  # of any primitive that works in one type only

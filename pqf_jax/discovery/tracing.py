@@ -11,6 +11,7 @@ import jax
 from jax.extend import core as jax_core
 
 from pqf_jax import errors
+from pqf_jax.core import modules
 
 PyTree = Any
 ApplyFn = Callable[..., PyTree]
@@ -30,24 +31,24 @@ def trace_program(
 ) -> Jaxpr:
   """Traces `apply_fn(variables, *inputs)` without running it.
 
-  The program's arguments are the leaves of the variables, then of the inputs;
-  both may be `jax.ShapeDtypeStruct`s.
+  The program's arguments are the leaves of the variables, then of the inputs,
+  as `trees.leaves` lists them; both may be `jax.ShapeDtypeStruct`s.
 
   Raises:
     InputError: the function cannot be traced.
   """
   try:
     # A new function, since bound methods of modules need not be hashable.
-    return jax.make_jaxpr(lambda *arguments: apply_fn(*arguments))(
-      variables, *inputs
+    return jax.make_jaxpr(lambda *sealed: modules.call(apply_fn, *sealed))(
+      modules.seal(variables), modules.seal(inputs)
     )
   except Exception as error:  # whatever the caller's function may raise
     reason = str(error).strip().partition("\n")[0]
     raise errors.InputError(
       "the apply function cannot be traced by JAX: "
       f"{type(error).__name__}: {reason} -- it has to be a function of "
-      "(variables, *inputs) made of JAX operations; bind Python flags such "
-      "as train=False beforehand"
+      "(variables, *inputs) made of JAX operations; give several inputs, and "
+      "Python flags, as pqf_jax.Inputs(images, mask, train=False)"
     ) from error
 
 

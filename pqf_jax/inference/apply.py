@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend import core as jax_core
 
 from pqf_jax import errors
-from pqf_jax.core import trees, vq_array
+from pqf_jax.core import modules, trees, vq_array
 from pqf_jax.discovery import tracing
 from pqf_jax.inference import kernels, readers
 
@@ -66,7 +66,8 @@ def make_apply(
 
   Args:
     apply_fn: (variables, *inputs) -> outputs, made of JAX operations.
-    variables: with `VQArray` kernels, such as `pqf_jax.load` returns.
+    variables: a tree or module with `VQArray` kernels, such as `pqf_jax.load`
+      returns.
     form: one of `FORMS`.
     crossover: up to so many rows of activations are multiplied by tables; None:
       as measured (`product`).
@@ -86,20 +87,22 @@ def make_apply(
   leaves = trees.flatten(variables, vq_array.is_vq)
   compressed = {p: leaf for p, leaf in leaves.items() if vq_array.is_vq(leaf)}
   trees.check_arrays("variables", compressed)
-  if form == "dense":
-    # A new function, since bound methods of modules need not be hashable.
-    compiled = jax.jit(lambda *arguments: apply_fn(*arguments))
-    return Applied(compiled, vq_array.decode_params(variables))
   prepare = {
+    "dense": vq_array.VQArray.decode,
     "layer": kernels.defer,
     "fused": kernels.arrange,
     "auto": _choose,
   }[form]
-  prepared = jax.tree.map(
+  prepared = trees.map_leaves(
     lambda leaf: prepare(leaf) if vq_array.is_vq(leaf) else leaf,
-    variables,
-    is_leaf=vq_array.is_vq,
+    modules.seal(variables),
+    vq_array.is_vq,
   )
+  if form == "dense":
+    compiled = jax.jit(
+      lambda sealed, *inputs: modules.call(apply_fn, sealed, inputs)
+    )
+    return Applied(compiled, prepared)
   return Applied(jax.jit(_rewrite(apply_fn, crossover)), prepared)
 
 
@@ -117,16 +120,14 @@ def _rewrite(
   def apply(variables: PyTree, *inputs: PyTree) -> PyTree:
     structures: list[Any] = []
 
-    def flat(*arguments: PyTree) -> list[Any]:
-      leaves, structure = jax.tree.flatten(apply_fn(*arguments))
+    def flat(*arguments: PyTree, **named: PyTree) -> list[Any]:
+      leaves, structure = jax.tree.flatten(apply_fn(*arguments, **named))
       structures.append(structure)
       return leaves
 
     dense = jax.tree.map(_abstract, variables, is_leaf=kernels.is_kernel)
     program = tracing.trace_program(flat, dense, inputs)
-    values, _ = jax.tree.flatten(
-      (variables, *inputs), is_leaf=kernels.is_kernel
-    )
+    values, _ = jax.tree.flatten((variables, inputs), is_leaf=kernels.is_kernel)
     results = _Evaluator(crossover).run(program, values)
     return jax.tree.unflatten(structures[-1], map(_decode, results))
 

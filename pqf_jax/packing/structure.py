@@ -4,22 +4,27 @@ A leaf's path joins the keys from the root by '/', as `core.trees` does. Here
 '~' within a key is written '~0', '/' as '~1' and the empty key as '~2', so that
 every path has one meaning; and '__metadata__', a name that safetensors files
 have for themselves, as '~3'. Dicts with text as keys are understood; every
-other container is listed by path and kind.
+other container is listed by path and kind. Of the kind 'node' are those that a
+file cannot make, such as modules: only a template gives them back.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax import tree_util
 
 from pqf_jax import errors
+from pqf_jax.core import modules
+from pqf_jax.core import trees as core_trees
 from pqf_jax.packing import container
 
 PyTree = Any
 # What a node may be besides a dict with text as keys.
-KINDS = ("dict", "integers", "list", "none", "tuple")
+KINDS = ("dict", "integers", "list", "node", "none", "tuple")
 # Deeper trees are no networks, and JAX itself goes through them by recursion.
 MAX_DEPTH = 100
 # Without the halves of characters that no text can hold.
@@ -37,7 +42,8 @@ def take_apart(
   """Lists the leaves of a tree and its containers.
 
   Args:
-    tree: dicts, lists, tuples, None and arrays.
+    tree: nodes and arrays. An NNX module is the dict of its variables; of it,
+      and of other modules, what is no array and random keys are left out.
     is_leaf: whether a node counts as a leaf, besides arrays.
 
   Returns:
@@ -45,19 +51,25 @@ def take_apart(
     keys}); see `KINDS`.
 
   Raises:
-    InputError: a node of another type, named by its path; a key that is
+    InputError: a leaf that is no array, named by its path; a key that is
       neither text nor an integer; or more than `MAX_DEPTH` levels.
   """
   leaves: dict[str, Any] = {}
   nodes: dict[str, str] = {}
 
-  def visit(keys: tuple[str, ...], node: Any) -> None:
+  def visit(keys: tuple[str, ...], node: Any, in_module: bool = False) -> None:
     path = "/".join(keys)
     if len(keys) > MAX_DEPTH:
       raise errors.InputError(
         f"{path[:40]}... is more than {MAX_DEPTH} levels deep; give a flatter "
         "tree"
       )
+    if isinstance(node, modules.Graph):
+      node, in_module = node.values, True
+    if in_module and _is_made_by_code(node):
+      return
+    if isinstance(node, modules.Constant):
+      node = node.value
     # What a mask hides would come back as numbers.
     masked = isinstance(node, np.ma.MaskedArray)
     arrays = jax.Array | np.ndarray | np.generic
@@ -68,8 +80,11 @@ def take_apart(
     if kind:
       nodes[path] = kind
     for key, child in children.items():
-      visit((*keys, _escape(path, key)), child)
+      visit((*keys, _escape(path, key)), child, in_module or kind == "node")
 
+  # Keys that JAX cannot sort are named by the visit.
+  with contextlib.suppress(ValueError):
+    tree = modules.seal(tree)
   visit((), tree)
   return leaves, nodes
 
@@ -103,6 +118,11 @@ def path_of(keys: list[str]) -> str:
   return "/".join(_escape("", key) for key in keys)
 
 
+def path_of_leaf(key_path: tuple[Any, ...]) -> str:
+  """Returns the path of a leaf of a tree that JAX has flattened."""
+  return path_of([core_trees.path_name((key,)) for key in key_path])
+
+
 def name(path: str) -> str:
   """Returns a path as `core.trees` writes it, which may have many meanings."""
   return "/".join(_keys(path)[1:])
@@ -126,11 +146,23 @@ def _open(path: str, node: Any) -> tuple[str | None, dict[Any, Any]]:
       "whose keys are all text, or all integers of up to 18 digits: rename "
       "them"
     )
-  raise errors.InputError(
-    f"{path or 'the tree'} is of type {type(node).__name__}, which a packed "
-    "file cannot hold; give dicts, lists, tuples, None and arrays, as "
-    "flax.nnx.to_pure_dict(state), flax.core.unfreeze(variables) or "
-    "flax.core.meta.unbox(variables) return them"
+  parts, _ = tree_util.tree_flatten_with_path(
+    node, is_leaf=lambda other: other is not node
+  )
+  children = {core_trees.path_name(keys): child for keys, child in parts}
+  is_leaf = len(parts) == 1 and parts[0][1] is node
+  if is_leaf or len(children) < len(parts):
+    raise errors.InputError(
+      f"{path or 'the tree'} is of type {type(node).__name__}, which a packed "
+      "file cannot hold; give arrays, and nodes whose children have names"
+    )
+  return "node", children
+
+
+def _is_made_by_code(leaf: Any) -> bool:
+  """Returns whether a module makes a leaf itself, so that no file holds it."""
+  return isinstance(leaf, modules.Constant) or (
+    isinstance(leaf, jax.Array) and core_trees.is_random_key(leaf)
   )
 
 
@@ -144,6 +176,8 @@ def _close(path: str, kind: str, children: Any) -> Any:
       return items if kind == "list" else tuple(items)
   if kind == "integers" and names and all(map(_INTEGER.fullmatch, names)):
     return {int(name): child for name, child in children.items()}
+  if kind == "node" and names is not None:
+    return children
   if kind in ("dict", "none") and names == set():
     return {} if kind == "dict" else None
   raise errors.InputError(
