@@ -93,22 +93,24 @@ def _by_tables(
   vectors = inputs.reshape(num_rows * num_positions, length)
   tables = jnp.matmul(vectors, codebook.T, precision=precision)
   pairs = _to_pairs(tables.reshape(num_rows, -1))
-  size = _group_size(num_positions, len(pairs) * c_out, _TABLE_ENTRIES)
-  groups = pairs.reshape(len(pairs), -1, size, num_codes)
-  shape = (size, len(pairs), c_out)
+  num_pairs = len(pairs)
+  size = _group_size(num_positions, num_pairs * c_out, _TABLE_ENTRIES)
+  tables = jnp.moveaxis(pairs.reshape(num_pairs, -1, size, num_codes), 0, 2)
 
   def add(
     sums: jax.Array, group: tuple[jax.Array, jax.Array]
   ) -> tuple[jax.Array, None]:
-    tables, codes = group
-    return sums + _pick(tables, codes[:, None], shape), None
+    return sums + _pick(*group), None
 
   sums, _ = lax.scan(
     add,
-    jnp.zeros(shape, pairs.dtype),
-    (jnp.moveaxis(groups, 0, 2), codes.reshape(-1, size, c_out)),
+    jnp.zeros((size * num_pairs, c_out), pairs.dtype),
+    (
+      tables.reshape(-1, size * num_pairs, num_codes),
+      codes.reshape(-1, size, c_out),
+    ),
   )
-  return _from_pairs(sums.sum(0), num_rows)
+  return _add_up(sums.reshape(size, num_pairs, c_out))[:num_rows]
 
 
 def _by_blocks(
@@ -123,14 +125,13 @@ def _by_blocks(
   # depend on the inputs, and be decoded together with those of all layers.
   entries = min(_BLOCK_ENTRIES, codes.size * length // 4)
   size = _group_size(num_positions, length * c_out, entries)
-  shape = (size, length, c_out)
-  columns = jnp.broadcast_to(codebook.T, (size, length, codebook.shape[0]))
+  columns = jnp.tile(codebook.T, (size, 1))
 
   def add(
     sums: jax.Array, group: tuple[jax.Array, jax.Array]
   ) -> tuple[jax.Array, None]:
     inputs, codes = group
-    block = _pick(columns, codes[:, None], shape).reshape(-1, c_out)
+    block = _pick(columns, codes)
     return sums + jnp.matmul(inputs, block, precision=precision), None
 
   sums, _ = lax.scan(
@@ -144,12 +145,19 @@ def _by_blocks(
   return sums
 
 
-def _pick(
-  tables: jax.Array, codes: jax.Array, shape: tuple[int, ...]
-) -> jax.Array:
-  """Returns the entries of tables [..., K] that codes of this shape name."""
-  chosen = jnp.broadcast_to(codes.astype(jnp.int32), shape)
-  return jnp.take_along_axis(tables, chosen, -1, mode="promise_in_bounds")
+def _pick(tables: jax.Array, codes: jax.Array) -> jax.Array:
+  """Returns the entries that codes name, [n * r, C_out].
+
+  XLA's loops over two axes are faster than those over three.
+
+  Args:
+    tables: [n * r, K], r for each row of codes.
+    codes: [n, C_out].
+  """
+  codes = jnp.repeat(codes, len(tables) // len(codes), axis=0)
+  return jnp.take_along_axis(
+    tables, codes.astype(jnp.int32), -1, mode="promise_in_bounds"
+  )
 
 
 def _group_size(num_positions: int, entries: int, target: int) -> int:
@@ -166,8 +174,14 @@ def _to_pairs(rows: jax.Array) -> jax.Array:
   return lax.complex(rows[0::2], rows[1::2])
 
 
-def _from_pairs(pairs: jax.Array, num_rows: int) -> jax.Array:
-  if not jnp.iscomplexobj(pairs):
-    return pairs
-  rows = jnp.stack([pairs.real, pairs.imag], axis=1)
-  return rows.reshape(-1, pairs.shape[-1])[:num_rows]
+def _add_up(pairs: jax.Array) -> jax.Array:
+  """Returns the rows of pairs [size, P, C_out], summed over the first axis."""
+  parts = (pairs.real, pairs.imag) if jnp.iscomplexobj(pairs) else (pairs,)
+  # As a product: XLA's sums over a first axis are slower. Of real numbers, so
+  # that an infinity stays in its row.
+  ones = jnp.ones(len(pairs), parts[0].dtype)
+  sums = [
+    jnp.tensordot(ones, part, 1, precision=lax.Precision.HIGHEST)
+    for part in parts
+  ]
+  return jnp.stack(sums, axis=1).reshape(-1, pairs.shape[-1])

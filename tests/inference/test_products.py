@@ -71,6 +71,15 @@ def test_loops_of_several_steps(crossover, num_positions, monkeypatch):
   _check(got, inputs, codebook, codes)
 
 
+@pytest.mark.parametrize("crossover", FORMS)
+def test_what_is_not_finite_stays_in_its_row(crossover):
+  inputs, codebook, codes = _case(0, 3, 12, 4, 20, 16)
+  inputs[1, 5] = np.inf
+  got = products.product(inputs, codebook, codes, crossover=crossover)
+  assert not np.isfinite(got[1]).any()
+  _check(got[::2], inputs[::2], codebook, codes)
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("crossover", FORMS)
 def test_gradients_are_those_of_the_dense_kernel(crossover, num_rows):
