@@ -25,7 +25,7 @@ def matrix_product(
   summed = dict(zip(contracted[place], contracted[1 - place], strict=True))
   if any(map(len, batch)) or not kernel.is_matrix or not kernel.by_position:
     return None
-  if not _is_of_floats(eqn):
+  if not _are_floats(inputs, kernel.codebook):
     return None
   if set(summed) != set(kernel.in_axes):
     return None
@@ -57,7 +57,7 @@ def convolution(
   out_axis, in_axis, *spatial = numbers.rhs_spec
   is_pointwise = (
     kernel.by_position
-    and _is_of_floats(eqn)
+    and _are_floats(inputs, kernel.codebook)
     and (in_axis,) == kernel.in_axes
     and (out_axis,) == kernel.out_axes
     and all(kernel.layer_shape[axis] == 1 for axis in spatial)
@@ -123,14 +123,13 @@ READERS = {
 """By primitive: (equation, operands, crossover) -> result or None."""
 
 
-def _is_of_floats(eqn: tracing.Equation) -> bool:
-  """Returns whether a product is one that `products` makes.
+def _are_floats(*arrays: Any) -> bool:
+  """Returns whether a product of arrays is one that `products` makes.
 
   Complex numbers have a second part, and large integers more digits than
   float32.
   """
-  (result,) = eqn.outvars
-  return jnp.issubdtype(result.aval.dtype, jnp.floating)
+  return all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
 
 
 def _multiply(
