@@ -21,7 +21,7 @@ from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.discovery import kernels as kernel_discovery
-from pqf_jax.discovery import readers, tracing
+from pqf_jax.discovery import readers, samples
 
 PyTree = Any
 
@@ -171,7 +171,7 @@ def allocate_bytes(
   vq_array.check_dense(variables)
   trees.check_arrays("variables", variables)
   plans.check_rule(plans.Rule(".*", None, kmeans_steps=kmeans_steps))
-  _check_batches(apply_fn, variables, batches)
+  samples.check_batches("batches", apply_fn, variables, batches)
   kernels = kernel_discovery.find_kernels(apply_fn, variables, *sample)
   options = _list_options(apply_fn, variables, sample, kernels, kmeans_steps)
   sizes = kernel_options.option_bytes(options, variables, storage)
@@ -330,23 +330,6 @@ def _bytes_for_kernels(
       f"{dense_bytes / least:.1f}), of which {rest:,} are no kernels"
     )
   return budget - rest
-
-
-def _check_batches(
-  apply_fn: Callable[..., PyTree],
-  variables: PyTree,
-  batches: Sequence[tuple[PyTree, ...]],
-) -> None:
-  listed = isinstance(batches, Sequence)
-  if not listed or not all(isinstance(batch, tuple) for batch in batches):
-    kind = type(batches[0] if listed else batches).__name__
-    raise errors.InputError(
-      f"batches is, or has, a {kind}; give a list of tuples of the network's "
-      "inputs, such as [(images,)]"
-    )
-  trees.check_arrays("batches", list(batches))
-  if batches:
-    tracing.trace_program(apply_fn, variables, batches[0])
 
 
 def _num_layers(kernel: Any, axes: blocks.KernelAxes) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from pqf_jax import errors
 from pqf_jax.calibration import layers, moments, reconstruction, streams
 from pqf_jax.core import trees, vq_array
-from pqf_jax.discovery import tracing
+from pqf_jax.discovery import samples, tracing
 
 PyTree = Any
 
@@ -69,7 +69,7 @@ def calibrate_params(
     reconstruct: False keeps codes and codebooks, and repairs only norms and
       biases.
     rounds: how often codes are improved, see `reconstruction.reconstruct`.
-    damping: see there.
+    damping: see there; above 0, at most 1.
     on_layer: called for each reconstructed layer, for progress.
 
   Returns:
@@ -77,8 +77,10 @@ def calibrate_params(
 
   Raises:
     InputError: there are no batches, their shapes differ, the two trees do not
-      fit, `apply_fn` cannot be traced, or values are not finite.
+      fit, `apply_fn` cannot be traced, values are not finite, or `rounds` or
+      `damping` is out of range.
   """
+  _check_numbers(rounds, damping)
   run = _Calibration(apply_fn, dense, quantized, batches)
   found = {}
   for operation in run.streams.operations:
@@ -99,6 +101,22 @@ def calibrate_params(
   return trees.replace(dense, run.leaves), found
 
 
+def check_samples(
+  name: str,
+  apply_fn: Callable[..., PyTree],
+  dense: PyTree,
+  batches: Sequence[tuple[PyTree, ...]],
+) -> None:
+  """Refuses samples that a network cannot be calibrated with.
+
+  Raises:
+    InputError: there are none, or see `samples.check_batches`.
+  """
+  samples.check_batches(name, apply_fn, dense, batches, alike=True)
+  if not batches:
+    raise errors.InputError(f"{name} is empty; give some samples")
+
+
 class _Calibration:
   """The two networks, and the leaves of the quantized one so far."""
 
@@ -109,10 +127,10 @@ class _Calibration:
     quantized: PyTree,
     batches: Sequence[tuple[PyTree, ...]],
   ):
-    _check_batches(batches)
     self.dense = trees.flatten(dense)
     self.leaves = trees.flatten(quantized, vq_array.is_vq)
     _check_alike(self.dense, self.leaves)
+    check_samples("batches", apply_fn, dense, batches)
     program = streams.write_out(
       tracing.trace_program(apply_fn, dense, tuple(batches[0]))
     )
@@ -132,18 +150,25 @@ class _Calibration:
   def replace(self, path: str, leaf: Any) -> None:
     """Gives the quantized network another leaf."""
     array = _to_array(leaf)
-    if not _is_finite(array):
-      raise errors.InputError(
-        f"the calibration samples give NaN or infinite values before {path}; "
-        "check the samples and the dense network"
-      )
+    _check_finite(path, array)
     self.leaves[path] = leaf
     self.streams.replace(self._numbers[path], array)
 
 
 @jax.jit
-def _is_finite(array: jax.Array) -> jax.Array:
-  return jnp.isfinite(array).all()
+def _are_finite(values: PyTree) -> jax.Array:
+  return jnp.array(
+    [jnp.isfinite(array).all() for array in jax.tree.leaves(values)]
+  ).all()
+
+
+def _check_finite(path: str, values: PyTree) -> None:
+  """Refuses what the samples gave, where a layer can do nothing with it."""
+  if not _are_finite(values):
+    raise errors.InputError(
+      f"the calibration samples give NaN, infinite or too large values before "
+      f"{path}; check the samples and the dense network"
+    )
 
 
 def _statistics(flat: trees.FlatTree) -> dict[str, str]:
@@ -175,6 +200,8 @@ def _match(
   if axis is None or not is_float or not (is_mean or name == "add"):
     return
   inputs = run.streams.values(operation.operands[1 - read.operand])
+  if inputs[0].dense.shape[axis] != leaf.size:
+    return  # one number for all channels
   if is_mean:
     var_path = run.norms[read.path]
     mean, var = moments.match_norm(inputs, axis, leaf, run.dense[var_path])
@@ -199,11 +226,14 @@ def _rebuild(
   layer = layers.find_layer(operation.eqn, read.operand, node.spec)
   if layer is None or len(operation.operands) != 2:
     return None
+  trees.check_finite(read.path, kernel)
   vectors = node.spec.to_blocks(kernel.astype(jnp.float32))
   rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
   pairs = run.streams.values(operation.operands[1 - read.operand])
+  gathered = _add_moments(layer, pairs, rows)
+  _check_finite(read.path, gathered)
   result = reconstruction.reconstruct(
-    _add_moments(layer, pairs, rows),
+    gathered,
     rows,
     jnp.asarray(node.codebook, jnp.float32),
     node.codes.astype(jnp.int32).reshape(layer.groups, -1, vectors.shape[1]),
@@ -250,16 +280,12 @@ def _batch_moments(
   )
 
 
-def _check_batches(batches: Sequence[tuple[PyTree, ...]]) -> None:
-  if not batches:
-    raise errors.InputError("calibration got no batches; give some samples")
-  shapes = [str(trees.shapes(batch)) for batch in batches]
-  for i, shape in enumerate(shapes):
-    if shape != shapes[0]:
-      raise errors.InputError(
-        f"batch {i} of the calibration has other shapes than the first: "
-        f"{shape}, not {shapes[0]}; make all batches alike"
-      )
+def _check_numbers(rounds: int, damping: float) -> None:
+  if rounds < 0 or not 0 < damping <= 1:
+    raise errors.InputError(
+      f"rounds is {rounds!r} and damping {damping!r}; give 0 rounds or more, "
+      "and a damping above 0, at most 1"
+    )
 
 
 def _check_alike(dense: trees.FlatTree, quantized: trees.FlatTree) -> None:

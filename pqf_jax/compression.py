@@ -8,7 +8,7 @@ import jax
 from pqf_jax import budget, calibrate, errors, permute, quantize
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
-from pqf_jax.discovery import discover, kernels, readers
+from pqf_jax.discovery import discover, kernels, readers, samples
 
 PyTree = Any
 
@@ -75,7 +75,10 @@ def compress(
     apply_fn, variables = _take_module(apply_fn)
   vq_array.check_dense(variables)
   _check_sample(sample)
-  trees.check_arrays("calibration", list(calibration))
+  samples.check_list("calibration", calibration)
+  batches = [(batch,) for batch in calibration]
+  if batches:
+    calibrate.check_samples("calibration", apply_fn, variables, batches)
   targeted = target_ratio is not None or target_bytes is not None
   if isinstance(rules, str) and rules == "auto":
     rules = budget.auto_rules(
@@ -84,7 +87,7 @@ def compress(
       sample,
       target_ratio=target_ratio,
       target_bytes=target_bytes,
-      batches=[(batch,) for batch in calibration[:1]],
+      batches=batches[:1],
     )
   elif isinstance(rules, str) or targeted:
     raise errors.InputError(
@@ -102,9 +105,9 @@ def compress(
   )
   compressed, layers = quantize.quantize_params(quantize_key, permuted, plan)
   outputs: dict[str, calibrate.LayerError] = {}
-  if calibration:
+  if batches:
     compressed, outputs = calibrate.calibrate_params(
-      apply_fn, permuted, compressed, [(batch,) for batch in calibration]
+      apply_fn, permuted, compressed, batches
     )
   size = plans.predict_size(plan, compressed)
   return Compressed(compressed, plan, size, groups, layers, outputs)

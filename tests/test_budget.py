@@ -243,9 +243,12 @@ def test_variables_without_a_choice_are_refused():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"batches": [np.ones((2, 4, 4, 3))]}, "has, a ndarray; give a list"),
-    ({"batches": None}, "batches is, or has, a NoneType"),
-    ({"batches": [(X,)]}, "batches, leaf '0/0', is of type ShapeDtypeStruct"),
+    (
+      {"batches": [np.ones((2, 4, 4, 3))]},
+      "batch 0 of batches is of type ndarray",
+    ),
+    ({"batches": None}, "batches is of type NoneType"),
+    ({"batches": [(X,)]}, "of batches, leaf '0', is of type ShapeDtypeStruct"),
     ({"batches": [(np.ones((2, 4, 4, 5)),)]}, "cannot be traced"),
     ({"kmeans_steps": 0}, "kmeans_steps=0"),
     ({"storage": "int8"}, "int8"),

@@ -10,6 +10,7 @@ from pqf_jax import calibrate, errors, quantize
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees
 from pqf_jax.discovery import kernels
+from tests.inference import coded
 
 RULES = [
   plans.Rule("params/stem/kernel", None),
@@ -144,20 +145,58 @@ def test_kernels_of_loops_and_tied_ones_keep_their_codes():
 
 def test_bad_input_is_refused(case):
   model, variables, quantized, batches = case
-  with pytest.raises(errors.InputError, match="no batches"):
-    calibrate.calibrate_params(model.apply, variables, quantized, [])
-  other = (batches[0][0][:2],)
-  with pytest.raises(errors.InputError, match="batch 1 .* other shapes"):
-    calibrate.calibrate_params(
-      model.apply, variables, quantized, [batches[0], other]
-    )
-  with pytest.raises(errors.InputError, match="NaN or infinite values before"):
-    calibrate.calibrate_params(
-      model.apply, variables, quantized, [(batches[0][0] * jnp.inf,)]
-    )
+
+  def refused(message, batches=batches, dense=variables, **settings):
+    with pytest.raises(errors.InputError, match=message):
+      calibrate.calibrate_params(
+        model.apply, dense, quantized, batches, **settings
+      )
+
+  ((images,), *_) = batches
+  refused("batches is empty", [])
+  refused("batches is of type generator", (batch for batch in batches))
+  refused("batch 0 of batches is of type", [images])
+  refused("batch 1 .* other shapes", [batches[0], (images[:2],)])
+  refused("batch 0 of batches has NaN", [(images * jnp.nan,)])
+  refused("give NaN, infinite or too large", [(images * jnp.inf,)])
+  refused("rounds is -1", rounds=-1)
+  for damping in (0.0, float("nan"), 2.0):
+    refused(f"damping {damping}", damping=damping)
   smaller = trees.replace(variables, {"params/fc/bias": jnp.zeros(5)})
-  with pytest.raises(errors.InputError, match="params/fc/bias has shape"):
-    calibrate.calibrate_params(model.apply, smaller, quantized, batches)
+  refused("params/fc/bias has shape", dense=smaller)
+
+
+def test_one_bias_for_all_channels_stays_as_it_is():
+  """It cannot give each of them its mean."""
+
+  def network(variables, x):
+    return x @ variables["w"] + variables["b"][None]
+
+  kernel = coded.make_kernel(0, (8, 6), num_codes=4, channels=2)
+  rng = np.random.default_rng(1)
+  dense = {"w": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)}
+  bias = {"b": jnp.ones(1)}
+  given, layers = calibrate.calibrate_params(
+    network, dense | bias, {"w": kernel} | bias, [(jnp.eye(8),)]
+  )
+  assert list(layers) == ["w"]
+  np.testing.assert_array_equal(given["b"], bias["b"])
+
+
+def test_what_no_norm_or_bias_shows_is_refused():
+  """Without these, nothing else would see that the numbers are not finite."""
+
+  def network(variables, x):
+    return x @ variables["w"]
+
+  kernel = coded.make_kernel(0, (8, 6), num_codes=4, channels=2)
+  dense = {"w": kernel.decode()}
+  for weights, x, message in (
+    (dense["w"], jnp.full((4, 8), jnp.inf), "too large values before w"),
+    (dense["w"] * jnp.nan, jnp.ones((4, 8)), "w has 48 NaN or infinite"),
+  ):
+    with pytest.raises(errors.InputError, match=message):
+      calibrate.calibrate_params(network, {"w": weights}, {"w": kernel}, [(x,)])
 
 
 class Attention(nn.Module):

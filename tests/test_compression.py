@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pqf_jax
-from pqf_jax import budget, errors
+from pqf_jax import budget, errors, permute
 from pqf_jax.core import trees, vq_array
 
 
@@ -146,6 +146,33 @@ def test_what_cannot_be_compressed_is_named(variables, compressed):
   refused("sample is of type ShapeDtypeStruct", sample=shapes[1])
   refused("give a list of pqf_jax.Rule", rules=RULES[1])
   refused("no rule covers params/conv0/kernel", rules=[])
+
+
+@pytest.mark.parametrize(
+  ("calibration", "message"),
+  [
+    (IMAGES, "calibration is of type ndarray; give a list"),
+    (iter([IMAGES]), "calibration is of type list_iterator"),
+    ([IMAGES, IMAGES[:1]], "batch 1 of calibration has other shapes"),
+    ([IMAGES[..., :2]], "cannot be traced"),
+    ([IMAGES * np.nan], "batch 0 of calibration has NaN"),
+    ([IMAGES[:0]], "batch 0 of calibration is empty"),
+  ],
+)
+def test_samples_are_checked_before_the_work(
+  variables, calibration, message, monkeypatch
+):
+  monkeypatch.setattr(permute, "permute_channels", None)
+  for rules in ({"rules": RULES}, {"rules": "auto", "target_ratio": 4}):
+    with pytest.raises(errors.InputError, match=message):
+      pqf_jax.compress(
+        Net().apply,
+        variables,
+        IMAGES,
+        **rules,
+        key=jax.random.key(0),
+        calibration=calibration,
+      )
 
 
 def test_rules_can_be_chosen_for_a_target(variables, compressed, monkeypatch):

@@ -27,7 +27,12 @@ ALLOWED = {
   "permute": ("core", "permutation", "kmeans", "runtime.threads"),
   "quantize": ("core", "kmeans"),
   "calibration": ("core", "discovery.tracing", "numerics"),
-  "calibrate": ("calibration", "core", "discovery.tracing"),
+  "calibrate": (
+    "calibration",
+    "core",
+    "discovery.samples",
+    "discovery.tracing",
+  ),
   "allocation": ("core", "discovery.tracing"),
   "budget": ("allocation", "core", "discovery"),
   "rules": ("allocation", "core", "discovery.kernels"),

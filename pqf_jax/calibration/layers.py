@@ -86,7 +86,9 @@ def _hand_on(eqn: tracing.Equation, source: _Source) -> _Source | None:
   shape = tracing.shape_of(eqn.outvars[0])
   size = tracing.shape_of(eqn.invars[0])[source.axis]
   if name == "broadcast_in_dim":
-    return _Source(source.path, eqn.params["broadcast_dimensions"][source.axis])
+    axis = eqn.params["broadcast_dimensions"][source.axis]
+    # One number for all channels is no number for each of them.
+    return _Source(source.path, axis) if shape[axis] == size else None
   # A reshape that only adds axes of size 1.
   if [length for length in shape if length != 1] == [size]:
     return _Source(source.path, shape.index(size))

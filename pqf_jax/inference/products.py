@@ -49,7 +49,8 @@ def product(
     precision: of the products, as of `jnp.dot`.
 
   Raises:
-    InputError: the codebook and codes are of another number of inputs.
+    InputError: the codebook and codes are of another number of inputs, or the
+      inputs are complex.
   """
   (num_positions, c_out), length = codes.shape, codebook.shape[1]
   if inputs.shape[1] != num_positions * length:
@@ -57,6 +58,10 @@ def product(
       f"inputs have shape {inputs.shape}, but codes of shape {codes.shape} and "
       f"codewords of length {length} make a kernel of {num_positions * length} "
       "inputs; give inputs [rows, M * D] and codes [M, C_out]"
+    )
+  if jnp.iscomplexobj(inputs):
+    raise errors.InputError(
+      f"inputs are of type {inputs.dtype}; multiply inputs.real and inputs.imag"
     )
   is_wide = jnp.float64 in (inputs.dtype, codebook.dtype)
   dtype = jnp.float64 if is_wide else jnp.float32

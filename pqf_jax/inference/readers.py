@@ -16,13 +16,16 @@ def matrix_product(
 ) -> jax.Array | None:
   """Returns the result of a `dot_general` of activations and a kernel, or None.
 
-  None: it contracts other axes than the kernel's inputs, or has batch axes.
+  None: it contracts other axes than the kernel's inputs, has batch axes, or is
+  of other numbers than floats.
   """
   (place,) = (i for i, x in enumerate(operands) if kernels.is_kernel(x))
   kernel, inputs = operands[place], operands[1 - place]
   contracted, batch = eqn.params["dimension_numbers"]
   summed = dict(zip(contracted[place], contracted[1 - place], strict=True))
   if any(map(len, batch)) or not kernel.is_matrix or not kernel.by_position:
+    return None
+  if not _are_floats(inputs, kernel.codebook):
     return None
   if set(summed) != set(kernel.in_axes):
     return None
@@ -43,9 +46,9 @@ def convolution(
 ) -> jax.Array | None:
   """Returns the result of a convolution that is a product, or None.
 
-  None: the kernel has taps or groups, the inputs are padded or dilated, or they
-  have more positions than tables serve: then XLA's convolution is faster than a
-  product by blocks.
+  None: the kernel has taps or groups, the inputs are padded, dilated or no
+  floats, or they have more positions than tables serve: then XLA's convolution
+  is faster than a product by blocks.
   """
   inputs, kernel = operands
   if not kernels.is_kernel(kernel) or kernels.is_kernel(inputs):
@@ -54,6 +57,7 @@ def convolution(
   out_axis, in_axis, *spatial = numbers.rhs_spec
   is_pointwise = (
     kernel.by_position
+    and _are_floats(inputs, kernel.codebook)
     and (in_axis,) == kernel.in_axes
     and (out_axis,) == kernel.out_axes
     and all(kernel.layer_shape[axis] == 1 for axis in spatial)
@@ -119,6 +123,15 @@ READERS = {
 """By primitive: (equation, operands, crossover) -> result or None."""
 
 
+def _are_floats(*arrays: Any) -> bool:
+  """Returns whether a product of arrays is one that `products` makes.
+
+  Complex numbers have a second part, and large integers more digits than
+  float32.
+  """
+  return all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
+
+
 def _multiply(
   eqn: tracing.Equation,
   inputs: jax.Array,
@@ -126,11 +139,11 @@ def _multiply(
   crossover: int | None,
 ) -> jax.Array:
   """Returns rows [..., *in] times a kernel: [..., *out]."""
-  num_inputs = len(kernel.in_axes)
-  free = inputs.shape[: inputs.ndim - num_inputs]
+  num_free = inputs.ndim - len(kernel.in_axes)
+  free, summed = inputs.shape[:num_free], inputs.shape[num_free:]
   shape = [kernel.layer_shape[axis] for axis in kernel.out_axes]
   outputs = products.product(
-    inputs.reshape(math.prod(free), -1),
+    inputs.reshape(math.prod(free), math.prod(summed)),
     kernel.codebook,
     kernel.codes,
     crossover=crossover,

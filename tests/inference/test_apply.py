@@ -23,11 +23,11 @@ def _outputs(apply_fn, variables, form, *inputs, **settings):
 def _check(apply_fn, variables, *inputs, rtol=1e-5):
   """Compares the forms that keep codes with the dense network."""
   dense = vq_array.decode_params(variables)
-  expected = np.asarray(apply_fn(dense, *inputs), np.float64)
+  expected = np.asarray(apply_fn(dense, *inputs), np.complex128)
   scale = abs(expected).max()
   for form, crossover in (("layer", None), ("fused", 0), ("fused", 10**9)):
     got = _outputs(apply_fn, variables, form, *inputs, crossover=crossover)
-    got = np.asarray(got, np.float64)
+    got = np.asarray(got, np.complex128)
     np.testing.assert_allclose(got, expected, rtol, rtol * scale)
 
 
@@ -82,6 +82,40 @@ def test_convolutions_and_matrices():
 def test_activations_of_bfloat16():
   network, variables, images = _convolutions(jnp.bfloat16)
   _check(network.apply, variables, images, rtol=2e-2)
+
+
+def test_complex_numbers_and_large_integers_are_exact():
+  """Products by codes are of floats: these would lose a part, or digits."""
+  kernel = coded.make_kernel(0, (16, 12), num_codes=8, channels=4)
+  rng = np.random.default_rng(1)
+
+  def spectrum(variables, x):
+    return jnp.fft.fft(x) @ variables["w"].astype(jnp.complex64)
+
+  def count(variables, x):
+    return x @ (variables["w"] * 1e4).astype(jnp.int32)
+
+  def cast(variables, x):
+    return x @ variables["w"].astype(jnp.int32)
+
+  signal = jnp.asarray(rng.normal(size=(3, 16)), jnp.float32)
+  _check(spectrum, {"w": kernel}, signal)
+  numbers = jnp.asarray(rng.integers(2**12, 2**13, (3, 16)), jnp.int32)
+  large = kernel.replace(codebook=kernel.codebook * 2**12 + 1)
+  for apply_fn, node in ((count, kernel), (cast, large)):
+    expected = apply_fn({"w": node.decode()}, numbers)
+    for form in inference.FORMS:
+      got = _outputs(apply_fn, {"w": node}, form, numbers)
+      np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("crossover", [None, 0])
+def test_no_rows_give_no_rows(crossover):
+  network, variables, images = _convolutions()
+  got = _outputs(
+    network.apply, variables, "fused", images[:0], crossover=crossover
+  )
+  assert got.shape == (0, 10)
 
 
 def test_it_composes_with_jit_vmap_and_grad():

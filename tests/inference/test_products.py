@@ -112,3 +112,9 @@ def test_another_number_of_inputs_is_refused():
   inputs, codebook, codes = _case(0, 2, 6, 4, 5, 7)
   with pytest.raises(errors.InputError, match="kernel of 24 inputs"):
     products.product(jnp.asarray(inputs[:, :-4]), codebook, codes)
+
+
+def test_complex_inputs_are_refused():
+  inputs, codebook, codes = _case(0, 2, 6, 4, 5, 7)
+  with pytest.raises(errors.InputError, match="type complex64; multiply"):
+    products.product(jnp.asarray(inputs, jnp.complex64), codebook, codes)
