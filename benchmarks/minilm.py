@@ -46,7 +46,7 @@ NUM_TESTED = 200
 WINDOW = 32
 NUM_BATCHES = 4
 TOKENS = "params/embeddings/word_embeddings/embedding"
-POSITIONS = "params/embeddings/position_embeddings/embedding"
+SEGMENTS = "params/embeddings/token_type_embeddings/embedding"
 # {times smaller: (K and channels of the tokens, of everything else)}.
 SIZES = {8: ((128, 2), (256, 2)), 16: ((256, 4), (256, 4))}
 STEPS = 20
@@ -112,11 +112,9 @@ def nearest(embeddings: np.ndarray) -> np.ndarray:
 def rules(size: int) -> list[plans.Rule]:
   """Returns the rules for a size of `SIZES`."""
   (tokens, width), (codes, others) = SIZES[size]
-  # The places looked up are constants, so that discovery sees no lookup.
-  table = blocks.KernelAxes(inputs=(1,), outputs=(0,))
   return [
     plans.Rule(TOKENS, tokens, width, STEPS),
-    plans.Rule(POSITIONS, codes, others, STEPS, table),
+    plans.Rule(SEGMENTS, None),
     plans.Rule(".*", codes, others, STEPS),
   ]
 

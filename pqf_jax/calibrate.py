@@ -1,6 +1,7 @@
 """Stage between quantize and fine-tune: repairs a network without training."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class LayerError(NamedTuple):
   """Squared error of one layer's outputs over their square.
 
   Attributes:
-    path: of the kernel.
+    path: of the kernel; of layer 2 of a stack `path[2]`.
     before: with the codes and the codebook of k-means.
     after: with those that were chosen.
   """
@@ -55,8 +56,9 @@ def calibrate_params(
   before really give them, come nearest to the dense network's; see
   `calibration.reconstruction`. Then each batch norm's statistics and each bias
   give its outputs the mean and the variance that they have in the dense
-  network. Kernels in loops (`lax.scan`), of lookups, or read twice keep their
-  codes. An unchanged network is returned as it is.
+  network. `lax.scan` along a stack of layers counts as so many layers. Kernels
+  under `vmap`, of other loops, of lookups, or read twice keep their codes. An
+  unchanged network is returned as it is.
 
   Args:
     apply_fn: `apply_fn(variables, *inputs)`, a network in inference mode.
@@ -132,7 +134,8 @@ class _Calibration:
     _check_alike(self.dense, self.leaves)
     check_samples("batches", apply_fn, dense, batches)
     program = streams.write_out(
-      tracing.trace_program(apply_fn, dense, tuple(batches[0]))
+      tracing.trace_program(apply_fn, dense, tuple(batches[0])),
+      len(self.dense),
     )
     self._numbers = dict(zip(self.dense, program.arguments, strict=False))
     self.reads = layers.find_reads(
@@ -153,6 +156,10 @@ class _Calibration:
     _check_finite(path, array)
     self.leaves[path] = leaf
     self.streams.replace(self._numbers[path], array)
+
+  def replace_layer(self, path: str, index: tuple[Any, ...], leaf: Any) -> None:
+    """Gives the quantized network another layer of a leaf."""
+    self.replace(path, jnp.asarray(self.leaves[path]).at[index].set(leaf))
 
 
 @jax.jit
@@ -194,21 +201,24 @@ def _match(
 ) -> None:
   """Corrects the statistics or the bias that an operation reads."""
   name = operation.eqn.primitive.name
-  axis, leaf = read.axis, run.dense[read.path]
+  leaf, index = jnp.asarray(run.dense[read.path]), read.entries
   is_mean = name == "sub" and read.operand == 1 and read.path in run.norms
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-  if axis is None or not is_float or not (is_mean or name == "add"):
+  if not is_float or not (is_mean or name == "add"):
     return
   inputs = run.streams.values(operation.operands[1 - read.operand])
-  if inputs[0].dense.shape[axis] != leaf.size:
+  sizes = [inputs[0].dense.shape[axis] for axis in read.axes]
+  if math.prod(sizes) != leaf[index].size:
     return  # one number for all channels
   if is_mean:
     var_path = run.norms[read.path]
-    mean, var = moments.match_norm(inputs, axis, leaf, run.dense[var_path])
-    run.replace(read.path, mean)
-    run.replace(var_path, var)
+    var = jnp.asarray(run.dense[var_path])[index]
+    mean, var = moments.match_norm(inputs, read.axes, leaf[index], var)
+    run.replace_layer(read.path, index, mean)
+    run.replace_layer(var_path, index, var)
   else:
-    run.replace(read.path, moments.match_bias(inputs, axis, leaf))
+    bias = moments.match_bias(inputs, read.axes, leaf[index])
+    run.replace_layer(read.path, index, bias)
 
 
 def _rebuild(
@@ -221,13 +231,17 @@ def _rebuild(
 ) -> LayerError | None:
   """Chooses codes and codebook of a kernel; None where the layer is unknown."""
   node, kernel = run.leaves[read.path], jnp.asarray(run.dense[read.path])
-  if node.stack_axes:
+  axes = [axis for axis in range(kernel.ndim) if axis not in node.stack_axes]
+  if read.dims != tuple(axes):
     return None
   layer = layers.find_layer(operation.eqn, read.operand, node.spec)
   if layer is None or len(operation.operands) != 2:
     return None
   trees.check_finite(read.path, kernel)
-  vectors = node.spec.to_blocks(kernel.astype(jnp.float32))
+  codebook, codes = (
+    jnp.asarray(leaf)[read.entries] for leaf in (node.codebook, node.codes)
+  )
+  vectors = node.spec.to_blocks(kernel[read.entries].astype(jnp.float32))
   rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
   pairs = run.streams.values(operation.operands[1 - read.operand])
   gathered = _add_moments(layer, pairs, rows)
@@ -235,18 +249,21 @@ def _rebuild(
   result = reconstruction.reconstruct(
     gathered,
     rows,
-    jnp.asarray(node.codebook, jnp.float32),
-    node.codes.astype(jnp.int32).reshape(layer.groups, -1, vectors.shape[1]),
+    codebook.astype(jnp.float32),
+    codes.astype(jnp.int32).reshape(layer.groups, -1, vectors.shape[1]),
     rounds=rounds,
     damping=damping,
   )
   before, after = float(result.error_before), float(result.error)
   # No better, or not a number: the layer keeps what k-means chose.
   if after < before:
-    codebook = result.codebook.astype(node.codebook.dtype)
-    codes = result.codes.reshape(node.codes.shape).astype(node.codes.dtype)
+    chosen = (result.codebook, result.codes.reshape(codes.shape))
+    codebook, codes = (
+      jnp.asarray(leaf).at[read.entries].set(new.astype(leaf.dtype))
+      for leaf, new in zip((node.codebook, node.codes), chosen, strict=True)
+    )
     run.replace(read.path, node.replace(codebook=codebook, codes=codes))
-  return LayerError(read.path, before, min(before, after))
+  return LayerError(read.layer, before, min(before, after))
 
 
 def _add_moments(

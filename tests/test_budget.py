@@ -12,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 import pqf_jax
+from benchmarks import transformers
 from pqf_jax import budget, errors, models
 from pqf_jax.allocation import distortion
 from pqf_jax.allocation import options as kernel_options
@@ -156,32 +157,13 @@ def zeros(tree):
 
 
 def make_model(name, inputs, **settings):
-  network = models.get_model(name).make(**settings)
+  return prepare(models.get_model(name).make(**settings), inputs)
+
+
+def prepare(network, inputs):
   x = jax.ShapeDtypeStruct(*inputs)
   shapes = jax.eval_shape(network.init, jax.random.key(0), x)
   return network.apply, zeros(shapes), x
-
-
-def vit_base():
-  def apply_fn(v, patches):
-    x = patches @ v["patch"]
-    for i in range(12):
-      q, k, y = (jnp.einsum("btf,fhd->bthd", x, v[f"{n}{i}"]) for n in "qkv")
-      y = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)) @ y.swapaxes(1, 2)
-      x = x + jnp.einsum("bhtd,hdf->btf", y, v[f"o{i}"])
-      x = x + jax.nn.gelu(x @ v[f"up{i}"]) @ v[f"down{i}"]
-    return x.mean(1) @ v["head"]
-
-  shapes = {"patch": (768, 768), "head": (768, 1000)}
-  for i in range(12):
-    shapes |= {f"{n}{i}": (768, 12, 64) for n in "qkv"}
-    shapes |= {f"o{i}": (12, 64, 768)}
-    shapes |= {f"up{i}": (768, 3072), f"down{i}": (3072, 768)}
-  variables = {
-    name: jax.ShapeDtypeStruct(shape, jnp.float32)
-    for name, shape in shapes.items()
-  }
-  return apply_fn, zeros(variables), jnp.zeros((1, 4, 768))
 
 
 PHOTO = (1, 64, 64, 3), jnp.float32
@@ -194,7 +176,7 @@ NETWORKS = {
   ),
   "MobileNetV2": lambda: make_model("mobilenet_v2", PHOTO, num_classes=1000),
   "MiniLM-L6": lambda: make_model("bert", ((1, 8), jnp.int32)),
-  "ViT-B": vit_base,
+  "ViT-B": lambda: prepare(transformers.ViT(), ((1, 224, 224, 3), jnp.float32)),
 }
 
 

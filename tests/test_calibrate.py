@@ -225,3 +225,68 @@ def test_attention_kernels_are_rebuilt_along_their_axes():
   }
   before = _error(model, variables, quantized, batches)
   assert _error(model, variables, given, batches) < 0.3 * before
+
+
+class Layer(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    y = nn.MultiHeadDotProductAttention(2, name="heads")(nn.LayerNorm()(x))
+    return x + nn.Dense(x.shape[-1], name="dense")(jnp.tanh(y)), y
+
+
+def scanned(axis, length):
+  return nn.scan(
+    Layer,
+    variable_axes={"params": axis},
+    split_rngs={"params": True},
+    length=length,
+  )(name="layers")
+
+
+def layer_of(tree, axis, i):
+  """Returns one layer of stacked variables."""
+  return jax.tree.map(lambda leaf: jnp.take(leaf, i, axis), tree)
+
+
+@pytest.mark.parametrize(("axis", "length"), [(0, 2), (1, 2), (0, 1)])
+def test_layers_of_a_scan_are_calibrated_like_layers_apart(axis, length):
+  model = scanned(axis, length)
+  x = jax.random.normal(jax.random.key(0), (2, 16, 4, 8))
+  variables = model.init(jax.random.key(1), x[0])
+  # Biases that are not zero.
+  variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
+  plan = plans.make_plan(
+    [plans.Rule(".*", 4, 2, 5)],
+    variables,
+    kernels.find_kernels(model.apply, variables, x[0]),
+  )
+  quantized, _ = quantize.quantize_params(jax.random.key(2), variables, plan)
+  batches = [(batch,) for batch in x]
+  together, found = calibrate.calibrate_params(
+    model.apply, variables, quantized, batches
+  )
+
+  def chain(layers, x):
+    states = []
+    for i in range(length):
+      x, y = Layer().apply({"params": layers[i]}, x)
+      states.append(y)
+    return x, jnp.stack(states)
+
+  def split(tree):
+    return [layer_of(tree["params"], axis, i) for i in range(length)]
+
+  apart, alone = calibrate.calibrate_params(
+    chain, split(variables), split(quantized), batches
+  )
+  assert len(found) == len(alone) == 5 * length
+  jax.tree.map(
+    lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
+    split(together),
+    apart,
+  )
+  one, other = (
+    trees.flatten(tree)["params/heads/query/bias"]
+    for tree in (quantized, together)
+  )
+  assert np.abs(one - other).max() > 0

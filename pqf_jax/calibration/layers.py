@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,52 @@ from pqf_jax.discovery import tracing
 
 # Equations that hand on the numbers of a variable in their order.
 CASTS = frozenset(["convert_element_type", "copy", "copy_p"])
+_MOVES = frozenset(
+  ["broadcast_in_dim", "reshape", "slice", "squeeze", "transpose"]
+)
 
 
 class Read(NamedTuple):
-  """An operand of an equation that is a variable, maybe cast or broadcast.
+  """An operand of an equation that is a variable, or one layer of a stack.
 
   Attributes:
     path: of the variable.
     operand: the position of the operand.
-    axis: for a variable of one axis, the axis of the operand that it lies
-      along; None for others.
+    dims: the variable's axis along each axis of the operand; None: no axis.
+    place: (axis of the variable, entry) for each axis that layers are taken
+      along.
   """
 
   path: str
   operand: int
-  axis: int | None
+  dims: tuple[int | None, ...]
+  place: tuple[tuple[int, int], ...]
+
+  @property
+  def entries(self) -> tuple[Any, ...]:
+    """Returns what picks the layer of the variable."""
+    taken = dict(self.place)
+    axes = range(max(taken, default=-1) + 1)
+    return tuple(taken.get(axis, slice(None)) for axis in axes)
+
+  @property
+  def layer(self) -> str:
+    """Returns the name of the layer, such as `path[2]` in a stack."""
+    return self.path + "".join(f"[{entry}]" for _, entry in self.place)
+
+  @property
+  def axes(self) -> tuple[int, ...]:
+    """Returns the operand's axes along which the variable lies, in order."""
+    along = [
+      (axis, dim) for dim, axis in enumerate(self.dims) if axis is not None
+    ]
+    return tuple(dim for _, dim in sorted(along))
 
 
 class _Source(NamedTuple):
   path: str
-  axis: int | None
+  dims: tuple[int | None, ...]
+  place: tuple[tuple[int, int], ...] = ()
 
 
 def find_reads(
@@ -42,8 +68,8 @@ def find_reads(
 ) -> dict[int, Read]:
   """Returns {number of an equation's first result: the variable it reads}.
 
-  Only variables that a single equation reads are listed: others would have to
-  suit several layers.
+  Only variables, and layers of a stack, that a single equation reads are
+  listed: others would have to suit several layers.
 
   Args:
     program: the program.
@@ -56,7 +82,7 @@ def find_reads(
     )
   }
   sources = {
-    number: _Source(path, 0 if ranks[number] == 1 else None)
+    number: _Source(path, tuple(range(ranks[number])))
     for number, path in paths.items()
   }
   reads: dict[str, list[tuple[int, Read]]] = {}
@@ -69,30 +95,69 @@ def find_reads(
       if handed_on is not None:
         sources[operation.results[0]] = handed_on
       else:
-        read = Read(source.path, position, source.axis)
+        read = Read(source.path, position, source.dims, source.place)
         reads.setdefault(source.path, []).append((operation.results[0], read))
   return {
-    found[0][0]: found[0][1] for found in reads.values() if len(found) == 1
+    result: read
+    for found in reads.values()
+    if _are_layers([read for _, read in found])
+    for result, read in found
   }
 
 
+def _are_layers(reads: Sequence[Read]) -> bool:
+  """Returns whether no entry of a variable is read twice."""
+  axes = {tuple(axis for axis, _ in read.place) for read in reads}
+  return len(axes) == 1 and len({read.place for read in reads}) == len(reads)
+
+
 def _hand_on(eqn: tracing.Equation, source: _Source) -> _Source | None:
-  """Returns what a result is, if it is the same numbers in the same order."""
-  name = eqn.primitive.name
+  """Returns what a result is, if it has the numbers of one layer, or of all."""
+  name, dims = eqn.primitive.name, source.dims
   if name in CASTS:
     return source
-  if source.axis is None or name not in ("broadcast_in_dim", "reshape"):
+  if name not in _MOVES:
     return None
-  shape = tracing.shape_of(eqn.outvars[0])
-  size = tracing.shape_of(eqn.invars[0])[source.axis]
-  if name == "broadcast_in_dim":
-    axis = eqn.params["broadcast_dimensions"][source.axis]
-    # One number for all channels is no number for each of them.
-    return _Source(source.path, axis) if shape[axis] == size else None
-  # A reshape that only adds axes of size 1.
-  if [length for length in shape if length != 1] == [size]:
-    return _Source(source.path, shape.index(size))
-  return None
+  before, after = (
+    tracing.shape_of(atom) for atom in (eqn.invars[0], eqn.outvars[0])
+  )
+  moved: list[int | None] = [None] * len(after)
+  if name == "transpose":
+    moved = [dims[dim] for dim in eqn.params["permutation"]]
+  elif name == "broadcast_in_dim":
+    for dim, out in enumerate(eqn.params["broadcast_dimensions"]):
+      moved[out] = dims[dim] if before[dim] == after[out] else None
+  elif name == "reshape":  # that only adds or drops axes of size 1
+    long = [[d for d, n in enumerate(x) if n != 1] for x in (before, after)]
+    if [before[d] for d in long[0]] != [after[d] for d in long[1]]:
+      return None
+    for dim, out in zip(*long, strict=True):
+      moved[out] = dims[dim]
+  elif name == "squeeze":
+    dropped = [dim % len(dims) for dim in eqn.params["dimensions"]]
+    moved = [axis for dim, axis in enumerate(dims) if dim not in dropped]
+    firsts = {dims[dim]: 0 for dim in dropped}
+    return _placed(source, moved, firsts)
+  else:  # a slice of one entry
+    starts = eqn.params["start_indices"]
+    cut = [d for d, n in enumerate(after) if n != before[d]]
+    if any(after[dim] != 1 for dim in cut):
+      return None
+    moved = [None if d in cut else axis for d, axis in enumerate(dims)]
+    return _placed(source, moved, {dims[dim]: starts[dim] for dim in cut})
+  return source._replace(dims=tuple(moved))
+
+
+def _placed(
+  source: _Source,
+  dims: Sequence[int | None],
+  entries: Mapping[int | None, int],
+) -> _Source:
+  """Returns one layer of a source, at these entries of some axes."""
+  place = [(axis, at) for axis, at in entries.items() if axis is not None]
+  return _Source(
+    source.path, tuple(dims), tuple(sorted((*source.place, *place)))
+  )
 
 
 class Product(NamedTuple):

@@ -5,6 +5,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core as jax_core
 
 from pqf_jax.discovery import tracing
@@ -51,11 +54,55 @@ class Program(NamedTuple):
   operations: tuple[Operation, ...]
 
 
-def write_out(program: tracing.Jaxpr) -> Program:
-  """Numbers the values of a program, and writes out what it calls."""
+def write_out(program: tracing.Jaxpr, num_variables: int = 0) -> Program:
+  """Numbers the values of a program, and writes out what it calls.
+
+  Loops along the layers of a stack of kernels are written out as well.
+
+  Args:
+    program: the program.
+    num_variables: how many of its arguments, the first, are variables.
+  """
   constants: dict[int, Any] = {}
   operations: list[Operation] = []
   counter = itertools.count()
+  # {number that depends on no input: whether it does on variables}.
+  fixed: dict[int, bool] = {}
+
+  def runs_along_layers(eqn: tracing.Equation, atoms: Sequence[Any]) -> bool:
+    return eqn.primitive.name == "scan" and any(
+      isinstance(atom, int) and fixed.get(atom, False) and _rank(x) > 2
+      for atom, x in list(zip(atoms, eqn.invars, strict=True))[
+        _num_whole(eqn) :
+      ]
+    )
+
+  def loop(eqn: tracing.Equation, atoms: Sequence[Any]) -> list[Any]:
+    """Walks each step; a loop has constants, carry and stacked operands."""
+    body, first = eqn.params["jaxpr"], _num_whole(eqn)
+    num_carried = sum(
+      _rank(atom) == _rank(inner)
+      for atom, inner in zip(
+        eqn.outvars, tracing.program_body(body).outvars, strict=True
+      )
+    )
+    kept = list(atoms[: first - num_carried])
+    carry = list(atoms[first - num_carried : first])
+    steps = range(eqn.params["length"])
+    rows: dict[int, list[Any]] = {}
+    for i in reversed(steps) if eqn.params["reverse"] else steps:
+      layer = [
+        walk(_layer_program(x, i), [atom])[0]
+        for x, atom in zip(eqn.invars[first:], atoms[first:], strict=True)
+      ]
+      results = walk(body, [*kept, *carry, *layer])
+      carry, rows[i] = results[:num_carried], results[num_carried:]
+    columns = zip(*(rows[i] for i in steps), strict=True)
+    stacked = [
+      walk(_stack_program(x), column)[0]
+      for x, column in zip(eqn.outvars[num_carried:], columns, strict=True)
+    ]
+    return [*carry, *stacked]
 
   def walk(program: tracing.Jaxpr, operands: Sequence[Any]) -> list[Any]:
     body = tracing.program_body(program)
@@ -63,6 +110,7 @@ def write_out(program: tracing.Jaxpr) -> Program:
     for variable, value in tracing.program_constants(program).items():
       numbers[variable] = next(counter)
       constants[numbers[variable]] = value
+      fixed[numbers[variable]] = False
 
     def read(atom: Any) -> Any:
       return atom if isinstance(atom, jax_core.Literal) else numbers[atom]
@@ -72,16 +120,47 @@ def write_out(program: tracing.Jaxpr) -> Program:
       called = tracing.called_program(eqn)
       if called is not None:
         results = walk(called, atoms)
+      elif runs_along_layers(eqn, atoms):
+        results = loop(eqn, atoms)
       else:
         results = [next(counter) for _ in eqn.outvars]
-        operations.append(Operation(eqn, atoms, tuple(results)))
+        operation = Operation(eqn, atoms, tuple(results))
+        operations.append(operation)
+        if fixed.keys() >= set(operation.reads):
+          depends = any(fixed[atom] for atom in operation.reads)
+          fixed.update(dict.fromkeys(results, depends))
       numbers.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in body.outvars]
 
   variables = tuple(tracing.program_body(program).invars)
   arguments = tuple(next(counter) for _ in variables)
+  fixed.update(dict.fromkeys(arguments[:num_variables], True))
   walk(program, arguments)
   return Program(variables, arguments, constants, tuple(operations))
+
+
+def _rank(atom: Any) -> int:
+  return len(tracing.shape_of(atom))
+
+
+def _num_whole(eqn: tracing.Equation) -> int:
+  """Returns how many operands of a loop, the first, are not stacked."""
+  inner = tracing.program_body(eqn.params["jaxpr"]).invars
+  pairs = zip(eqn.invars, inner, strict=True)
+  return sum(_rank(atom) == _rank(variable) for atom, variable in pairs)
+
+
+def _layer_program(stack: Any, index: int) -> tracing.Jaxpr:
+  """Returns the program that takes one layer of a stack."""
+  shape = jax.ShapeDtypeStruct(stack.aval.shape, stack.aval.dtype)
+  return jax.make_jaxpr(lambda x: lax.index_in_dim(x, index, 0, False))(shape)
+
+
+def _stack_program(stack: Any) -> tracing.Jaxpr:
+  """Returns the program that stacks layers."""
+  count, *rest = stack.aval.shape
+  shape = jax.ShapeDtypeStruct(rest, stack.aval.dtype)
+  return jax.make_jaxpr(lambda *layers: jnp.stack(layers))(*[shape] * count)
 
 
 class Pair(NamedTuple):
@@ -130,6 +209,11 @@ class Streams:
   def replace(self, leaf: int, value: Any) -> None:
     """Gives the quantized network another value of a variable."""
     self._fixed[leaf] = Pair(self._fixed[leaf].dense, value)
+    stale = {leaf}
+    for number, operation in self._makers.items():  # as the program has them
+      if not stale.isdisjoint(operation.reads):
+        stale.add(number)
+        self._fixed.pop(number, None)
 
   def values(self, atom: Any) -> list[Pair]:
     """Returns a value on every batch."""

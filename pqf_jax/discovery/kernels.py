@@ -11,6 +11,7 @@ import bisect
 import collections
 import contextlib
 import itertools
+import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -90,8 +91,9 @@ def find_kernels(
   """Returns {path: what its axes are for} of all kernels of a network.
 
   The function is traced, not run. A kernel has input and output axes, which
-  biases and scales have not, and meets data of the inputs. Of a kernel that is
-  read several times the readings in loops decide, then products before
+  biases and scales have not, and meets data of the inputs; tables are kernels
+  wherever rows are looked up, constant places too. Of a kernel that is read
+  several times the readings in loops decide, then products before
   lookups, then the first; a warning names those whose readings still disagree.
 
   Args:
@@ -257,9 +259,11 @@ class _Walk:
 
   def _read(self, eqn: Equation, operands: list[_Value]) -> None:
     """Notes what an equation that may read kernels says of their axes."""
-    if all(operand.fixed for operand in operands):
-      return  # a product of variables, such as a norm of a kernel
     is_product = eqn.primitive.name != "gather"
+    if all(operand.fixed for operand in operands) and (
+      is_product or _num_rows(eqn) < 2
+    ):
+      return  # a norm of a kernel, or one layer of a stack
     for operand, roles in zip(
       operands, _READERS[eqn.primitive.name](eqn), strict=True
     ):
@@ -339,6 +343,11 @@ def _lookup_roles(eqn: Equation) -> Roles:
   roles |= dict.fromkeys(numbers.operand_batching_dims, BATCH)
   dims = range(_rank(eqn.invars[0]))
   return [[roles.get(dim, INPUT) for dim in dims], []]
+
+
+def _num_rows(eqn: Equation) -> int:
+  """Returns how many rows a lookup takes."""
+  return math.prod(tracing.shape_of(eqn.invars[1])[:-1])
 
 
 _READERS: dict[str, Callable[[Equation], Roles]] = {

@@ -128,12 +128,12 @@ def test_reads_follow_casts_and_axes():
   found = layers.find_reads(program, paths)
   names = {op.results[0]: op.eqn.primitive.name for op in program.operations}
   assert {
-    (names[result], read.path, read.operand, read.axis)
+    (names[result], read.path, read.operand, read.axes)
     for result, read in found.items()
   } == {
-    ("dot_general", "kernel", 1, None),
-    ("add", "bias", 1, 1),
-    ("sub", "mean", 1, 0),
+    ("dot_general", "kernel", 1, (0, 1)),
+    ("add", "bias", 1, (1,)),
+    ("sub", "mean", 1, (0,)),
   }
 
 

@@ -31,7 +31,7 @@ def _rows(arrays, axis):
 
 def test_a_norm_gives_the_moments_of_the_dense_network(pairs):
   axis, values = pairs
-  mean, var = moments.match_norm(values, axis, MEAN, VAR)
+  mean, var = moments.match_norm(values, (axis,), MEAN, VAR)
   before = (_rows([p.dense for p in values], axis) - np.array(MEAN)) / np.sqrt(
     VAR
   )
@@ -44,10 +44,21 @@ def test_a_norm_gives_the_moments_of_the_dense_network(pairs):
 
 def test_a_bias_gives_the_mean_of_the_dense_network(pairs):
   axis, values = pairs
-  bias = moments.match_bias(values, axis, MEAN)
+  bias = moments.match_bias(values, (axis,), MEAN)
   before = _rows([p.dense for p in values], axis) + np.array(MEAN)
   after = _rows([p.quantized for p in values], axis) + np.array(bias)
   np.testing.assert_allclose(after.mean(0), before.mean(0), atol=1e-5)
+
+
+def test_a_bias_of_heads_lies_along_several_axes(pairs):
+  _, values = pairs
+  shape = values[0].dense.shape[1:]
+  bias = moments.match_bias(values, (1, 2), jnp.zeros((1, *shape)))
+  means = [
+    np.mean([pair.dense for pair in values], (0, 1)),
+    np.mean([pair.quantized for pair in values], (0, 1)) + np.array(bias)[0],
+  ]
+  np.testing.assert_allclose(*means, atol=1e-5)
 
 
 def test_what_did_not_change_stays_to_the_bit(pairs):
@@ -55,8 +66,8 @@ def test_what_did_not_change_stays_to_the_bit(pairs):
   same = [streams.Pair(pair.dense, pair.dense) for pair in values]
   for found, given in zip(
     (
-      *moments.match_norm(same, axis, MEAN, VAR),
-      moments.match_bias(same, axis, MEAN),
+      *moments.match_norm(same, (axis,), MEAN, VAR),
+      moments.match_bias(same, (axis,), MEAN),
     ),
     (MEAN, VAR, MEAN),
     strict=True,
@@ -71,10 +82,12 @@ def test_a_channel_without_a_signal_stays_silent(var):
   dense = jnp.zeros((8, CHANNELS))
   noise = jnp.asarray(rng.normal(0.2, 3.0, (8, CHANNELS)), jnp.float32)
   statistics = jnp.zeros(CHANNELS), jnp.full(CHANNELS, var, jnp.float32)
-  kept = moments.match_norm([streams.Pair(dense, dense)], 1, *statistics)
+  kept = moments.match_norm([streams.Pair(dense, dense)], (1,), *statistics)
   for found, given in zip(kept, statistics, strict=True):
     np.testing.assert_array_equal(found, given)
-  mean, found = moments.match_norm([streams.Pair(dense, noise)], 1, *statistics)
+  mean, found = moments.match_norm(
+    [streams.Pair(dense, noise)], (1,), *statistics
+  )
   outputs = (np.asarray(noise) - np.asarray(mean)) / np.sqrt(
     np.asarray(found) + 1e-5
   )

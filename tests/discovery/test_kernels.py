@@ -97,6 +97,17 @@ def tied(p, ids):
   return jnp.take(p["table"], ids, axis=0) @ p["table"].T
 
 
+def positions(p, x):
+  return x + jnp.take(p["table"], jnp.arange(2), axis=0)
+
+
+def relative(p, x):  # a bias of pairs of places, as in Swin and T5
+  places = jnp.arange(2)
+  return jnp.einsum(
+    "ijh,jf->ihf", p["table"][places[:, None] - places[None] + 1], x
+  )
+
+
 @pytest.mark.parametrize(
   ("function", "inputs", "shapes", "expected"),
   [
@@ -136,6 +147,8 @@ def tied(p, ids):
     (conv("HWIO"), struct(1, 5, 5, 6), {"w": (3, 3, 6, 4)}, Axes((2,), (3,))),
     (conv("OIHW"), struct(1, 5, 5, 6), {"w": (4, 6, 3, 3)}, Axes((1,), (0,))),
     (tied, struct(5, dtype=jnp.int32), {"table": (9, 4)}, Axes((1,), (0,))),
+    (positions, X, {"table": (9, 6)}, Axes((1,), (0,))),
+    (relative, X, {"table": (3, 4)}, Axes((1,), (0,))),
   ],
 )
 def test_the_equation_that_reads_a_kernel_tells_its_axes(
@@ -149,6 +162,19 @@ def test_what_no_product_reads_is_no_kernel():
   shapes = {"position": (2, 6), "scale": (2, 6), "unused": (3, 3), "w": (6, 4)}
   found = find(
     lambda p, x: ((x + p["position"]) * p["scale"]) @ p["w"], X, **shapes
+  )
+  assert found == {"w": DENSE}
+
+
+def test_tables_that_are_added_whole_or_sliced_are_no_kernels():
+  shapes = {"whole": (1, 2, 6), "longer": (9, 6), "rows": (9, 6)} | W
+  found = find(
+    lambda p, x: (
+      (x + p["whole"][0] + p["longer"][:2] + p["rows"][jnp.array(3)][None])
+      @ p["w"]
+    ),
+    X,
+    **shapes,
   )
   assert found == {"w": DENSE}
 
