@@ -157,20 +157,22 @@ def _match(
 ) -> None:
   """Corrects the statistics or the bias that an operation reads."""
   name = operation.eqn.primitive.name
-  leaf, index = jnp.asarray(run.dense[read.path]), read.index
+  leaf, index = jnp.asarray(run.dense[read.path]), read.picked
   is_mean = name == "sub" and read.operand == 1 and read.path in run.norms
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   if not is_float or not (is_mean or name == "add"):
     return
   inputs = run.streams.values(operation.operands[1 - read.operand])
+  shape = tracing.shape_of(operation.eqn.invars[read.operand])
+  axes = tuple(axis for axis in read.axes if shape[axis] > 1)
   if is_mean:
     var_path = run.norms[read.path]
     var = jnp.asarray(run.dense[var_path])[index]
-    mean, var = moments.match_norm(inputs, read.axes, leaf[index], var)
+    mean, var = moments.match_norm(inputs, axes, leaf[index], var)
     run.replace_layer(read.path, index, mean)
     run.replace_layer(var_path, index, var)
   else:
-    bias = moments.match_bias(inputs, read.axes, leaf[index])
+    bias = moments.match_bias(inputs, axes, leaf[index])
     run.replace_layer(read.path, index, bias)
 
 
@@ -188,13 +190,13 @@ def _rebuild(
   if read.dims != tuple(axes):
     return None
   codebook, codes = (
-    jnp.asarray(leaf)[read.index] for leaf in (node.codebook, node.codes)
+    jnp.asarray(leaf)[read.picked] for leaf in (node.codebook, node.codes)
   )
   gathered = _input_moments(run, operation, read, node.spec)
   if gathered is None:
     return None
   groups = gathered.gram.shape[0]
-  vectors = node.spec.to_blocks(kernel[read.index].astype(jnp.float32))
+  vectors = node.spec.to_blocks(kernel[read.picked].astype(jnp.float32))
   result = reconstruction.reconstruct(
     gathered,
     vectors.reshape(groups, vectors.shape[0] // groups, -1),
@@ -208,7 +210,7 @@ def _rebuild(
   if after < before:
     chosen = (result.codebook, result.codes.reshape(codes.shape))
     codebook, codes = (
-      jnp.asarray(leaf).at[read.index].set(new.astype(leaf.dtype))
+      jnp.asarray(leaf).at[read.picked].set(new.astype(leaf.dtype))
       for leaf, new in zip((node.codebook, node.codes), chosen, strict=True)
     )
     run.replace(read.path, node.replace(codebook=codebook, codes=codes))

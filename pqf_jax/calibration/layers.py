@@ -37,7 +37,7 @@ class Read(NamedTuple):
   place: tuple[tuple[int, int], ...]
 
   @property
-  def index(self) -> tuple[Any, ...]:
+  def picked(self) -> tuple[Any, ...]:
     """Returns what picks the layer of the variable."""
     entries = dict(self.place)
     axes = range(max(entries, default=-1) + 1)
