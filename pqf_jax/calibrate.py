@@ -1,7 +1,6 @@
 """Stage between quantize and fine-tune: repairs a network without training."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -201,23 +200,25 @@ def _match(
 ) -> None:
   """Corrects the statistics or the bias that an operation reads."""
   name = operation.eqn.primitive.name
-  leaf, index = jnp.asarray(run.dense[read.path]), read.entries
+  leaf, index = jnp.asarray(run.dense[read.path]), read.picked
   is_mean = name == "sub" and read.operand == 1 and read.path in run.norms
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   if not is_float or not (is_mean or name == "add"):
     return
   inputs = run.streams.values(operation.operands[1 - read.operand])
-  sizes = [inputs[0].dense.shape[axis] for axis in read.axes]
-  if math.prod(sizes) != leaf[index].size:
+  shape = tracing.shape_of(operation.eqn.invars[read.operand])
+  axes = tuple(axis for axis in read.axes if shape[axis] > 1)
+  channels = [inputs[0].dense.shape[axis] for axis in read.axes]
+  if leaf[index].size == 1 < max(channels, default=1):
     return  # one number for all channels
   if is_mean:
     var_path = run.norms[read.path]
     var = jnp.asarray(run.dense[var_path])[index]
-    mean, var = moments.match_norm(inputs, read.axes, leaf[index], var)
+    mean, var = moments.match_norm(inputs, axes, leaf[index], var)
     run.replace_layer(read.path, index, mean)
     run.replace_layer(var_path, index, var)
   else:
-    bias = moments.match_bias(inputs, read.axes, leaf[index])
+    bias = moments.match_bias(inputs, axes, leaf[index])
     run.replace_layer(read.path, index, bias)
 
 
@@ -239,9 +240,9 @@ def _rebuild(
     return None
   trees.check_finite(read.path, kernel)
   codebook, codes = (
-    jnp.asarray(leaf)[read.entries] for leaf in (node.codebook, node.codes)
+    jnp.asarray(leaf)[read.picked] for leaf in (node.codebook, node.codes)
   )
-  vectors = node.spec.to_blocks(kernel[read.entries].astype(jnp.float32))
+  vectors = node.spec.to_blocks(kernel[read.picked].astype(jnp.float32))
   rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
   pairs = run.streams.values(operation.operands[1 - read.operand])
   gathered = _add_moments(layer, pairs, rows)
@@ -259,7 +260,7 @@ def _rebuild(
   if after < before:
     chosen = (result.codebook, result.codes.reshape(codes.shape))
     codebook, codes = (
-      jnp.asarray(leaf).at[read.entries].set(new.astype(leaf.dtype))
+      jnp.asarray(leaf).at[read.picked].set(new.astype(leaf.dtype))
       for leaf, new in zip((node.codebook, node.codes), chosen, strict=True)
     )
     run.replace(read.path, node.replace(codebook=codebook, codes=codes))

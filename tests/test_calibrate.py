@@ -290,3 +290,20 @@ def test_layers_of_a_scan_are_calibrated_like_layers_apart(axis, length):
     for tree in (quantized, together)
   )
   assert np.abs(one - other).max() > 0
+
+
+def test_a_table_of_positions_is_corrected_like_a_bias():
+  def network(p, x):
+    return x @ p["kernel"][...] + p["positions"]
+
+  kernel, *xs = jax.random.normal(jax.random.key(0), (3, 8, 8))
+  variables = {"kernel": kernel, "positions": jnp.ones((1, 2, 8))}
+  plan = plans.make_plan([plans.Rule(".*", 4, 2, 3)], variables)
+  quantized, _ = quantize.quantize_params(jax.random.key(0), variables, plan)
+  batches = [(x.reshape(4, 2, 8),) for x in xs]
+  given, _ = calibrate.calibrate_params(network, variables, quantized, batches)
+  means = [
+    np.mean([network(p, *batch) for batch in batches], (0, 1))
+    for p in (variables, given)
+  ]
+  np.testing.assert_allclose(*means, atol=1e-5)

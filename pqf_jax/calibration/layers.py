@@ -37,7 +37,7 @@ class Read(NamedTuple):
   place: tuple[tuple[int, int], ...]
 
   @property
-  def entries(self) -> tuple[Any, ...]:
+  def picked(self) -> tuple[Any, ...]:
     """Returns what picks the layer of the variable."""
     taken = dict(self.place)
     axes = range(max(taken, default=-1) + 1)
