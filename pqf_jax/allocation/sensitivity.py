@@ -79,8 +79,8 @@ def output_changes(
   if not any(changes.values()):
     raise errors.InputError(
       "no error of a kernel changes the network's outputs on the batches; let "
-      "it return floats, such as logits and not classes, or give other batches, "
-      "or none"
+      "it return floats, such as logits and not classes, or give other "
+      "batches, or none"
     )
   return changes
 
