@@ -241,6 +241,18 @@ def test_settings_that_fit_nothing_are_refused(settings, message):
     budget.auto_rules(conv_net, NET, X, target_ratio=6, **settings)
 
 
+def test_outputs_that_tell_nothing_are_refused():
+  """All kernels would count nothing, and get the fewest bytes there are."""
+
+  def classify(variables, x):
+    return (x @ variables["w"]).argmax(-1)
+
+  x = np.ones((2, 16), np.float32)
+  variables = {"w": RNG.normal(size=(16, 64)).astype(np.float32)}
+  with pytest.raises(errors.InputError, match="return floats, such as logits"):
+    budget.auto_rules(classify, variables, x, target_ratio=4, batches=[(x,)])
+
+
 def test_small_first_layers_and_integers_stay_dense():
   def apply_fn(v, x):
     return (x @ v["stem"]) @ v["body"] @ v["counts"].astype(jnp.float32)

@@ -40,7 +40,8 @@ def output_changes(
     batches: inputs.
 
   Raises:
-    InputError: outputs are not finite, as it is or with an error.
+    InputError: outputs are not finite, as it is or with an error, or no error
+      changes them.
   """
   flat = trees.flatten(variables)
   key = jax.random.key(0)
@@ -79,6 +80,12 @@ def output_changes(
         "has an error; give other batches, or none"
       )
     changes[path] = total / len(batches) / noise
+  if not any(changes.values()):
+    raise errors.InputError(
+      "no error of a kernel changes the network's outputs on the batches; let "
+      "it return floats, such as logits and not classes, or give other "
+      "batches, or none"
+    )
   return changes
 
 

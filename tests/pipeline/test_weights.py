@@ -23,6 +23,7 @@ from pqf_jax import errors, pack, pipeline
 from pqf_jax.core import trees
 from pqf_jax.models import authors_files, torch_names
 from pqf_jax.pipeline import weights
+from pqf_jax.pipeline.weights import torch_files
 from tests.pipeline import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,6 +99,13 @@ def test_averages_are_read_before_the_last_weights(torch, tmp_path, capsys):
     for path, tensor in average.items():
       np.testing.assert_array_equal(found[path], tensor.numpy())
     assert f"{name!r} is read, not 'state_dict'" in capsys.readouterr().out
+
+
+def test_of_two_networks_it_is_said_which_is_read(capsys):
+  content = {"net": {}, "model": STATE_DICT, "epoch": 3}
+  found = torch_files._entries("w.pth", content, np.ndarray)
+  assert found is STATE_DICT
+  assert "'model' is read, not 'net'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def read(path: str) -> torch_names.StateDict:
   """Reads {name: array} from a file of `torch.save`; needs torch.
 
   Torch unpickles tensors and plain containers only, so that no file can run
-  code. The state dict may be the value of one of `WRAPPERS`; where averages
-  are taken instead of the last weights, this is said.
+  code. The state dict may be the value of one of `WRAPPERS`; where there are
+  several, it is said which is read.
 
   Raises:
     InputError: torch is not installed; the file is damaged, compressed or of
@@ -94,7 +94,7 @@ def _entries(path: str, content: Any, tensor_type: type) -> Mapping[str, Any]:
     inside = [w for w in WRAPPERS if isinstance(content.get(w), Mapping)]
     if not inside:
       break
-    if inside[0] in AVERAGES and len(inside) > 1:
+    if len(inside) > 1:
       progress.say(f"{path}: {inside[0]!r} is read, not {inside[1]!r}")
     content = content[inside[0]]
   if isinstance(content, Mapping):
