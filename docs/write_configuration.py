@@ -6,6 +6,7 @@ The tests check that the page is up to date.
 """
 
 import ast
+import html
 import pathlib
 import re
 import sys
@@ -32,27 +33,28 @@ COMMENT = re.compile(r"  # (.*)")
 SETTING = re.compile(r"  (?:config|settings)\.([\w.]+) = .*?(?:  # (.*))?")
 
 
-def blocks(function: str) -> Iterator[tuple[list[str], str]]:
-  """Yields the settings that stand together in common.py, and their comment."""
+def blocks(function: str) -> Iterator[tuple[dict[str, str], str]]:
+  """Yields settings that stand together in common.py, and their comment.
+
+  Each setting comes with what its own line says.
+  """
   source = (ROOT / "configs" / "common.py").read_text()
   (node,) = (
     node
     for node in ast.parse(source).body
     if isinstance(node, ast.FunctionDef) and node.name == function
   )
-  names: list[str] = []
+  found: dict[str, str] = {}
   text: list[str] = []
   for line in [*source.splitlines()[node.lineno : node.end_lineno], ""]:
     comment, setting = COMMENT.fullmatch(line), SETTING.fullmatch(line)
-    if names and not setting:
-      yield names, " ".join(text)
-      names, text = [], []
+    if found and not setting:
+      yield found, " ".join(text)
+      found, text = {}, []
     if comment:
       text.append(comment[1])
     elif setting and "ConfigDict()" not in line:
-      names.append(setting[1])
-      if setting[2]:
-        text.append(f"`{setting[1].rpartition('.')[2]}`: {setting[2]}")
+      found[setting[1]] = setting[2] or ""
 
 
 def table(function: str, prefix: str = "") -> Iterator[str]:
@@ -60,16 +62,21 @@ def table(function: str, prefix: str = "") -> Iterator[str]:
   defaults = settings.flatten(common.get_config().to_dict())
   yield "| setting | default | meaning |"
   yield "|---|---|---|"
-  for names, text in blocks(function):
-    for index, name in enumerate(names):
+  for found, text in blocks(function):
+    for name, own in found.items():
+      # A comment is about the first of its settings, and about all of them that
+      # say nothing themselves.
+      first = name == next(iter(found))
+      said = text if first else "" if own else "with the setting above"
+      meaning = f"{said} ({own})" if said and own else said or own
+      meaning = html.escape(meaning, quote=False)
+      known = f"{defaults.get(name)} {meaning}"
       choices = settings.CHOICES.get(name, ())
-      known = " or ".join(f"`{choice}`" for choice in choices)
-      meaning = [text if index == 0 or len(names) == 1 else "as above"]
-      if known and name != "mode":
-        meaning.append(f"One of {known}.")
-      value = defaults.get(prefix + name)
-      shown = f"`{value!r}`" if prefix + name in defaults else "see below"
-      yield f"| `{name}` | {shown} | {' '.join(meaning)} |"
+      if name != "mode" and not all(choice in known for choice in choices):
+        meaning += f" ({', '.join(choices)})"
+      is_value = prefix + name in defaults
+      value = f"`{defaults[prefix + name]!r}`" if is_value else "see below"
+      yield f"| `{name}` | {value} | {meaning} |"
 
 
 def page() -> str:
@@ -78,8 +85,10 @@ def page() -> str:
   lines.append("|---|---|---|")
   for name in recipes.names():
     text = recipes.path(name).removesuffix(":")
-    variants = re.search(r"variant: (.*?)\.\n", pathlib.Path(text).read_text())
-    words = variants[1] if variants else ""
+    variants = re.search(
+      r"variant: (.*?)\.\n", pathlib.Path(text).read_text(), re.S
+    )
+    words = re.sub(r"\s+", " ", variants[1]) if variants else ""
     lines.append(f"| `{name}` | {recipes.summary(name)} | {words} |")
   lines += ["", "## Modes", "", "| `mode` | what is done |", "|---|---|"]
   lines += [f"| `{mode}` | {text} |" for mode, text in settings.MODES.items()]
