@@ -86,7 +86,7 @@ def page() -> str:
   for name in recipes.names():
     text = recipes.path(name).removesuffix(":")
     variants = re.search(
-      r"variant: (.*?)\.\n", pathlib.Path(text).read_text(), re.S
+      r"^    variant: (.*?)\.\n", pathlib.Path(text).read_text(), re.S | re.M
     )
     words = re.sub(r"\s+", " ", variants[1]) if variants else ""
     lines.append(f"| `{name}` | {recipes.summary(name)} | {words} |")
