@@ -204,7 +204,9 @@ def idea() -> str:
   bottom = top + 8 * size + 22
   parts += [
     words(columns[0], bottom, "32 bits a weight", "ink small"),
-    words(columns[1], bottom, f"k-means will lose {new}, not {old}", "ink small"),
+    words(
+      columns[1], bottom, f"k-means will lose {new}, not {old}", "ink small"
+    ),
     words(columns[2], bottom, "3 bits a pair, and 8 codewords", "ink small"),
     words(columns[3], bottom, "one small file", "ink small"),
   ]
@@ -220,7 +222,9 @@ def same_function() -> str:
   order, names = [2, 0, 3, 1], "abcd"
   parts: list[str] = []
   titles = ("as trained", "permuted")
-  for left, rows, title in zip((30, 400), ([0, 1, 2, 3], order), titles, strict=True):
+  for left, rows, title in zip(
+    (30, 400), ([0, 1, 2, 3], order), titles, strict=True
+  ):
     parts.append(words(left, 28, title))
     middle = left + 140
     ends = {

@@ -30,7 +30,5 @@ def on_files(
 ) -> site_files.Files:
   """Adds the pages; MkDocs calls it."""
   for name, source in PAGES.items():
-    files.append(
-      site_files.File.generated(config, source, content=page(name))
-    )
+    files.append(site_files.File.generated(config, source, content=page(name)))
   return files

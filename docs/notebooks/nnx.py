@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Your own NNX model
 #
-# The library works on functions of a tree of variables. `nnx.split` makes one of
-# a module: the graph is the function, the state is the tree.
+# The library works on functions of a tree of variables. `nnx.split` makes one
+# of a module: the graph is the function, the state is the tree.
 
 # %%
 import tempfile

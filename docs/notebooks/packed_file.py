@@ -33,9 +33,7 @@ kernel = kernel + jnp.roll(kernel, 1, 0)
 variables = {"params": {"layer": {"kernel": kernel, "bias": jnp.zeros(128)}}}
 rules = [pqf_jax.Rule(".*", 64, channels=4, kmeans_steps=50)]
 plan = pqf_jax.make_plan(rules, variables)
-compressed, layers = pqf_jax.quantize_params(
-  jax.random.key(1), variables, plan
-)
+compressed, layers = pqf_jax.quantize_params(jax.random.key(1), variables, plan)
 path = f"{tempfile.mkdtemp()}/model.safetensors"
 pqf_jax.save(path, compressed)
 
