@@ -76,8 +76,10 @@ def packed(own):
 
 def run(page: str, names: dict, numbers: slice = slice(None)) -> dict:
   names = dict(names)
-  for block in blocks(page)[numbers]:
-    exec(block.replace("channels=4)", "channels=4, kmeans_steps=5)"), names)
+  # As for users, not as strict as for tests.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    for block in blocks(page)[numbers]:
+      exec(block.replace("channels=4)", "channels=4, kmeans_steps=5)"), names)
   return names
 
 
