@@ -16,11 +16,11 @@ def get_config() -> ml_collections.ConfigDict:
   # What is run; --help lists the modes. 'preflight' needs neither data nor the
   # chips of the topology.
   config.mode = "compress"
-  config.image = ""
+  config.image = ""  # of the mode 'predict'
   config.topology = ""  # v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, h100:8, ...
-  config.task = "classification"  # or "detection"
+  config.task = "classification"  # or 'detection'
   config.name = ""  # names the default workdir, runs/<name>
-  config.seed = 0
+  config.seed = 0  # of all that is random
 
   # Several processes: 'auto' joins them where the environment names a cluster
   # (TPU pods, Slurm, JAX_COORDINATOR_ADDRESS), 'on' insists, 'off' is alone.
@@ -133,16 +133,16 @@ def get_config() -> ml_collections.ConfigDict:
   # mask AP.
   config.pack = "last"
 
-  config.eval_batch_size = 256
+  config.eval_batch_size = 256  # images, over all devices
   config.checkpoint_steps = 500  # steps between saves; evaluated epochs too
-  config.tensorboard = False
+  config.tensorboard = False  # whether curves are written for it
   return config
 
 
 def training(*, epochs: int) -> ml_collections.ConfigDict:
   """The settings that both trainings have."""
   settings = ml_collections.ConfigDict()
-  settings.epochs = epochs
+  settings.epochs = epochs  # 0: no training
   settings.evaluation_epochs = 1  # between evaluations
   # Images of a step, over all devices. Each device takes its share in so many
   # microbatches, one after the other, of which the step follows the mean: less
