@@ -10,12 +10,12 @@ import resource
 import runpy
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pqf_jax import errors, extras, pipeline, recipes
+from pqf_jax import errors, pipeline, recipes
 from pqf_jax.pipeline import settings
 from pqf_jax.runtime import xla_flags
 
@@ -44,8 +44,8 @@ _SETTINGS = {
 def main() -> None:
   """Runs the recipe that the command line names, and ends the process.
 
-  Exit status: 0 when all is done, 2 for bad input (one line says what), 143
-  when the process was asked to stop and has saved.
+  Exit status: 0 when all is done, 143 when the process was asked to stop and
+  has saved. What it raises `__main__` tells in one line.
   """
   xla_flags.set_defaults()
   if {"-h", "--help"} & {*sys.argv[1:]}:
@@ -58,15 +58,6 @@ def main() -> None:
   except errors.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(143)
-  except ModuleNotFoundError as missing:
-    _fail(extras.explain(missing))
-  except (errors.InputError, OSError) as error:
-    _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-  print(f"error: {error}", file=sys.stderr)
-  sys.exit(2)
 
 
 def _help() -> str:

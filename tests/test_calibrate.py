@@ -199,6 +199,13 @@ def test_what_no_norm_or_bias_shows_is_refused():
       calibrate.calibrate_params(network, {"w": weights}, {"w": kernel}, [(x,)])
 
 
+def quantize_coarsely(model, variables, sample):
+  """Returns variables whose kernels have four codewords of two channels."""
+  found = kernels.find_kernels(model.apply, variables, sample)
+  plan = plans.make_plan([plans.Rule(".*", 4, 2, 5)], variables, found)
+  return quantize.quantize_params(jax.random.key(2), variables, plan)[0]
+
+
 class Attention(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -210,12 +217,7 @@ def test_attention_kernels_are_rebuilt_along_their_axes():
   noise = jax.random.normal(jax.random.key(0), (2, 16, 4, 2))
   x = jnp.concatenate([noise, noise @ jnp.ones((2, 6))], -1)  # of low rank
   variables = model.init(jax.random.key(1), x[0])
-  plan = plans.make_plan(
-    [plans.Rule(".*", 4, 2, 5)],
-    variables,
-    kernels.find_kernels(model.apply, variables, x[0]),
-  )
-  quantized, _ = quantize.quantize_params(jax.random.key(2), variables, plan)
+  quantized = quantize_coarsely(model, variables, x[0])
   batches = [(batch,) for batch in x]
   given, layers = calibrate.calibrate_params(
     model.apply, variables, quantized, batches
@@ -255,12 +257,7 @@ def test_layers_of_a_scan_are_calibrated_like_layers_apart(axis, length):
   variables = model.init(jax.random.key(1), x[0])
   # Biases that are not zero.
   variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
-  plan = plans.make_plan(
-    [plans.Rule(".*", 4, 2, 5)],
-    variables,
-    kernels.find_kernels(model.apply, variables, x[0]),
-  )
-  quantized, _ = quantize.quantize_params(jax.random.key(2), variables, plan)
+  quantized = quantize_coarsely(model, variables, x[0])
   batches = [(batch,) for batch in x]
   together, found = calibrate.calibrate_params(
     model.apply, variables, quantized, batches

@@ -67,7 +67,7 @@ ALLOWED = {
   "preflight": ("",),
   "recipes": (),
   "extras": (),
-  "cli": ("extras", "pipeline", "recipes", "runtime"),
+  "cli": ("pipeline", "recipes", "runtime"),
   "__main__": ("cli", "extras", "inspection", "report"),
   "pqf_jax": ("",),  # the types of its lazy names
   "": (),

@@ -20,7 +20,7 @@ from unittest import mock
 from absl import flags
 from ml_collections import config_flags
 
-from pqf_jax import cli, errors, models
+from pqf_jax import __main__, errors, models
 from pqf_jax.pipeline import settings, stages
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -294,7 +294,7 @@ def _become(arguments: Sequence[str], output: pathlib.Path) -> None:
   os.dup2(target, 2)
   sys.argv = ["main.py", *arguments]
   try:
-    cli.main()
+    __main__.main()
     status = 0
   except SystemExit as end:
     status = end.code if isinstance(end.code, int) else 0
