@@ -55,9 +55,10 @@ def calibrate_params(
   before really give them, come nearest to the dense network's; see
   `calibration.reconstruction`. Then each batch norm's statistics and each bias
   give its outputs the mean and the variance that they have in the dense
-  network. `lax.scan` along a stack of layers counts as so many layers. Kernels
-  under `vmap`, of other loops, of lookups, or read twice keep their codes. An
-  unchanged network is returned as it is.
+  network. `lax.scan` along a stack of layers counts as so many layers. What
+  several layers share, such as a head of several maps, suits the inputs of all.
+  Kernels under `vmap`, of other loops, of lookups, or that read their own
+  outputs keep their codes. An unchanged network is returned as it is.
 
   Args:
     apply_fn: `apply_fn(variables, *inputs)`, a network in inference mode.
@@ -84,12 +85,12 @@ def calibrate_params(
   _check_numbers(rounds, damping)
   run = _Calibration(apply_fn, dense, quantized, batches)
   found = {}
-  for operation in run.streams.operations:
-    read = run.reads.get(operation.results[0])
+  for together in streams.run_order(run.streams.operations, run.reads.groups):
+    read = run.find_read(together)
     if read is not None:
       if vq_array.is_vq(run.leaves[read.path]):
         layer = (
-          _rebuild(run, operation, read, rounds=rounds, damping=damping)
+          _rebuild(run, together, read, rounds=rounds, damping=damping)
           if reconstruct
           else None
         )
@@ -97,8 +98,9 @@ def calibrate_params(
           found[layer.path] = layer
           on_layer(layer)
       else:
-        _match(run, operation, read)
-    run.streams.run(operation)
+        _match(run, together, read)
+    for operation in together:
+      run.streams.run(operation)
   return trees.replace(dense, run.leaves), found
 
 
@@ -149,6 +151,21 @@ class _Calibration:
       program, pairs, [trees.leaves(batch) for batch in batches]
     )
 
+  def find_read(
+    self, together: Sequence[streams.Operation]
+  ) -> layers.Read | None:
+    """Returns what these operations read, if nothing else reads it."""
+    results = tuple(operation.results[0] for operation in together)
+    is_all = results in self.reads.groups
+    return self.reads.by_result[results[0]] if is_all else None
+
+  def inputs(
+    self, together: Sequence[streams.Operation], read: layers.Read
+  ) -> list[streams.Pair]:
+    """Returns what meets the variable, for each operation on each batch."""
+    atoms = [operation.operands[1 - read.operand] for operation in together]
+    return [pair for atom in atoms for pair in self.streams.values(atom)]
+
   def replace(self, path: str, leaf: Any) -> None:
     """Gives the quantized network another leaf."""
     array = _to_array(leaf)
@@ -196,17 +213,18 @@ def _to_array(leaf: Any) -> Any:
 
 
 def _match(
-  run: _Calibration, operation: streams.Operation, read: layers.Read
+  run: _Calibration, together: Sequence[streams.Operation], read: layers.Read
 ) -> None:
-  """Corrects the statistics or the bias that an operation reads."""
-  name = operation.eqn.primitive.name
+  """Corrects the statistics or the bias that operations read."""
+  eqn = together[0].eqn
+  name = eqn.primitive.name
   leaf, index = jnp.asarray(run.dense[read.path]), read.picked
   is_mean = name == "sub" and read.operand == 1 and read.path in run.norms
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   if not is_float or not (is_mean or name == "add"):
     return
-  inputs = run.streams.values(operation.operands[1 - read.operand])
-  shape = tracing.shape_of(operation.eqn.invars[read.operand])
+  inputs = run.inputs(together, read)
+  shape = tracing.shape_of(eqn.invars[read.operand])
   axes = tuple(axis for axis in read.axes if shape[axis] > 1)
   channels = [inputs[0].dense.shape[axis] for axis in read.axes]
   if leaf[index].size == 1 < max(channels, default=1):
@@ -224,7 +242,7 @@ def _match(
 
 def _rebuild(
   run: _Calibration,
-  operation: streams.Operation,
+  together: Sequence[streams.Operation],
   read: layers.Read,
   *,
   rounds: int,
@@ -235,8 +253,13 @@ def _rebuild(
   axes = [axis for axis in range(kernel.ndim) if axis not in node.stack_axes]
   if read.dims != tuple(axes):
     return None
-  layer = layers.find_layer(operation.eqn, read.operand, node.spec)
-  if layer is None or len(operation.operands) != 2:
+  # Of a convolution whose padding depends on the inputs' size, say.
+  kinds = {
+    layers.find_layer(operation.eqn, read.operand, node.spec)
+    for operation in together
+  }
+  layer = kinds.pop()
+  if layer is None or kinds or len(together[0].operands) != 2:
     return None
   trees.check_finite(read.path, kernel)
   codebook, codes = (
@@ -244,8 +267,7 @@ def _rebuild(
   )
   vectors = node.spec.to_blocks(kernel[read.picked].astype(jnp.float32))
   rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
-  pairs = run.streams.values(operation.operands[1 - read.operand])
-  gathered = _add_moments(layer, pairs, rows)
+  gathered = _add_moments(layer, run.inputs(together, read), rows)
   _check_finite(read.path, gathered)
   result = reconstruction.reconstruct(
     gathered,
