@@ -1,7 +1,7 @@
 """Stage between quantize and fine-tune: repairs a network without training."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,9 +57,10 @@ def calibrate_params(
   before really give them, come nearest to the dense network's; see
   `calibration.reconstruction`. Then each batch norm's statistics and each bias
   give its outputs the mean and the variance that they have in the dense
-  network. `lax.scan` along a stack of layers counts as so many layers. Kernels
-  under `vmap`, of other loops, of lookups, or read twice keep their codes. An
-  unchanged network is returned as it is.
+  network. `lax.scan` along a stack of layers counts as so many layers. What
+  several layers share, such as a head of several maps, suits the inputs of all.
+  Kernels under `vmap`, of other loops, of lookups, or that read their own
+  outputs keep their codes. An unchanged network is returned as it is.
 
   Args:
     apply_fn: `apply_fn(variables, *inputs)`, a network in inference mode.
@@ -89,12 +90,12 @@ def calibrate_params(
   _check_numbers(rounds, damping)
   run = _Calibration(apply_fn, dense, quantized, batches, mask_fn)
   found = {}
-  for operation in run.streams.operations:
-    read = run.reads.get(operation.results[0])
+  for together in streams.run_order(run.streams.operations, run.reads.groups):
+    read = run.find_read(together)
     if read is not None:
       if vq_array.is_vq(run.leaves[read.path]):
         layer = (
-          _rebuild(run, operation, read, rounds=rounds, damping=damping)
+          _rebuild(run, together, read, rounds=rounds, damping=damping)
           if reconstruct
           else None
         )
@@ -102,8 +103,9 @@ def calibrate_params(
           found[layer.path] = layer
           on_layer(layer)
       else:
-        _match(run, operation, read)
-    run.streams.run(operation)
+        _match(run, together, read)
+    for operation in together:
+      run.streams.run(operation)
   return trees.replace(dense, run.leaves), found
 
 
@@ -157,6 +159,25 @@ class _Calibration:
       program, pairs, [trees.leaves(batch) for batch in batches]
     )
 
+  def find_read(
+    self, together: Sequence[streams.Operation]
+  ) -> layers.Read | None:
+    """Returns what these operations read, if nothing else reads it."""
+    results = tuple(operation.results[0] for operation in together)
+    is_all = results in self.reads.groups
+    return self.reads.by_result[results[0]] if is_all else None
+
+  def inputs(
+    self, together: Sequence[streams.Operation], read: layers.Read
+  ) -> tuple[list[streams.Pair], list[jax.Array]]:
+    """Returns what meets the variable, for each operation on each batch.
+
+    With it, for each of these values, the mask of its batch.
+    """
+    atoms = [operation.operands[1 - read.operand] for operation in together]
+    pairs = [pair for atom in atoms for pair in self.streams.values(atom)]
+    return pairs, self.masks * len(together)
+
   def replace(self, path: str, leaf: Any) -> None:
     """Gives the quantized network another leaf."""
     array = _to_array(leaf)
@@ -204,17 +225,18 @@ def _to_array(leaf: Any) -> Any:
 
 
 def _match(
-  run: _Calibration, operation: streams.Operation, read: layers.Read
+  run: _Calibration, together: Sequence[streams.Operation], read: layers.Read
 ) -> None:
-  """Corrects the statistics or the bias that an operation reads."""
-  name = operation.eqn.primitive.name
+  """Corrects the statistics or the bias that operations read."""
+  eqn = together[0].eqn
+  name = eqn.primitive.name
   leaf, index = jnp.asarray(run.dense[read.path]), read.picked
   is_mean = name == "sub" and read.operand == 1 and read.path in run.norms
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   if not is_float or not (is_mean or name == "add"):
     return
-  inputs = run.streams.values(operation.operands[1 - read.operand])
-  shape = tracing.shape_of(operation.eqn.invars[read.operand])
+  inputs, masks = run.inputs(together, read)
+  shape = tracing.shape_of(eqn.invars[read.operand])
   axes = tuple(axis for axis in read.axes if shape[axis] > 1)
   channels = [inputs[0].dense.shape[axis] for axis in read.axes]
   if leaf[index].size == 1 < max(channels, default=1):
@@ -222,17 +244,17 @@ def _match(
   if is_mean:
     var_path = run.norms[read.path]
     var = jnp.asarray(run.dense[var_path])[index]
-    mean, var = moments.match_norm(inputs, run.masks, axes, leaf[index], var)
+    mean, var = moments.match_norm(inputs, masks, axes, leaf[index], var)
     run.replace_layer(read.path, index, mean)
     run.replace_layer(var_path, index, var)
   else:
-    bias = moments.match_bias(inputs, run.masks, axes, leaf[index])
+    bias = moments.match_bias(inputs, masks, axes, leaf[index])
     run.replace_layer(read.path, index, bias)
 
 
 def _rebuild(
   run: _Calibration,
-  operation: streams.Operation,
+  together: Sequence[streams.Operation],
   read: layers.Read,
   *,
   rounds: int,
@@ -243,8 +265,13 @@ def _rebuild(
   axes = [axis for axis in range(kernel.ndim) if axis not in node.stack_axes]
   if read.dims != tuple(axes):
     return None
-  layer = layers.find_layer(operation.eqn, read.operand, node.spec)
-  if layer is None or len(operation.operands) != 2:
+  # Of a convolution whose padding depends on the inputs' size, say.
+  kinds = {
+    layers.find_layer(operation.eqn, read.operand, node.spec)
+    for operation in together
+  }
+  layer = kinds.pop()
+  if layer is None or kinds or len(together[0].operands) != 2:
     return None
   trees.check_finite(read.path, kernel)
   codebook, codes = (
@@ -252,8 +279,8 @@ def _rebuild(
   )
   vectors = node.spec.to_blocks(kernel[read.picked].astype(jnp.float32))
   rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
-  pairs = run.streams.values(operation.operands[1 - read.operand])
-  gathered = _add_moments(layer, pairs, run.masks, rows)
+  inputs, masks = run.inputs(together, read)
+  gathered = _add_moments(layer, inputs, masks, rows)
   _check_finite(read.path, gathered)
   result = reconstruction.reconstruct(
     gathered,
@@ -344,13 +371,13 @@ def _make_mask(mask_fn: MaskFn | None, batch: tuple[PyTree, ...]) -> jax.Array:
 def _check_masks(
   masks: Sequence[jax.Array],
   program: streams.Program,
-  reads: Mapping[int, layers.Read],
+  reads: layers.Reads,
 ) -> None:
   """Refuses masks that belong to no layer's inputs."""
   shapes = {
     tracing.shape_of(operation.eqn.invars[1 - read.operand])
     for operation in program.operations
-    if (read := reads.get(operation.results[0])) is not None
+    if (read := reads.by_result.get(operation.results[0])) is not None
     and len(operation.operands) == 2
   }
   for mask in masks:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pqf_jax import calibrate, errors, quantize
+from pqf_jax.core import blocks, trees
 from pqf_jax.core import plan as plans
-from pqf_jax.core import trees
 from pqf_jax.discovery import kernels
 from tests.inference import coded
 
@@ -374,3 +374,70 @@ def test_masks_are_of_positions(padded):
       calibrate.calibrate_params(
         pooled, dense, quantized, longer, mask_fn=mask_fn
       )
+
+
+class SharedHead(nn.Module):
+  """As detectors have it: the same two layers on maps of several sizes."""
+
+  @nn.compact
+  def __call__(self, x):
+    smooth = nn.Conv(8, (1, 1), use_bias=False, name="stem")
+    conv, score = nn.Conv(8, (3, 3), name="conv"), nn.Conv(6, (1, 1), name="fc")
+    maps = [smooth(x), smooth(x[:, ::2, ::2])]
+    return jnp.concatenate(
+      [score(nn.relu(conv(y))).reshape(len(x), -1, 6) for y in maps], 1
+    )
+
+
+def test_a_head_of_several_maps_suits_all_of_them():
+  model = SharedHead()
+  noise = jax.random.normal(jax.random.key(0), (2, 8, 4, 4, 4))
+  images = jax.image.resize(noise, (2, 8, 8, 8, 4), "linear")
+  variables = model.init(jax.random.key(1), images[0])
+  quantized = quantize_coarsely(model, variables, images[0])
+  batches = [(batch,) for batch in images]
+  given, layers = calibrate.calibrate_params(
+    model.apply, variables, quantized, batches
+  )
+  assert set(layers) >= {"params/conv/kernel", "params/fc/kernel"}
+  wanted, before, after = (
+    np.concatenate([model.apply(v, *batch) for batch in batches])
+    for v in (variables, quantized, given)
+  )
+  for part in (slice(64), slice(64, None)):  # each map
+    errors_of = [
+      np.square(wanted[:, part] - x[:, part]).sum() for x in (before, after)
+    ]
+    assert errors_of[1] < 0.7 * errors_of[0]
+  # The last bias gives the outputs the means that they had, over all maps.
+  np.testing.assert_allclose(
+    *(x.mean((0, 1)) for x in (wanted, after)),
+    atol=1e-5,
+  )
+
+
+def test_a_transposed_convolution_without_overlap_is_rebuilt():
+  def network(variables, x):
+    return jnp.einsum("nhwc,abco->nhawbo", x, variables["kernel"][...])
+
+  noise = jax.random.normal(jax.random.key(0), (16, 3, 3, 3))
+  x = noise @ jax.random.normal(jax.random.key(1), (3, 8))  # of low rank
+  kernel = jax.random.normal(jax.random.key(2), (2, 2, 8, 6))
+  axes = blocks.KernelAxes(inputs=(2,), outputs=(3,))
+  plan = plans.make_plan([plans.Rule(".*", 8, 1, 5, axes)], {"kernel": kernel})
+  quantized, _ = quantize.quantize_params(
+    jax.random.key(0), {"kernel": kernel}, plan
+  )
+  given, layers = calibrate.calibrate_params(
+    network, {"kernel": kernel}, quantized, [(x,)]
+  )
+  # The predicted errors are those of the outputs.
+  wanted, *outputs = (
+    network(v, x) for v in ({"kernel": kernel}, quantized, given)
+  )
+  before, after = (
+    np.square(wanted - y).sum() / np.square(wanted).sum() for y in outputs
+  )
+  assert after < 0.5 * before
+  found = layers["kernel"]
+  np.testing.assert_allclose([found.before, found.after], [before, after], 0.02)

@@ -44,6 +44,11 @@ class Read(NamedTuple):
     return tuple(taken.get(axis, slice(None)) for axis in axes)
 
   @property
+  def form(self) -> tuple[Any, ...]:
+    """Returns what is alike where a variable is read alike."""
+    return self.operand, self.dims, tuple(axis for axis, _ in self.place)
+
+  @property
   def layer(self) -> str:
     """Returns the name of the layer, such as `path[2]` in a stack."""
     return self.path + "".join(f"[{entry}]" for _, entry in self.place)
@@ -63,13 +68,23 @@ class _Source(NamedTuple):
   place: tuple[tuple[int, int], ...] = ()
 
 
-def find_reads(
-  program: streams.Program, paths: Mapping[int, str]
-) -> dict[int, Read]:
-  """Returns {number of an equation's first result: the variable it reads}.
+class Reads(NamedTuple):
+  """The equations that read variables, as the numbers of their first results.
 
-  Only variables, and layers of a stack, that a single equation reads are
-  listed: others would have to suit several layers.
+  Attributes:
+    by_result: {equation: what it reads}.
+    groups: the equations that read the same variable, or layer of a stack.
+  """
+
+  by_result: dict[int, Read]
+  groups: tuple[tuple[int, ...], ...]
+
+
+def find_reads(program: streams.Program, paths: Mapping[int, str]) -> Reads:
+  """Finds the equations that read variables.
+
+  A variable that is read in different ways is left out: several layers would
+  have to like the same change.
 
   Args:
     program: the program.
@@ -86,6 +101,7 @@ def find_reads(
     for number, path in paths.items()
   }
   reads: dict[str, list[tuple[int, Read]]] = {}
+  forms: dict[str, set[tuple[Any, ...]]] = {}
   for operation in program.operations:
     for position, atom in enumerate(operation.operands):
       if not isinstance(atom, int) or atom not in sources:
@@ -97,18 +113,15 @@ def find_reads(
       else:
         read = Read(source.path, position, source.dims, source.place)
         reads.setdefault(source.path, []).append((operation.results[0], read))
-  return {
-    result: read
-    for found in reads.values()
-    if _are_layers([read for _, read in found])
-    for result, read in found
-  }
-
-
-def _are_layers(reads: Sequence[Read]) -> bool:
-  """Returns whether no entry of a variable is read twice."""
-  axes = {tuple(axis for axis, _ in read.place) for read in reads}
-  return len(axes) == 1 and len({read.place for read in reads}) == len(reads)
+        form = operation.eqn.primitive.name, read.form
+        forms.setdefault(source.path, set()).add(form)
+  by_result: dict[int, Read] = {}
+  groups: dict[str, tuple[int, ...]] = {}
+  for path, found in reads.items():
+    for result, read in found if len(forms[path]) == 1 else ():
+      by_result[result] = read
+      groups[read.layer] = (*groups.get(read.layer, ()), result)
+  return Reads(by_result, tuple(groups.values()))
 
 
 def _hand_on(eqn: tracing.Equation, source: _Source) -> _Source | None:
@@ -166,9 +179,12 @@ class Product(NamedTuple):
   Attributes:
     contracted: axes of the inputs that are summed over, in the order of the
       kernel's.
+    taps: how many outputs of a channel a position has, as in a transposed
+      convolution whose kernels do not overlap.
   """
 
   contracted: tuple[int, ...]
+  taps: int
 
   @property
   def groups(self) -> int:
@@ -179,7 +195,10 @@ class Product(NamedTuple):
     """Returns [positions, 1, n]; see `find_layer`."""
     ends = range(-len(self.contracted), 0)
     rows = jnp.moveaxis(inputs, self.contracted, ends)
-    return rows.reshape(-1, 1, math.prod(rows.shape[ends[0] :]))
+    rows = rows.reshape(-1, 1, math.prod(rows.shape[ends[0] :]), 1)
+    # For the outputs of one tap the others multiply zeros.
+    one_tap = jnp.eye(self.taps, dtype=rows.dtype)[None, :, None]
+    return (rows * one_tap).reshape(-1, 1, rows.shape[2] * self.taps)
 
 
 class Convolution(NamedTuple):
@@ -271,11 +290,13 @@ def find_layer(
   if eqn.primitive.name == "dot_general":
     contracted, batch = params["dimension_numbers"]
     of_kernel = tuple(contracted[operand])
-    has_taps = len(sums) + len(outputs) != len(shape)
-    if any(map(len, batch)) or has_taps or sorted(of_kernel) != sorted(sums):
+    if any(map(len, batch)) or sorted(of_kernel) != sorted(sums):
       return None
     of_inputs = contracted[1 - operand]
-    return Product(tuple(of_inputs[of_kernel.index(axis)] for axis in sums))
+    return Product(
+      tuple(of_inputs[of_kernel.index(axis)] for axis in sums),
+      math.prod(shape) // math.prod(shape[axis] for axis in (*sums, *outputs)),
+    )
   if eqn.primitive.name != "conv_general_dilated" or operand != 1:
     return None
   numbers = params["dimension_numbers"]

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +133,37 @@ def write_out(program: tracing.Jaxpr, num_variables: int = 0) -> Program:
   fixed.update(dict.fromkeys(arguments[:num_variables], True))
   walk(program, arguments)
   return Program(variables, arguments, constants, tuple(operations))
+
+
+def run_order(
+  operations: Sequence[Operation], groups: Sequence[Collection[int]]
+) -> Iterator[list[Operation]]:
+  """Yields operations in an order in which those of a group come together.
+
+  Where some of a group depend on others, all of it comes one by one, as do
+  operations of no group; otherwise the order stays.
+
+  Args:
+    operations: in an order in which they can run.
+    groups: of operations, as the numbers of their first results.
+  """
+  pending = {operation.results[0]: operation for operation in operations}
+  unknown = {number for each in operations for number in each.results}
+  groups = [group for group in groups if pending.keys() >= set(group)]
+  units: dict[int, tuple[int, ...]] = {first: (first,) for first in pending}
+  units |= {first: tuple(group) for group in groups for first in group}
+
+  def can_run(first: int) -> bool:
+    return unknown.isdisjoint(pending[first].reads)
+
+  while pending:
+    unit = next((units[n] for n in pending if all(map(can_run, units[n]))), ())
+    if not unit:
+      unit = (next(filter(can_run, pending)),)
+      units |= {first: (first,) for first in units[unit[0]]}
+    together = [pending.pop(first) for first in unit]
+    unknown.difference_update(*(each.results for each in together))
+    yield together
 
 
 def _rank(atom: Any) -> int:

@@ -78,7 +78,7 @@ def show_plan(config: ml_collections.ConfigDict, workdir: str | None) -> None:
     network, variables = read_weights(config)
     loaded = tasks.get(config.task).load(config, network)
     dense = vq_array.decode_params(variables)
-    rules = planning.choose_rules(config, network, loaded, dense)
+    rules = planning.choose_rules(config, loaded, dense)
     for rule in rules:
       progress.say(f"{tuple(rule)},")
   plan = planning.make_plan(config, network, template, rules)

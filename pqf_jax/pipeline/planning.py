@@ -59,7 +59,6 @@ def check_target(
 
 def choose_rules(
   config: ml_collections.ConfigDict,
-  network: contract.Network,
   loaded: tasks.LoadedTask,
   dense: PyTree,
 ) -> list[Any]:
@@ -70,13 +69,15 @@ def choose_rules(
   found = []
   if distributed.is_lead():
     images = min(MEASURED_IMAGES, loaded.num_train)
+    size = min(config.eval_batch_size, images)
+    # The rules are part of a recipe, the same whatever its seed.
+    batches = loaded.samples(dense, size, images // size, 0)
     found = budget.auto_rules(
-      network.apply,
+      loaded.outputs,
       jax.device_get(dense),
-      *tasks.get(config.task).sample(config),
+      *batches[0],
       target_bytes=config.target_bytes,
-      # The rules are part of a recipe, the same whatever its seed.
-      batches=loaded.samples(images, 1, 0),
+      batches=batches,
       storage=settings.make_storage(config),
       kmeans_steps=config.quantize.kmeans_steps,
     )

@@ -22,7 +22,7 @@ from pqf_jax.runtime import checkpoint, distributed, progress
 
 PyTree = Any
 Staged = tuple[PyTree, checkpoint.Record]
-# Images that a calibration evaluates together, as a loader gives them.
+# Most images that a calibration evaluates together.
 CALIBRATION_BATCH = 64
 
 
@@ -86,7 +86,7 @@ def plan_stage(job: jobs.Job, dense: PyTree) -> jobs.Job:
 
   def compute() -> Staged:
     progress.say(f"choosing rules for {job.config.target_bytes:,} bytes")
-    rules = planning.choose_rules(job.config, job.network, job.loaded, dense)
+    rules = planning.choose_rules(job.config, job.loaded, dense)
     return {}, {"rules": rules}
 
   _, record = job.run("plan", {}, compute)
@@ -170,13 +170,15 @@ def calibrate_stage(
     layers: dict[str, calibrate.LayerError] = {}
     if distributed.is_lead():
       num_images = min(wanted.images, job.loaded.num_train)
-      size = min(CALIBRATION_BATCH, num_images)
+      size = min(CALIBRATION_BATCH, job.config.eval_batch_size, num_images)
       with progress.track("calibrate", len(job.plan), unit="layers") as bar:
         variables, layers = calibrate.calibrate_params(
-          job.network.apply,
+          job.loaded.outputs,
           permuted,
           quantized,
-          job.loaded.samples(size, num_images // size, job.config.seed),
+          job.loaded.samples(
+            permuted, size, num_images // size, job.config.seed
+          ),
           rounds=wanted.rounds,
           damping=wanted.damping,
           on_layer=lambda layer: bar.advance(error=layer.after),

@@ -10,7 +10,8 @@ from pqf_jax import finetune
 from pqf_jax.models import contract as models
 
 PyTree = Any
-Shapes = dict[str, jax.ShapeDtypeStruct]
+Shapes = dict[str, Any]
+"""{field of a batch: tree of `jax.ShapeDtypeStruct`}."""
 
 
 class LoadedTask(NamedTuple):
@@ -19,9 +20,12 @@ class LoadedTask(NamedTuple):
   Attributes:
     num_train: number of training images.
     train_batches: (batch_size, seed, start_step, num_steps) -> global batches.
-    samples: (batch_size, num_batches, seed) -> inputs of the network's `apply`
+    outputs: (variables, *inputs) -> what a compressed network is to give again:
+      calibration and byte budgets look at it.
+    samples: (variables, batch_size, num_batches, seed) -> inputs of `outputs`
       for each batch, of training images as they are augmented; each process
-      gets all of them.
+      gets all of them. Where the inputs hold a choice, such as of boxes, it is
+      that of these dense variables.
     make_loss: whether batches have a teacher's outputs -> the loss of a
       training step; of these it then takes `config.distillation`.
     make_teacher: dense variables -> a function that adds the teacher's outputs
@@ -40,7 +44,8 @@ class LoadedTask(NamedTuple):
 
   num_train: int
   train_batches: Callable[..., Iterator[finetune.Batch]]
-  samples: Callable[[int, int, int], list[tuple[Any, ...]]]
+  outputs: Callable[..., PyTree]
+  samples: Callable[[PyTree, int, int, int], list[tuple[Any, ...]]]
   make_loss: Callable[[bool], finetune.LossFn]
   make_teacher: Callable[[PyTree], Callable[[Any], Any]]
   evaluate: Callable[[PyTree], dict[str, float]]

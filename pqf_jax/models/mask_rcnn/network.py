@@ -81,6 +81,40 @@ class TrainingOutputs(NamedTuple):
   mask_valid: jax.Array
 
 
+class Places(NamedTuple):
+  """Boxes that a network looks at, those that surely hold an object first.
+
+  Attributes:
+    boxes: [B, R, 4] in pixels of the network's input.
+    labels: int32 [B, R], the likeliest that is not background.
+    valid: bool [B, R].
+  """
+
+  boxes: jax.Array
+  labels: jax.Array
+  valid: jax.Array
+
+
+class RawOutputs(NamedTuple):
+  """What the network says of all N anchors, R boxes and the first M of them.
+
+  Attributes:
+    exists: bool [B, N], whether the image covers the anchor.
+    anchor_logits: [B, N].
+    anchor_offsets: [B, N, 4].
+    class_logits: [B, R, num_classes].
+    box_offsets: [B, R, 4], of the box's label.
+    mask_logits: [B, M, 28, 28], of the box's label.
+  """
+
+  exists: jax.Array
+  anchor_logits: jax.Array
+  anchor_offsets: jax.Array
+  class_logits: jax.Array
+  box_offsets: jax.Array
+  mask_logits: jax.Array
+
+
 class _Features(NamedTuple):
   """Feature maps and anchors of B images, for inference and for training.
 
@@ -104,7 +138,8 @@ class MaskRCNN(nn.Module):
   """The network; `make` describes the settings.
 
   `apply(variables, images, sizes)` detects objects; `apply(variables, batch,
-  key, method="training_outputs")` computes what the losses need.
+  key, method="training_outputs")` computes what the losses need. Two networks
+  are compared by their `raw_outputs` at the `find_places` of one of them.
   """
 
   num_classes: int
@@ -211,6 +246,43 @@ class MaskRCNN(nn.Module):
       self._segment(features, first.boxes, first.labels),
       targets,
       first.positive,
+    )
+
+  def find_places(self, images: jax.Array, sizes: jax.Array) -> Places:
+    """Returns the boxes that the region proposal network likes best."""
+    features = self._extract(images, sizes)
+    propose = functools.partial(
+      rpn.propose, num_proposals=roi_heads.NUM_SAMPLES
+    )
+    proposals = jax.vmap(propose)(
+      features.predictions, features.grids, features.scaled
+    )
+    logits, _ = self._classify(features, proposals.boxes)
+    scores = nn.softmax(logits)[:, :, 1:].max(2)
+    order = jnp.argsort(jnp.where(proposals.valid, -scores, 1), axis=1)
+    labels = logits[:, :, 1:].argmax(2).astype(jnp.int32) + 1
+    return Places(
+      jnp.take_along_axis(proposals.boxes, order[:, :, None], axis=1),
+      jnp.take_along_axis(labels, order, axis=1),
+      jnp.take_along_axis(proposals.valid, order, axis=1),
+    )
+
+  def raw_outputs(
+    self, images: jax.Array, sizes: jax.Array, places: Places
+  ) -> RawOutputs:
+    """Returns the outputs at given places, from which nothing is chosen."""
+    features = self._extract(images, sizes)
+    logits, offsets = self._classify(features, places.boxes)
+    index = places.labels[:, :, None, None]
+    first = jax.tree.map(lambda x: x[:, : roi_heads.MAX_POSITIVE], places)
+    predictions = features.predictions
+    return RawOutputs(
+      jnp.concatenate([grid.exists for grid in features.grids], 1),
+      jnp.concatenate([of_map.logits for of_map in predictions], 1),
+      jnp.concatenate([of_map.offsets for of_map in predictions], 1),
+      logits,
+      jnp.take_along_axis(offsets, index, axis=2)[:, :, 0],
+      self._segment(features, first.boxes, first.labels),
     )
 
   def _extract(self, images: jax.Array, sizes: jax.Array) -> _Features:

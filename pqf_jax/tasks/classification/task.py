@@ -106,8 +106,9 @@ class Classification:
       return map(distributed.shard, batches)
 
     def samples(
-      batch_size: int, num_batches: int, seed: int
+      variables: PyTree, batch_size: int, num_batches: int, seed: int
     ) -> list[tuple[Any, ...]]:
+      del variables
       batches = data.train_batches(
         dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
       )
@@ -116,6 +117,7 @@ class Classification:
     return contract.LoadedTask(
       num_train=len(dataset.train),
       train_batches=train_batches,
+      outputs=network.apply,
       samples=samples,
       make_loss=lambda taught: _make_loss(config, network, preprocess, taught),
       make_teacher=lambda variables: losses.make_teacher(

@@ -1,7 +1,7 @@
 """The task object of detection and instance segmentation."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from pqf_jax.tasks.detection import loss as losses
 
 PyTree = Any
 # The values of `config.mode` that read training images.
-TRAINING_MODES = ("compress", "train")
+TRAINING_MODES = ("compress", "plan", "train")
+METHODS = ("training_outputs", "find_places", "raw_outputs")
 # What a preflight assumes where the config leaves it to the data: the largest
 # side of an image of COCO, and more objects than any of its images has.
 IMAGE_SIDE = 640
@@ -28,8 +29,8 @@ NUM_OBJECTS = 100
 class Detection:
   """Networks that find objects, their boxes and their masks.
 
-  A network has, beside `apply(variables, images, sizes)`, a method
-  `training_outputs(batch, key)`; see `losses.Outputs`.
+  A network has, beside `apply(variables, images, sizes)`, the methods of
+  `METHODS`; see `losses.Outputs` and `losses.RawOutputs`.
   """
 
   metrics = {"mask_ap": "mask AP", "box_ap": "box AP"}
@@ -53,11 +54,6 @@ class Detection:
     """See `contract.Task`."""
     del num_devices  # norms are in evaluation mode
     name = config.model.name
-    if config.distillation.share:
-      raise errors.InputError(
-        f"config.distillation.share is {config.distillation.share:g}; "
-        "detection has no loss with a teacher, so give 0"
-      )
     if config.data.unlabelled:
       raise errors.InputError(
         f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
@@ -70,12 +66,13 @@ class Detection:
         f"config.data.{name} is {value!r}; a detector resizes images itself, "
         "so leave it out"
       )
-    if not hasattr(network, "training_outputs"):
-      raise errors.InputError(
-        f"model {name!r} has no method training_outputs, which detection needs "
-        "for its losses; choose a detector such as 'mask_rcnn', or "
-        "config.task=classification"
-      )
+    for method in METHODS:
+      if not hasattr(network, method):
+        raise errors.InputError(
+          f"model {name!r} has no method {method}, which detection needs; "
+          "choose a detector such as 'mask_rcnn', or "
+          "config.task=classification"
+        )
     models.check_trainable(
       name, network, template, dtype=config.dtype, norm_axis=None
     )
@@ -107,23 +104,31 @@ class Detection:
         del batch["image_id"]  # int64, which devices do not have
         yield distributed.shard(batch)
 
+    find_places = jax.jit(
+      functools.partial(network.apply, method="find_places")
+    )
+
     def samples(
-      batch_size: int, num_batches: int, seed: int
+      variables: PyTree, batch_size: int, num_batches: int, seed: int
     ) -> list[tuple[Any, ...]]:
       batches = data.train_batches(
         dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
       )
-      return [
+      inputs = [
         (jnp.asarray(batch["image"]), jnp.asarray(batch["size"]))
         for batch in batches
       ]
+      return [(*each, find_places(variables, *each)) for each in inputs]
 
     return contract.LoadedTask(
       num_train=len(dataset.train or ()),
       train_batches=train_batches,
+      outputs=_raw_outputs(network),
       samples=samples,
-      make_loss=lambda taught: _loss(config, network),
-      make_teacher=lambda variables: lambda batch: batch,
+      make_loss=lambda taught: _loss(config, network, taught=taught),
+      make_teacher=lambda variables: _make_teacher(
+        network, distributed.replicate(variables)
+      ),
       evaluate=evaluate,
       pictures=functools.partial(
         prediction.pictures, detect, dataset, config.eval_batch_size
@@ -146,15 +151,25 @@ class Detection:
 
     def train_batch(size: int) -> contract.Shapes:
       rows = size, objects
-      return eval_batch(size) | {
+      batch = eval_batch(size) | {
         "boxes": jax.ShapeDtypeStruct((*rows, 4), jnp.float32),
         "labels": jax.ShapeDtypeStruct(rows, jnp.int32),
         "valid": jax.ShapeDtypeStruct(rows, jnp.bool_),
         "masks": jax.ShapeDtypeStruct((*rows, side, -(-side // 8)), jnp.uint8),
       }
+      if not config.distillation.share:
+        return batch
+      template = jax.eval_shape(
+        network.init, jax.random.key(0), *self.sample(config)
+      )
+      return jax.eval_shape(
+        lambda variables, batch: _make_teacher(network, variables)(batch),
+        template,
+        batch,
+      )
 
     return contract.AbstractPrograms(
-      loss_fn=_loss(config, network),
+      loss_fn=_loss(config, network, taught=True),
       train_batch=train_batch,
       infer=lambda variables, batch: network.apply(
         variables, batch["image"], batch["size"]
@@ -170,10 +185,27 @@ TASK = Detection()
 
 
 def _loss(
-  config: ml_collections.ConfigDict, network: models.Network
+  config: ml_collections.ConfigDict, network: models.Network, *, taught: bool
 ) -> finetune.LossFn:
+  """Returns the loss of the config, or without a teacher that of its labels."""
   trained = models.for_training(network, dtype=config.dtype)
   return losses.make_loss(
     functools.partial(trained.apply, method="training_outputs"),
+    _raw_outputs(trained),
     axis=distributed.AXIS,
+    **(config.distillation if taught else {}),
+  )
+
+
+def _raw_outputs(network: models.Network) -> losses.RawFn:
+  return functools.partial(network.apply, method="raw_outputs")
+
+
+def _make_teacher(
+  network: models.Network, variables: PyTree
+) -> Callable[[finetune.Batch], finetune.Batch]:
+  return losses.make_teacher(
+    functools.partial(network.apply, method="find_places"),
+    _raw_outputs(network),
+    variables,
   )

@@ -3,7 +3,9 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from pqf_jax import errors
 from pqf_jax.tasks import detection
 
 B, N, R, M, C = 2, 6, 5, 3, 4
@@ -150,3 +152,120 @@ def test_the_key_of_the_step_draws_the_samples():
     np.testing.assert_allclose(loss, sum(metrics.values()), rtol=1e-6)
     assert collections == {}
   assert drawn[0] == drawn[2] != drawn[1]
+
+
+def draw_raw(seed):
+  rng = np.random.default_rng(seed)
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+  return types.SimpleNamespace(
+    exists=rng.random((B, N)) < 0.7,
+    anchor_logits=normal(B, N),
+    anchor_offsets=normal(B, N, 4) / 5,
+    class_logits=normal(B, R, C),
+    box_offsets=normal(B, R, 4) / 5,
+    mask_logits=normal(B, M, 7, 7),
+  )
+
+
+PLACES = types.SimpleNamespace(valid=np.array([[1, 1, 1, 1, 0], [1] * 5]) > 0)
+
+
+def test_losses_with_a_teacher_are_sums_weighed_by_its_probabilities():
+  o, t = draw_raw(0), draw_raw(1)
+  found = jax.jit(
+    lambda: detection.follow_teacher(o, t, PLACES, temperature=2.0)
+  )()
+
+  def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum()
+
+  def entropy(logit, wanted):
+    return 4 * cross_entropy(logit / 2, 1 / (1 + np.exp(-wanted / 2)))
+
+  def distance(one, other):
+    pairs = zip(one.tolist(), other.tolist(), strict=True)
+    return sum(smooth_l1(a - b, 1 / 9) for a, b in pairs)
+
+  likely = {
+    a: 1 / (1 + np.exp(-np.float64(t.anchor_logits[a])))
+    for a in np.ndindex(B, N)
+    if t.exists[a]
+  }
+  boxes = [p for p in np.ndindex(B, R) if PLACES.valid[p]]
+  objects = {p: 1 - softmax(t.class_logits[p])[0] for p in boxes}
+  masks = [p for p in boxes if p[1] < M]
+  classes = [
+    -4 * softmax(t.class_logits[p] / 2) @ np.log(softmax(o.class_logits[p] / 2))
+    for p in boxes
+  ]
+  expected = {
+    "loss_objectness": sum(
+      entropy(o.anchor_logits[a], t.anchor_logits[a]) for a in likely
+    )
+    / sum(likely.values()),
+    "loss_rpn_box_reg": sum(
+      weight * distance(o.anchor_offsets[a], t.anchor_offsets[a])
+      for a, weight in likely.items()
+    )
+    / sum(likely.values()),
+    "loss_classifier": np.mean(classes),
+    "loss_box_reg": sum(
+      weight * distance(o.box_offsets[p], t.box_offsets[p])
+      for p, weight in objects.items()
+    )
+    / len(boxes),
+    "loss_mask": sum(
+      objects[p] * entropy(o.mask_logits[p], t.mask_logits[p]).mean()
+      for p in masks
+    )
+    / sum(objects[p] for p in masks),
+  }
+  assert found.keys() == expected.keys()
+  for name, loss in expected.items():
+    np.testing.assert_allclose(found[name], loss, rtol=1e-5)
+
+
+def test_a_network_that_follows_its_teacher_has_nothing_to_learn():
+  taught = draw_raw(0)
+
+  def total(outputs):
+    outputs = types.SimpleNamespace(**outputs)
+    return sum(detection.follow_teacher(outputs, taught, PLACES).values())
+
+  floats = vars(taught) | {"exists": np.zeros((B, N), np.float32)}
+  gradients = jax.jit(jax.grad(total))(floats)
+  for gradient in gradients.values():
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_a_share_of_the_loss_follows_the_teacher():
+  def forward(variables, batch, key):
+    del variables, batch, key
+    return draw_outputs()
+
+  def raw(variables, images, sizes, places):
+    del images, sizes, places
+    return draw_raw(variables)
+
+  teach = detection.make_teacher(
+    lambda variables, images, sizes: {"valid": PLACES.valid},
+    lambda variables, *inputs: vars(draw_raw(1)),
+    {},
+  )
+  batch = teach({"image": np.zeros(1), "size": np.zeros(1)})
+  batch = {
+    name: types.SimpleNamespace(**batch[name]) for name in ("places", "teacher")
+  } | {"image": batch["image"], "size": batch["size"]}
+
+  def loss(share):
+    loss_fn = detection.make_loss(forward, raw, share=share)
+    return float(loss_fn(0, batch, jax.random.key(0))[0])
+
+  np.testing.assert_allclose(
+    loss(0.25), 0.75 * loss(0.0) + 0.25 * loss(1.0), rtol=1e-5
+  )
+  with pytest.raises(errors.InputError, match="needs raw_fn"):
+    detection.make_loss(forward, share=0.5)
