@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.calibration import layers, moments, reconstruction, streams
+from pqf_jax.calibration import (
+  layers,
+  moments,
+  programs,
+  reconstruction,
+  streams,
+)
 from pqf_jax.core import modules, trees, vq_array
 from pqf_jax.discovery import samples, tracing
 
@@ -320,7 +326,7 @@ def _add_moments(
   return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "wanted"))
+@functools.partial(programs.jit, static_argnames=("layer", "wanted"))
 def _batch_moments(
   layer: layers.Layer,
   wanted: int,

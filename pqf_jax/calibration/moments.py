@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pqf_jax.calibration import streams
+from pqf_jax.calibration import programs, streams
 
 # Against a division by zero, as a share of the norm's own variance.
 _TINY = 1e-6
@@ -20,7 +20,7 @@ _TINY = 1e-6
 _LEAST_VARIANCE = 1e-20
 
 
-@functools.partial(jax.jit, static_argnames="axes")
+@functools.partial(programs.jit, static_argnames="axes")
 def match_norm(
   pairs: Sequence[streams.Pair],
   masks: Sequence[jax.Array],
@@ -52,7 +52,7 @@ def match_norm(
   return matched.astype(mean.dtype), scaled.astype(var.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
+@functools.partial(programs.jit, static_argnames="axes")
 def match_bias(
   pairs: Sequence[streams.Pair],
   masks: Sequence[jax.Array],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
+from pqf_jax.calibration import programs
 from pqf_jax.discovery import tracing
 
 # Equations that choose, such as the boxes that a detector keeps. Both networks
@@ -269,10 +270,8 @@ class Streams:
   ) -> list[Pair]:
     pairs = [self._read(atom, batch) for atom in operation.operands]
     eqn = operation.eqn
-    dense = tracing.evaluate(eqn, [pair.dense for pair in pairs], eqn.params)
+    dense = programs.evaluate(eqn, [pair.dense for pair in pairs])
     if eqn.primitive.name in CHOICES:
       return [Pair(value, value) for value in dense]
-    quantized = tracing.evaluate(
-      eqn, [pair.quantized for pair in pairs], eqn.params
-    )
+    quantized = programs.evaluate(eqn, [pair.quantized for pair in pairs])
     return list(map(Pair, dense, quantized))
