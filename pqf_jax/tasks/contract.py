@@ -14,6 +14,12 @@ Shapes = dict[str, Any]
 """{field of a batch: tree of `jax.ShapeDtypeStruct`}."""
 
 
+def teacher_settings(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Returns the arguments of a loss that compares with a teacher's outputs."""
+  wanted = config.distillation
+  return {"share": wanted.share, "temperature": wanted.temperature}
+
+
 class LoadedTask(NamedTuple):
   """A task on the data of one config, for one network.
 
@@ -27,7 +33,7 @@ class LoadedTask(NamedTuple):
       gets all of them. Where the inputs hold a choice, such as of boxes, it is
       that of these dense variables.
     make_loss: whether batches have a teacher's outputs -> the loss of a
-      training step; of these it then takes `config.distillation`.
+      training step, with a teacher by `teacher_settings`.
     make_teacher: dense variables -> a function that adds the teacher's outputs
       to a batch.
     evaluate: variables -> {metric: value} over all test images, with

@@ -121,7 +121,10 @@ class Classification:
       samples=samples,
       make_loss=lambda taught: _make_loss(config, network, preprocess, taught),
       make_teacher=lambda variables: losses.make_teacher(
-        infer, preprocess, distributed.replicate(variables)
+        infer,
+        preprocess,
+        distributed.replicate(variables),
+        mirrored=config.distillation.mirrored,
       ),
       evaluate=evaluate,
       pictures=lambda networks: [],
@@ -200,7 +203,7 @@ def _make_loss(
   return losses.make_loss(
     training_apply(config, network),
     preprocess,
-    **(config.distillation if taught else {}),
+    **(contract.teacher_settings(config) if taught else {}),
   )
 
 

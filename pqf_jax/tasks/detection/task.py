@@ -59,6 +59,12 @@ class Detection:
         f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
         "trains on annotated images only, so leave it empty"
       )
+    if config.distillation.mirrored:
+      raise errors.InputError(
+        "config.distillation.mirrored is True, but the outputs of a detector "
+        "cannot be averaged over mirror images; give "
+        "--config.distillation.mirrored=False"
+      )
     changes = data.preparation_changes(config.data)
     if changes:
       name, value = next(iter(changes.items()))
@@ -193,7 +199,7 @@ def _loss(
     functools.partial(trained.apply, method="training_outputs"),
     _raw_outputs(trained),
     axis=distributed.AXIS,
-    **(config.distillation if taught else {}),
+    **(contract.teacher_settings(config) if taught else {}),
   )
 
 
