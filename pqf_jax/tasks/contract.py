@@ -36,6 +36,10 @@ class LoadedTask(NamedTuple):
       have. Stage 0 trains on them.
     hidden: of `Task.metrics`, those that tell nothing on these data; tables
       and charts leave them out.
+    mask_fn: (*inputs) -> bool, False for padding, which calibration leaves out;
+      None: there is none. See `pqf_jax.calibrate_params`.
+    beside: dense variables -> the task whose figures compare networks with
+      these; None: figures need no other network.
   """
 
   num_train: int
@@ -48,6 +52,8 @@ class LoadedTask(NamedTuple):
   fingerprint: Callable[[], str] = lambda: ""
   labelled: "LoadedTask | None" = None
   hidden: Collection[str] = ()
+  mask_fn: Callable[..., jax.Array] | None = None
+  beside: "Callable[[PyTree], LoadedTask] | None" = None
 
   def for_stage(self, stage: str) -> "LoadedTask":
     """Returns what 'train' or 'finetune' trains on."""
@@ -78,6 +84,7 @@ class Task(Protocol):
       is 0.
     predict(config, network, variables, folder) -> files written: what
       `config.mode=predict` does for one image.
+    unit: what the report calls test samples, 'images' without it.
 
   Attributes:
     metrics: {name: label} of the figures that tables and charts show, in this
