@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.mode = "compress"
   config.image = ""  # of the mode 'predict'
   config.topology = ""  # v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, h100:8, ...
-  config.task = "classification"  # or 'detection'
+  config.task = "classification"  # 'detection', 'embedding', 'language'
   config.name = ""  # names the default workdir, runs/<name>
   config.seed = 0  # of all that is random
 
@@ -64,6 +64,10 @@ def get_config() -> ml_collections.ConfigDict:
   # 'crop' and 'random_resized_crop', either with ',flip'; 'flip' or 'none'.
   config.data.augmentation = ""
   config.data.num_objects = 0  # most in an image; 0: as many as there are
+  # Of text: tokens that a sequence has at most (0: those of the network), and
+  # the network's vocab.txt (empty: the one beside `weights`).
+  config.data.length = 0
+  config.data.vocabulary = ""
   # Of red, green and blue in 0..1; empty: those of the data set.
   config.data.mean = ()
   config.data.std = ()
@@ -183,6 +187,34 @@ def variant_words(variant: str, allowed: Collection[str]) -> set[str]:
       f"are {', '.join(sorted(allowed))}"
     )
   return words
+
+
+def one_word(variant: str, allowed: Collection[str]) -> str:
+  """Returns the only word of a variant that has one.
+
+  Raises:
+    ValueError: there are several, none, or another.
+  """
+  words = variant_words(variant, allowed)
+  if len(words) != 1:
+    raise ValueError(f"name one of {', '.join(allowed)}, not {variant!r}")
+  return words.pop()
+
+
+def train_transformer(
+  config: ml_collections.ConfigDict, *, epochs: int, finetune_epochs: int
+) -> None:
+  """Sets how the small transformers are trained, and follow themselves."""
+  for settings in (config.train, config.finetune):
+    settings.optimizer = "adamw"
+    settings.batch_size = 32
+  config.train.epochs = epochs
+  config.train.learning_rate = 2e-3
+  config.train.warmup_epochs = epochs / 10
+  config.finetune_from = "calibrated"
+  config.finetune.epochs = finetune_epochs
+  config.finetune.learning_rate = 5e-4
+  config.distillation.share = 1.0
 
 
 # Words of a variant: the settings of the paper, which are the default, or those

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import strategies as st
 
 import pqf_jax
-from benchmarks import transformers
 from pqf_jax import budget, errors, models
 from pqf_jax.allocation import distortion
 from pqf_jax.allocation import options as kernel_options
@@ -176,7 +175,9 @@ NETWORKS = {
   ),
   "MobileNetV2": lambda: make_model("mobilenet_v2", PHOTO, num_classes=1000),
   "MiniLM-L6": lambda: make_model("bert", ((1, 8), jnp.int32)),
-  "ViT-B": lambda: prepare(transformers.ViT(), ((1, 224, 224, 3), jnp.float32)),
+  "ViT-B": lambda: prepare(
+    models.get_model("vit").make(), ((1, 224, 224, 3), jnp.float32)
+  ),
 }
 
 

@@ -67,6 +67,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "data.padding": (-1, 2**14),
   "train.backbone_rate": (0, 1),
   "data.num_objects": (0, 2**14),
+  "data.length": (0, 2**20),
   "target_bytes": (0, 2**50),
   "permute.kmeans_steps": (0, plans.MOST),
   "quantize.kmeans_steps": (1, plans.MOST),

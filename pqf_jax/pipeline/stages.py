@@ -181,6 +181,7 @@ def calibrate_stage(
           ),
           rounds=wanted.rounds,
           damping=wanted.damping,
+          mask_fn=job.loaded.mask_fn,
           on_layer=lambda layer: bar.advance(error=layer.after),
         )
       leaves = trees.flatten(variables, vq_array.is_vq)

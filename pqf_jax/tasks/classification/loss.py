@@ -35,7 +35,8 @@ def make_loss(
       there, and that part of the loss counts T^2 times.
 
   Returns:
-    A `finetune.LossFn` over batches with `image` and `label` int32 [B].
+    A `finetune.LossFn` over batches with `image` and `label` int32 [B], or of
+    any shape that logits [..., classes] have.
   """
 
   def loss_fn(
@@ -48,7 +49,7 @@ def make_loss(
       mutable=["batch_stats"],
       rngs={"dropout": key},
     )
-    targets = jax.nn.one_hot(batch["label"], logits.shape[1])
+    targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     loss = optax.softmax_cross_entropy(logits, targets).mean()
     if share:
       taught = jax.nn.softmax(batch["teacher_logits"] / temperature)

@@ -17,6 +17,7 @@ from pqf_jax.tasks.classification import loss as losses
 
 PyTree = Any
 # Convolutional networks take any size; this one suits every stem and is cheap.
+# Others have a setting `image_size`.
 SAMPLE_SIDE = 64
 # Of fewer, nearly any network has the right one among its first five.
 FEW_CLASSES = 20
@@ -29,8 +30,8 @@ class Classification:
 
   def sample(self, config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
     """See `contract.Task`."""
-    del config
-    return (jnp.zeros((1, SAMPLE_SIDE, SAMPLE_SIDE, 3)),)
+    side = config.model.get("image_size", SAMPLE_SIDE)
+    return (jnp.zeros((1, side, side, 3)),)
 
   def check(
     self,

@@ -59,12 +59,7 @@ class Detection:
         f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
         "trains on annotated images only, so leave it empty"
       )
-    if config.distillation.mirrored:
-      raise errors.InputError(
-        "config.distillation.mirrored is True, but the outputs of a detector "
-        "cannot be averaged over mirror images; give "
-        "--config.distillation.mirrored=False"
-      )
+    contract.refuse_mirrored(config)
     changes = data.preparation_changes(config.data)
     if changes:
       name, value = next(iter(changes.items()))
