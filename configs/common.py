@@ -49,6 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.name = ""
 
   config.data = ml_collections.ConfigDict()
+  # 'image_folder', 'tfds:NAME', 'imagenet2012', 'cifar10' or 'digits'; 'coco'
+  # for a detector.
   config.data.name = ""
   # Parent folder of the prepared data set, or the folder of train/ and val/.
   config.data.dir = ""

@@ -188,7 +188,7 @@ def test_every_setting_is_on_its_page():
   assert page == TEXTS["configuration"], (
     "run python docs/write_configuration.py"
   )
-  rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \|", page, re.M)
+  rows = re.findall(r"^\| `([\w.]+)`<br>`(.+?)` \|", page, re.M)
   shown = {name: value for name, value in rows}
   config = recipe("common").get_config()
   for name, value in settings.flatten(config.to_dict()).items():
