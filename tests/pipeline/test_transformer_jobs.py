@@ -9,8 +9,9 @@ import pytest
 
 import pqf_jax
 from configs import lm, minilm, vit
-from pqf_jax import errors, models, pipeline
+from pqf_jax import errors, models, pipeline, tasks
 from pqf_jax.core import vq_array
+from pqf_jax.pipeline import job as jobs
 
 # Sixteen codewords of two channels: k-means is compiled once for all kernels.
 RULES = (
@@ -159,3 +160,24 @@ def test_a_vision_transformer_is_a_classifier(tmp_path):
   config.data.image_size = 16
   with pytest.raises(errors.InputError, match="16 x 16 pixels, but the ViT"):
     pipeline.run(config, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("recipe", [minilm, lm, vit])
+def test_programs_need_no_data(recipe):
+  config = recipe.get_config()
+  network, template = jobs.build_network(config)
+  programs = tasks.get(config.task).abstract_programs(config, network)
+  batch = programs.train_batch(4)
+  key = jax.random.key(0)
+  loss, _ = jax.eval_shape(programs.loss_fn, template, batch, key)
+  assert loss.shape == ()
+  given = jax.eval_shape(programs.infer, template, programs.eval_batch(4))
+  assert given.ndim in (1, 2)
+
+
+@pytest.mark.parametrize("recipe", [minilm, lm, vit])
+def test_a_recipe_has_one_size(recipe):
+  assert recipe.get_config() == recipe.get_config("8x")
+  assert recipe.get_config("16x").name.endswith("_16x")
+  with pytest.raises(ValueError, match="name one of 8x, 16x"):
+    recipe.get_config("8x,16x")

@@ -1,7 +1,6 @@
 """The task object of image classification."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import ml_collections
 from pqf_jax import data, errors, finetune
 from pqf_jax.models import contract as models
 from pqf_jax.runtime import distributed
-from pqf_jax.tasks import contract
+from pqf_jax.tasks import batches, contract
 from pqf_jax.tasks.classification import evaluation
 from pqf_jax.tasks.classification import loss as losses
 
@@ -95,29 +94,17 @@ class Classification:
     count = evaluation.make_evaluate(infer, preprocess)
 
     def evaluate(variables: PyTree) -> dict[str, float]:
-      batches = data.eval_batches(
-        dataset, batch_size=config.eval_batch_size, **distributed.position()
-      )
-      return count(
-        distributed.replicate(variables), map(distributed.shard, batches)
-      )
+      found = batches.global_test_batches(dataset, config.eval_batch_size)
+      return count(distributed.replicate(variables), found)
 
-    def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-      batches = data.train_batches(dataset, **order, **distributed.position())
-      return map(distributed.shard, batches)
-
-    def samples(
-      variables: PyTree, batch_size: int, num_batches: int, seed: int
-    ) -> list[tuple[Any, ...]]:
+    def samples(variables: PyTree, *which: int) -> list[tuple[Any, ...]]:
       del variables
-      batches = data.train_batches(
-        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
-      )
-      return [(preprocess(jnp.asarray(batch["image"])),) for batch in batches]
+      found = batches.whole_batches(dataset, *which)
+      return [(preprocess(jnp.asarray(batch["image"])),) for batch in found]
 
     return contract.LoadedTask(
       num_train=len(dataset.train),
-      train_batches=train_batches,
+      train_batches=functools.partial(batches.global_batches, dataset),
       outputs=network.apply,
       samples=samples,
       make_loss=lambda taught: _make_loss(config, network, preprocess, taught),

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from pqf_jax import data, errors, finetune
 from pqf_jax.data import sentences
 from pqf_jax.models import contract as models
 from pqf_jax.runtime import distributed
-from pqf_jax.tasks import contract
+from pqf_jax.tasks import batches, contract
 from pqf_jax.tasks.embedding import evaluation
 from pqf_jax.tasks.embedding import loss as losses
 
@@ -100,22 +99,14 @@ class Embedding:
       size = config.eval_batch_size
       return embed(local, data.eval_batches(dataset, batch_size=size))
 
-    def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-      batches = data.train_batches(dataset, **order, **distributed.position())
-      return map(distributed.shard, batches)
-
-    def samples(
-      variables: PyTree, batch_size: int, num_batches: int, seed: int
-    ) -> list[tuple[Any, ...]]:
+    def samples(variables: PyTree, *which: int) -> list[tuple[Any, ...]]:
       del variables
-      batches = data.train_batches(
-        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
-      )
-      return [(jnp.asarray(batch["tokens"]),) for batch in batches]
+      found = batches.whole_batches(dataset, *which)
+      return [(jnp.asarray(batch["tokens"]),) for batch in found]
 
     loaded = contract.LoadedTask(
       num_train=len(dataset.train),
-      train_batches=train_batches,
+      train_batches=functools.partial(batches.global_batches, dataset),
       outputs=network.apply,
       samples=samples,
       make_loss=lambda taught: _make_loss(config, network),

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from pqf_jax import data, errors, finetune
 from pqf_jax.data import texts
 from pqf_jax.models import contract as models
 from pqf_jax.runtime import distributed
-from pqf_jax.tasks import contract
+from pqf_jax.tasks import batches, contract
 from pqf_jax.tasks.classification import loss as losses
 
 PyTree = Any
@@ -72,27 +72,15 @@ class Language:
     count = jax.jit(make_count(network.apply))
 
     def evaluate(variables: PyTree) -> dict[str, float]:
-      batches = data.eval_batches(
-        dataset, batch_size=config.eval_batch_size, **distributed.position()
-      )
+      found = batches.global_test_batches(dataset, config.eval_batch_size)
       placed = distributed.replicate(variables)
-      counts = [
-        count(placed, batch) for batch in map(distributed.shard, batches)
-      ]
+      counts = [count(placed, batch) for batch in found]
       return _figures(*(float(total) for total in sum(counts)))
 
-    def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-      batches = data.train_batches(dataset, **order, **distributed.position())
-      return map(distributed.shard, batches)
-
-    def samples(
-      variables: PyTree, batch_size: int, num_batches: int, seed: int
-    ) -> list[tuple[Any, ...]]:
+    def samples(variables: PyTree, *which: int) -> list[tuple[Any, ...]]:
       del variables
-      batches = data.train_batches(
-        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
-      )
-      return [(jnp.asarray(batch["tokens"][:, :-1]),) for batch in batches]
+      found = batches.whole_batches(dataset, *which)
+      return [(jnp.asarray(batch["tokens"][:, :-1]),) for batch in found]
 
     def make_teacher(variables: PyTree) -> Callable[[Batch], Batch]:
       teach = losses.make_teacher(
@@ -102,7 +90,7 @@ class Language:
 
     return contract.LoadedTask(
       num_train=len(dataset.train),
-      train_batches=train_batches,
+      train_batches=functools.partial(batches.global_batches, dataset),
       outputs=network.apply,
       samples=samples,
       make_loss=lambda taught: _make_loss(config, network, taught),
