@@ -13,6 +13,7 @@ from pqf_jax.core import blocks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.data import transforms
+from pqf_jax.data.formats import image_files
 from pqf_jax.permutation import search
 
 SEARCHES: dict[str, permute.Search] = {
@@ -113,6 +114,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   _check_channel_values("mean", config.data.mean, 0)
   _check_channel_values("std", config.data.std, 1e-6)
+  if config.data.unlabelled and config.mode != "preflight":
+    image_files.unlabelled_folder(config.data.unlabelled)
   make_rules(config.rules)
   for pattern in config.frozen:
     plans.check_pattern("config.frozen", pattern)

@@ -147,9 +147,10 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
     nodes = distributed.gather_trees(
       shares, trees.flatten(variables, vq_array.is_vq), target_nodes
     )
-    distortion = distributed.gather_records(
+    lost = distributed.gather_records(
       {path: layer.distortion for path, layer in layers.items()}
     )
+    distortion = {path: lost[path] for path in job.plan}
     return job.evaluated(trees.replace(permuted, nodes), distortion=distortion)
 
   return job.run("quantize", target, compute)
