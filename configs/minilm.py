@@ -37,6 +37,12 @@ def get_config(variant: str = "8x") -> ml_collections.ConfigDict:
     folder = pathlib.Path(package.origin).parent / "model"
     config.weights = str(folder / "model.safetensors")
   config.model.name = "bert"
+  config.model.vocabulary = 30522
+  config.model.positions = 512
+  config.model.features = 384
+  config.model.heads = 12
+  config.model.hidden = 1536
+  config.model.depth = 6
   config.data.length = 64
   # Half of the weights are vectors of tokens. The two of segments, of which one
   # is used, and what is no kernel stay as they are.
