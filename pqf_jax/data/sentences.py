@@ -38,7 +38,8 @@ class Vocabulary:
     Raises:
       InputError: no such file, or one without the four tokens of all sentences.
     """
-    lines = _read_lines(path, "a vocabulary, vocab.txt beside the weights")
+    wanted = "the network's vocab.txt, --config.data.vocabulary=FILE"
+    lines = _read_lines(path, wanted)
     self._numbers = {line: number for number, line in enumerate(lines)}
     lacking = {PADDING, UNKNOWN, FIRST, LAST} - self._numbers.keys()
     if lacking or self._numbers[PADDING]:

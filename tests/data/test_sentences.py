@@ -80,6 +80,11 @@ def test_what_is_no_text_is_refused(vocabulary, tmp_path):
   refused("test.txt has 1 sentences; give two or more")
 
 
+def test_a_missing_vocabulary_can_be_given(tmp_path):
+  with pytest.raises(errors.InputError, match="give .*data.vocabulary=FILE"):
+    sentences.Vocabulary(tmp_path / "vocab.txt")
+
+
 @pytest.mark.parametrize("tokens", ["a\nb", "[UNK]\n[PAD]\n[CLS]\n[SEP]", ""])
 def test_another_file_is_no_vocabulary(tmp_path, tokens):
   path = tmp_path / "vocab.txt"
