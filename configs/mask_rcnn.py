@@ -70,7 +70,7 @@ def get_config(variant: str = "coco") -> ml_collections.ConfigDict:
 
   Args:
     variant: coco or nuclei; frozen_norms (the default), authors_norms or
-      trained_norms; paper (the default) or best.
+      trained_norms; [best].
   """
   words = common.variant_words(
     variant, ("coco", "nuclei", *FROZEN, *common.RECIPES)
