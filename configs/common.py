@@ -187,17 +187,6 @@ def variant_words(variant: str, allowed: Collection[str]) -> set[str]:
 RECIPES = ("paper", "best")
 
 
-def is_best(words: Collection[str]) -> bool:
-  """Returns whether a variant has the word `best`.
-
-  Raises:
-    ValueError: both words are there.
-  """
-  if {*RECIPES} <= {*words}:
-    raise ValueError(f"name one of {', '.join(RECIPES)}, not both")
-  return "best" in words
-
-
 def choose_recipe(
   config: ml_collections.ConfigDict, words: Collection[str], target_bytes: int
 ) -> ml_collections.ConfigDict:
@@ -216,7 +205,9 @@ def choose_recipe(
   Raises:
     ValueError: both words are there.
   """
-  if is_best(words):
+  if {*RECIPES} <= {*words}:
+    raise ValueError(f"name one of {', '.join(RECIPES)}, not both")
+  if "best" in words:
     config.name += "_best"
     config.target_bytes = target_bytes
     config.storage.codebook = "int8"
