@@ -25,69 +25,13 @@ import optax
 from sklearn import datasets
 
 import pqf_jax
+from pqf_jax.models import decoder
+from pqf_jax.models import vit as vits
 
 PyTree = Any
 RATIOS = (8, 16)
 LENGTH = 128  # bytes of a sequence
 BATCH = 32
-
-
-class Block(nn.Module):
-  """Attention and two dense layers, each after a norm, added to the stream."""
-
-  heads: int
-  hidden: int
-  causal: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns [batch, positions, features] of the same shape."""
-    mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
-    attention = nn.MultiHeadDotProductAttention(self.heads, name="attention")
-    x = x + attention(nn.LayerNorm(name="norm1")(x), mask=mask)
-    h = nn.Dense(self.hidden, name="up")(nn.LayerNorm(name="norm2")(x))
-    return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(h))
-
-
-class ViT(nn.Module):
-  """Classifies images by the mean of their patches."""
-
-  features: int = 768
-  heads: int = 12
-  depth: int = 12
-  patch: int = 16
-  classes: int = 1000
-
-  @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Returns logits [batch, classes] of [batch, height, width, channels]."""
-    size = (self.patch, self.patch)
-    x = nn.Conv(self.features, size, size, "VALID", name="patches")(images)
-    x = x.reshape(len(x), -1, self.features)
-    normal = nn.initializers.normal(0.02)
-    x = x + self.param("positions", normal, (1, *x.shape[1:]))
-    for i in range(self.depth):
-      x = Block(self.heads, 4 * self.features, name=f"block{i}")(x)
-    x = nn.LayerNorm(name="norm")(x).mean(1)
-    return nn.Dense(self.classes, name="head")(x)
-
-
-class Decoder(nn.Module):
-  """Predicts each byte of a text from those before."""
-
-  features: int = 128
-  heads: int = 4
-  depth: int = 4
-
-  @nn.compact
-  def __call__(self, text: jax.Array) -> jax.Array:
-    """Returns logits [batch, length, 256] of the bytes that come next."""
-    tokens = nn.Embed(256, self.features, name="tokens")
-    places = nn.Embed(LENGTH, self.features, name="places")
-    x = tokens(text) + places(jnp.arange(text.shape[1]))[None]
-    for i in range(self.depth):
-      x = Block(self.heads, 4 * self.features, True, name=f"block{i}")(x)
-    return nn.Dense(256, name="head")(nn.LayerNorm(name="norm")(x))
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -163,7 +107,9 @@ def vit(steps: int) -> Iterator[str]:
   order = np.random.default_rng(0).permutation(len(images))
   images, labels = images[order], labels[order].astype(np.int32)
   test, train_images = images[:360], images[360:]
-  network = ViT(features=64, heads=4, depth=4, patch=2, classes=10)
+  network = vits.make(
+    num_classes=10, image_size=8, patch=2, features=64, heads=4, depth=4
+  )
 
   def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     chosen = rng.integers(360, len(images), BATCH)
@@ -184,7 +130,7 @@ def lm(steps: int) -> Iterator[str]:
   text = "\n".join(pydoc_data.topics.topics.values()).encode()
   data = np.frombuffer(text, np.uint8).astype(np.int32)
   end = len(data) * 9 // 10
-  network = Decoder()
+  network = decoder.make(positions=LENGTH)
 
   def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     starts = rng.integers(0, end - LENGTH - 1, BATCH)[:, None]

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.mode = "compress"
   config.image = ""  # of the mode 'predict'
   config.topology = ""  # v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, h100:8, ...
-  config.task = "classification"  # or 'detection'
+  config.task = "classification"  # 'detection', 'embedding', 'language'
   config.name = ""  # names the default workdir, runs/<name>
   config.seed = 0  # of all that is random
 
@@ -49,6 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.name = ""
 
   config.data = ml_collections.ConfigDict()
+  # 'image_folder', 'tfds:NAME', 'imagenet2012', 'cifar10' or 'digits'; 'coco'
+  # for a detector.
   config.data.name = ""
   # Parent folder of the prepared data set, or the folder of train/ and val/.
   config.data.dir = ""
@@ -64,6 +66,10 @@ def get_config() -> ml_collections.ConfigDict:
   # 'crop' and 'random_resized_crop', either with ',flip'; 'flip' or 'none'.
   config.data.augmentation = ""
   config.data.num_objects = 0  # most in an image; 0: as many as there are
+  # Of text: tokens that a sequence has at most (0: those of the network), and
+  # the network's vocab.txt (empty: the one beside `weights`).
+  config.data.length = 0
+  config.data.vocabulary = ""
   # Of red, green and blue in 0..1; empty: those of the data set.
   config.data.mean = ()
   config.data.std = ()
@@ -121,6 +127,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.distillation = ml_collections.ConfigDict()
   config.distillation.share = 0.0
   config.distillation.temperature = 1.0
+  # Whether a classifier's teacher looks at each image and its mirror image and
+  # gives the mean: a better teacher of photographs, for a quarter more time.
+  config.distillation.mirrored = False
 
   # Types in the packed file; see pqf_jax.Storage. A finished workdir is only
   # packed and evaluated again where they change.
@@ -182,25 +191,60 @@ def variant_words(variant: str, allowed: Collection[str]) -> set[str]:
   return words
 
 
+def one_word(variant: str, allowed: Collection[str]) -> str:
+  """Returns the only word of a variant that has one.
+
+  Raises:
+    ValueError: there are several, none, or another.
+  """
+  words = variant_words(variant, allowed)
+  if len(words) != 1:
+    raise ValueError(f"name one of {', '.join(allowed)}, not {variant!r}")
+  return words.pop()
+
+
+def train_transformer(
+  config: ml_collections.ConfigDict, *, epochs: int, finetune_epochs: int
+) -> None:
+  """Sets how the small transformers are trained, and follow themselves."""
+  for settings in (config.train, config.finetune):
+    settings.optimizer = "adamw"
+    settings.batch_size = 32
+  config.train.epochs = epochs
+  config.train.learning_rate = 2e-3
+  config.train.warmup_epochs = epochs / 10
+  config.finetune_from = "calibrated"
+  config.finetune.epochs = finetune_epochs
+  config.finetune.learning_rate = 5e-4
+  config.distillation.share = 1.0
+
+
 # Words of a variant: the settings of the paper, which are the default, or those
 # that measured best.
 RECIPES = ("paper", "best")
 
 
 def choose_recipe(
-  config: ml_collections.ConfigDict, words: Collection[str], target_bytes: int
+  config: ml_collections.ConfigDict,
+  words: Collection[str],
+  target_bytes: int,
+  *,
+  mirrored: bool = True,
 ) -> ml_collections.ConfigDict:
   """Returns a classifier's config, with other settings for the word `best`.
 
   They were measured on CIFAR-10 (docs/experiments.md): the bytes are divided
   among the layers by what each loses, and smaller numbers leave more of them
-  for codes; the fine-tuning follows the dense network alone, at half the
-  paper's rate, and averages the weights.
+  for codes; the fine-tuning follows the dense network alone, which looks at
+  each image and its mirror image, at half the paper's rate, and averages the
+  weights.
 
   Args:
     config: the recipe.
     words: of its variant.
     target_bytes: for `best`; those of the paper's rules in `config.rules`.
+    mirrored: for `best`; see `config.distillation`. False where the mirror
+      image of an image may be of another class, such as of letters.
 
   Raises:
     ValueError: both words are there.
@@ -213,9 +257,10 @@ def choose_recipe(
     config.storage.codebook = "int8"
     config.storage.rest = "float16"
     config.finetune_from = "quantized"
-    config.finetune.epochs = 10
+    config.finetune.epochs = 8
     config.distillation.share = 1.0
     config.distillation.temperature = 4.0
+    config.distillation.mirrored = mirrored
     config.finetune.learning_rate = 5e-4
     config.finetune.ema_decay = 0.998
   return config

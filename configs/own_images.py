@@ -34,7 +34,8 @@ def get_config(variant: str = "mobilenet_v2") -> ml_collections.ConfigDict:
   """Returns the recipe.
 
   Args:
-    variant: one of `ARCHITECTURES`; [large], [best].
+    variant: mobilenet_v2, resnet18, resnet50 or efficientnet_lite0; [large],
+      [best].
   """
   words = common.variant_words(
     variant, (*ARCHITECTURES, "large", *common.RECIPES)

@@ -66,4 +66,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     "cifar10": (1_392_168, 855_592),
     "imagenet2012": (1_615_904, 1_079_328),
   }[dataset][large]
-  return common.choose_recipe(config, words, target_bytes)
+  return common.choose_recipe(
+    config, words, target_bytes, mirrored=dataset != "digits"
+  )

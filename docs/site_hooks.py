@@ -1,4 +1,8 @@
-"""Pages of the site whose text lies beside docs/, where people look for it."""
+"""What the site adds to its Markdown.
+
+Pages whose text lies beside docs/, where people look for it, and names of code
+that browsers would break at their hyphens.
+"""
 
 import pathlib
 import re
@@ -13,6 +17,9 @@ PAGES = {
   "CHANGELOG.md": "changelog.md",
   "SECURITY.md": "security.md",
 }
+
+CODE = re.compile(r"(?<!</span>)<code>[^<]*</code>")  # within a sentence
+HYPHENATED = re.compile(r"[\w.]*-[\w.-]*\w")
 
 
 def page(name: str) -> str:
@@ -34,3 +41,10 @@ def on_files(
   for name, source in PAGES.items():
     files.append(site_files.File.generated(config, source, content=page(name)))
   return files
+
+
+def on_page_content(content: str, **context: object) -> str:
+  """Keeps `--config` and `pqf-jax` on one line; MkDocs calls it."""
+  del context
+  keep = r'<span class="unbroken">\g<0></span>'
+  return CODE.sub(lambda code: HYPHENATED.sub(keep, code[0]), content)

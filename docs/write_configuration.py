@@ -60,8 +60,8 @@ def blocks(function: str) -> Iterator[tuple[dict[str, str], str]]:
 def table(function: str, prefix: str = "") -> Iterator[str]:
   """Yields the rows of the settings of a function of common.py."""
   defaults = settings.flatten(common.get_config().to_dict())
-  yield "| setting | default | meaning |"
-  yield "|---|---|---|"
+  yield "| setting, its default | meaning |"
+  yield "|---|---|"
   for found, text in blocks(function):
     for name, own in found.items():
       # A comment is about the first of its settings, and about all of them that
@@ -76,7 +76,7 @@ def table(function: str, prefix: str = "") -> Iterator[str]:
         meaning += f" ({', '.join(choices)})"
       is_value = prefix + name in defaults
       value = f"`{defaults[prefix + name]!r}`" if is_value else "see below"
-      yield f"| `{name}` | {value} | {meaning} |"
+      yield f"| `{name}`<br>{value} | {meaning} |"
 
 
 def page() -> str:

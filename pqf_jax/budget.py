@@ -243,6 +243,12 @@ def _list_options(
   kmeans_steps: int,
 ) -> dict[str, kernel_options.Options]:
   """Returns the options of each kernel; some can only stay dense."""
+  if not kernels:
+    raise errors.InputError(
+      "there is nothing to compress: no product, convolution or lookup of "
+      "apply_fn reads a variable as a kernel; give apply_fn(variables, "
+      "*inputs), which uses the variables that it is given"
+    )
   flat = trees.flatten(variables)
   first = first_layers.find_first_kernels(apply_fn, variables, sample, kernels)
   most = _SMALL_SHARE * sum(math.prod(leaf.shape) for leaf in flat.values())
@@ -271,7 +277,7 @@ def _list_options(
   if plan:
     return options
   raise errors.InputError(
-    f"none of the {len(options)} kernels can be compressed: 16 codewords need "
+    f"of {len(options)} kernels none can be compressed: 16 codewords need "
     "64 sub-vectors, and a layer that reads a VQArray, as those of Flax and "
     "jax.numpy do; give rules with fewer codewords by hand"
   )

@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.calibration import layers, moments, reconstruction, streams
-from pqf_jax.core import trees, vq_array
+from pqf_jax.calibration import (
+  layers,
+  moments,
+  programs,
+  reconstruction,
+  streams,
+)
+from pqf_jax.core import modules, trees, vq_array
 from pqf_jax.discovery import samples, tracing
 
 PyTree = Any
+MaskFn = Callable[..., jax.Array]
 
 # Input rows of a layer that its moments are taken of: so many for each of the n
 # entries of a row, and never fewer than this. Of the rows of large maps a part
@@ -45,6 +52,7 @@ def calibrate_params(
   reconstruct: bool = True,
   rounds: int = 2,
   damping: float = 1e-3,
+  mask_fn: MaskFn | None = None,
   on_layer: Callable[[LayerError], None] = lambda layer: None,
 ) -> tuple[PyTree, dict[str, LayerError]]:
   """Makes a quantized network follow the dense one, layer by layer.
@@ -65,13 +73,16 @@ def calibrate_params(
     dense: its variables before quantization, in the same order of channels.
     quantized: the same with `VQArray`s.
     batches: inputs of `apply_fn`, all of the same shapes; about 1,000 samples,
-      with the augmentation that the network was trained with. Padding counts
-      like other positions, so leave it out. All activations of one layer are in
-      memory at a time.
+      with the augmentation that the network was trained with. All activations
+      of one layer are in memory at a time.
     reconstruct: False keeps codes and codebooks, and repairs only norms and
       biases.
     rounds: how often codes are improved, see `reconstruction.reconstruct`.
     damping: see there; above 0, at most 1.
+    mask_fn: `mask_fn(*inputs)` -> bool [samples, positions], or of other first
+      axes, False for padding: `lambda tokens: tokens != 0`. Where values have
+      these first axes, and more behind them, only those count that are True;
+      all others count alike. None: there is no padding.
     on_layer: called for each reconstructed layer, for progress.
 
   Returns:
@@ -79,11 +90,11 @@ def calibrate_params(
 
   Raises:
     InputError: there are no batches, their shapes differ, the two trees do not
-      fit, `apply_fn` cannot be traced, values are not finite, or `rounds` or
-      `damping` is out of range.
+      fit, `apply_fn` cannot be traced, values are not finite, `rounds` or
+      `damping` is out of range, or a mask is none of a layer's positions.
   """
   _check_numbers(rounds, damping)
-  run = _Calibration(apply_fn, dense, quantized, batches)
+  run = _Calibration(apply_fn, dense, quantized, batches, mask_fn)
   found = {}
   for together in streams.run_order(run.streams.operations, run.reads.groups):
     read = run.find_read(together)
@@ -129,6 +140,7 @@ class _Calibration:
     dense: PyTree,
     quantized: PyTree,
     batches: Sequence[tuple[PyTree, ...]],
+    mask_fn: MaskFn | None,
   ):
     self.dense = trees.flatten(dense)
     self.leaves = trees.flatten(quantized, vq_array.is_vq)
@@ -143,6 +155,8 @@ class _Calibration:
       program, {number: path for path, number in self._numbers.items()}
     )
     self.norms = _statistics(self.dense)
+    self.masks = [_make_mask(mask_fn, batch) for batch in batches]
+    _check_masks(self.masks, program, self.reads)
     pairs = [
       streams.Pair(leaf, _to_array(self.leaves[path]))
       for path, leaf in self.dense.items()
@@ -161,10 +175,14 @@ class _Calibration:
 
   def inputs(
     self, together: Sequence[streams.Operation], read: layers.Read
-  ) -> list[streams.Pair]:
-    """Returns what meets the variable, for each operation on each batch."""
+  ) -> tuple[list[streams.Pair], list[jax.Array]]:
+    """Returns what meets the variable, for each operation on each batch.
+
+    With it, for each of these values, the mask of its batch.
+    """
     atoms = [operation.operands[1 - read.operand] for operation in together]
-    return [pair for atom in atoms for pair in self.streams.values(atom)]
+    pairs = [pair for atom in atoms for pair in self.streams.values(atom)]
+    return pairs, self.masks * len(together)
 
   def replace(self, path: str, leaf: Any) -> None:
     """Gives the quantized network another leaf."""
@@ -223,7 +241,7 @@ def _match(
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   if not is_float or not (is_mean or name == "add"):
     return
-  inputs = run.inputs(together, read)
+  inputs, masks = run.inputs(together, read)
   shape = tracing.shape_of(eqn.invars[read.operand])
   axes = tuple(axis for axis in read.axes if shape[axis] > 1)
   channels = [inputs[0].dense.shape[axis] for axis in read.axes]
@@ -232,11 +250,11 @@ def _match(
   if is_mean:
     var_path = run.norms[read.path]
     var = jnp.asarray(run.dense[var_path])[index]
-    mean, var = moments.match_norm(inputs, axes, leaf[index], var)
+    mean, var = moments.match_norm(inputs, masks, axes, leaf[index], var)
     run.replace_layer(read.path, index, mean)
     run.replace_layer(var_path, index, var)
   else:
-    bias = moments.match_bias(inputs, axes, leaf[index])
+    bias = moments.match_bias(inputs, masks, axes, leaf[index])
     run.replace_layer(read.path, index, bias)
 
 
@@ -267,7 +285,8 @@ def _rebuild(
   )
   vectors = node.spec.to_blocks(kernel[read.picked].astype(jnp.float32))
   rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
-  gathered = _add_moments(layer, run.inputs(together, read), rows)
+  inputs, masks = run.inputs(together, read)
+  gathered = _add_moments(layer, inputs, masks, rows)
   _check_finite(read.path, gathered)
   result = reconstruction.reconstruct(
     gathered,
@@ -290,34 +309,89 @@ def _rebuild(
 
 
 def _add_moments(
-  layer: layers.Layer, pairs: Sequence[streams.Pair], kernel: jax.Array
+  layer: layers.Layer,
+  pairs: Sequence[streams.Pair],
+  masks: Sequence[jax.Array],
+  kernel: jax.Array,
 ) -> reconstruction.InputMoments:
   """Adds up the moments of a layer's inputs over the batches."""
   wanted = max(_ROWS_PER_ENTRY * kernel.shape[2], _LEAST_ROWS) // len(pairs)
   key = jax.random.key(0)
   parts = (
-    _batch_moments(layer, wanted, jax.random.fold_in(key, i), pair, kernel)
-    for i, pair in enumerate(pairs)
+    _batch_moments(
+      layer, wanted, jax.random.fold_in(key, i), pair, mask, kernel
+    )
+    for i, (pair, mask) in enumerate(zip(pairs, masks, strict=True))
   )
   return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "wanted"))
+@functools.partial(programs.jit, static_argnames=("layer", "wanted"))
 def _batch_moments(
   layer: layers.Layer,
   wanted: int,
   key: jax.Array,
   pair: streams.Pair,
+  mask: jax.Array,
   kernel: jax.Array,
 ) -> reconstruction.InputMoments:
   """Returns the moments of at most so many of a batch's input rows."""
   rows, others = map(layer.input_rows, (pair.quantized, pair.dense))
+  counts = None
+  if mask.ndim and moments.has_mask(pair.dense.shape, mask.shape):
+    spread = moments.spread_mask(mask, pair.dense.shape)
+    # A window counts where it sees something that does.
+    counts = layer.input_rows(spread.astype(rows.dtype)).max((1, 2))
   if wanted < len(rows):
-    chosen = jax.random.choice(key, len(rows), (wanted,), replace=False)
+    # Those that count come first.
+    chosen = jax.random.choice(
+      key, len(rows), (wanted,), replace=False, p=counts
+    )
     rows, others = rows[chosen], others[chosen]
+    counts = None if counts is None else counts[chosen]
+  if counts is not None:
+    rows, others = (x * counts[:, None, None] for x in (rows, others))
   return reconstruction.input_moments(
     rows.astype(jnp.float32), others.astype(jnp.float32), kernel
   )
+
+
+def _make_mask(mask_fn: MaskFn | None, batch: tuple[PyTree, ...]) -> jax.Array:
+  """Returns what counts in a batch; a single True: everything.
+
+  Raises:
+    InputError: it is no mask, or nothing counts.
+  """
+  if mask_fn is None:
+    return jnp.ones((), bool)
+  mask = jnp.asarray(modules.call_with(mask_fn, batch))
+  if mask.dtype != bool or not mask.any():
+    raise errors.InputError(
+      f"mask_fn gives {mask.dtype} {list(mask.shape)} with "
+      f"{int(jnp.count_nonzero(mask))} positions that count; give booleans, "
+      "False for padding, and some True in every batch"
+    )
+  return mask
+
+
+def _check_masks(
+  masks: Sequence[jax.Array],
+  program: streams.Program,
+  reads: layers.Reads,
+) -> None:
+  """Refuses masks that belong to no layer's inputs."""
+  shapes = {
+    tracing.shape_of(operation.eqn.invars[1 - read.operand])
+    for operation in program.operations
+    if (read := reads.by_result.get(operation.results[0])) is not None
+    and len(operation.operands) == 2
+  }
+  for mask in masks:
+    if not any(moments.has_mask(shape, mask.shape) for shape in shapes):
+      raise errors.InputError(
+        f"mask_fn gives a mask {list(mask.shape)}, but no layer has inputs "
+        f"with these first axes; there are {sorted(shapes)}"
+      )
 
 
 def _check_numbers(rounds: int, damping: float) -> None:

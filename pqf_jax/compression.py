@@ -44,6 +44,7 @@ def compress(
   calibration: Sequence[PyTree] = (),
   target_ratio: float | None = None,
   target_bytes: int | None = None,
+  mask_fn: calibrate.MaskFn | None = None,
 ) -> Compressed:
   """Permutes, quantizes and calibrates any network; `save` writes the result.
 
@@ -64,6 +65,8 @@ def compress(
       see `calibrate_params`. Without any, fine-tune the result.
     target_ratio: with 'auto', how many times smaller the file is to be; or
     target_bytes: its bytes, without the header.
+    mask_fn: where the samples of the calibration are padded,
+      `mask_fn(sample)` -> bool, False for padding; see `calibrate_params`.
 
   Raises:
     InputError: variables or samples are not arrays or are missing, a target
@@ -107,7 +110,7 @@ def compress(
   outputs: dict[str, calibrate.LayerError] = {}
   if batches:
     compressed, outputs = calibrate.calibrate_params(
-      apply_fn, permuted, compressed, batches
+      apply_fn, permuted, compressed, batches, mask_fn=mask_fn
     )
   size = plans.predict_size(plan, compressed)
   return Compressed(compressed, plan, size, groups, layers, outputs)

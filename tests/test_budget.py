@@ -12,7 +12,6 @@ import pytest
 from hypothesis import strategies as st
 
 import pqf_jax
-from benchmarks import transformers
 from pqf_jax import budget, errors, models
 from pqf_jax.allocation import distortion
 from pqf_jax.allocation import options as kernel_options
@@ -176,7 +175,9 @@ NETWORKS = {
   ),
   "MobileNetV2": lambda: make_model("mobilenet_v2", PHOTO, num_classes=1000),
   "MiniLM-L6": lambda: make_model("bert", ((1, 8), jnp.int32)),
-  "ViT-B": lambda: prepare(transformers.ViT(), ((1, 224, 224, 3), jnp.float32)),
+  "ViT-B": lambda: prepare(
+    models.get_model("vit").make(), ((1, 224, 224, 3), jnp.float32)
+  ),
 }
 
 
@@ -211,9 +212,14 @@ def test_targets_that_cannot_be_met_are_refused(targets, message):
     budget.auto_rules(conv_net, NET, X, **targets)
 
 
+def test_a_function_that_ignores_its_variables_is_refused():
+  with pytest.raises(errors.InputError, match="there is nothing to compress"):
+    budget.auto_rules(lambda _, x: conv_net(NET, x), NET, X, target_ratio=2)
+
+
 def test_variables_without_a_choice_are_refused():
   small = {"conv0": np.ones((3, 3, 3, 4)), "head": np.ones((4, 2))}
-  with pytest.raises(errors.InputError, match="none of the 2 kernels can be"):
+  with pytest.raises(errors.InputError, match="of 2 kernels none can be"):
     budget.auto_rules(conv_net, small, X, target_ratio=2)
   broken = {**NET, "head": np.full_like(NET["head"], np.nan)}
   with pytest.raises(errors.InputError, match="head has 512 NaN"):

@@ -306,6 +306,76 @@ def test_a_table_of_positions_is_corrected_like_a_bias():
   np.testing.assert_allclose(*means, atol=1e-5)
 
 
+def pooled(p, x, mask):
+  """A mean over positions, of which a mask says which there are."""
+  h = jnp.tanh(x @ p["up"][...] + p["bias"][None, None])
+  sums = jnp.einsum("btf,bt->bf", h, mask.astype(jnp.float32))
+  return sums / mask.sum(1, dtype=jnp.float32)[:, None] @ p["head"][...]
+
+
+@pytest.fixture
+def padded():
+  """Variables, quantized ones, batches without and with padding."""
+  rng = np.random.default_rng(0)
+  nodes = {
+    "up": coded.make_kernel(0, (8, 6), num_codes=4, channels=2),
+    "head": coded.make_kernel(1, (6, 4), num_codes=4, channels=2),
+  }
+  noise = {
+    name: jnp.asarray(0.2 * rng.normal(size=node.shape), jnp.float32)
+    for name, node in nodes.items()
+  }
+  bias = {"bias": jnp.ones(6)}
+  dense = {name: nodes[name].decode() + noise[name] for name in nodes}
+  x = jnp.asarray(rng.normal(size=(2, 8, 4, 8)), jnp.float32)
+  whole = [(batch, jnp.ones(batch.shape[:2], bool)) for batch in x]
+  # What stands in padded positions is larger than all else.
+  longer = [
+    (
+      jnp.pad(batch, ((0, 0), (0, 3), (0, 0)), constant_values=5),
+      jnp.pad(mask, ((0, 0), (0, 3))),
+    )
+    for batch, mask in whole
+  ]
+  return dense | bias, nodes | bias, whole, longer
+
+
+def test_padding_does_not_count(padded):
+  dense, quantized, whole, longer = padded
+  results = [
+    calibrate.calibrate_params(
+      pooled, dense, quantized, batches, mask_fn=mask_fn
+    )
+    for batches, mask_fn in (
+      (whole, None),
+      (longer, lambda x, mask: mask),
+      (longer, None),
+    )
+  ]
+  (wanted, layers), (given, others), (wrong, _) = results
+  for path, layer in layers.items():
+    np.testing.assert_allclose(others[path].after, layer.after, rtol=1e-4)
+    np.testing.assert_array_equal(given[path].codes, wanted[path].codes)
+    np.testing.assert_allclose(
+      given[path].codebook, wanted[path].codebook, atol=1e-4
+    )
+  np.testing.assert_allclose(given["bias"], wanted["bias"], atol=1e-5)
+  assert np.abs(wrong["bias"] - wanted["bias"]).max() > 0.01
+
+
+def test_masks_are_of_positions(padded):
+  dense, quantized, _, longer = padded
+  for mask_fn, message in (
+    (lambda x, mask: mask.astype(int), r"gives int32 \[8, 7\] with 32"),
+    (lambda x, mask: mask & False, "with 0 positions that count"),
+    (lambda x, mask: mask.T, r"a mask \[7, 8\], but no layer has inputs"),
+  ):
+    with pytest.raises(errors.InputError, match=message):
+      calibrate.calibrate_params(
+        pooled, dense, quantized, longer, mask_fn=mask_fn
+      )
+
+
 class SharedHead(nn.Module):
   """As detectors have it: the same two layers on maps of several sizes."""
 
@@ -339,9 +409,9 @@ def test_a_head_of_several_maps_suits_all_of_them():
       np.square(wanted[:, part] - x[:, part]).sum() for x in (before, after)
     ]
     assert errors_of[1] < 0.7 * errors_of[0]
-  # The last bias gives the outputs the means that they had.
+  # The last bias gives the outputs the means that they had, over all maps.
   np.testing.assert_allclose(
-    *(x[:, :64].mean((0, 1)) + x[:, 64:].mean((0, 1)) for x in (wanted, after)),
+    *(x.mean((0, 1)) for x in (wanted, after)),
     atol=1e-5,
   )
 

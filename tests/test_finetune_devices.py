@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.models import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_DEVICES = 8
 NUM_STEPS = 3
@@ -23,8 +25,7 @@ def found():
     | {
       "JAX_PLATFORMS": "cpu",
       "JAX_ENABLE_X64": "1",
-      # Without fusion emitters a program is compiled in half the time.
-      "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false "
+      "XLA_FLAGS": f"{quick.flags()} "
       f"--xla_force_host_platform_device_count={NUM_DEVICES}",
     },
     capture_output=True,

@@ -1,7 +1,7 @@
 """Matches mean and variance of a layer's values to those of the dense network.
 
-Each channel is matched over all images and positions. A network that was not
-changed keeps its variables.
+Each channel is matched over all images and positions that count. A network that
+was not changed keeps its variables.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pqf_jax.calibration import streams
+from pqf_jax.calibration import programs, streams
 
 # Against a division by zero, as a share of the norm's own variance.
 _TINY = 1e-6
@@ -20,9 +20,10 @@ _TINY = 1e-6
 _LEAST_VARIANCE = 1e-20
 
 
-@functools.partial(jax.jit, static_argnames="axes")
+@functools.partial(programs.jit, static_argnames="axes")
 def match_norm(
   pairs: Sequence[streams.Pair],
+  masks: Sequence[jax.Array],
   axes: tuple[int, ...],
   mean: jax.Array,
   var: jax.Array,
@@ -31,6 +32,7 @@ def match_norm(
 
   Args:
     pairs: inputs of the norm, one pair a batch.
+    masks: what counts in each batch, see `spread_mask`.
     axes: of the channels.
     mean: [C], the norm's statistics in the dense network.
     var: [C].
@@ -39,8 +41,8 @@ def match_norm(
     (mean, var) with which the norm's outputs have the mean and the variance
     that they have in the dense network.
   """
-  of_dense = _mean_and_variance([pair.dense for pair in pairs], axes)
-  of_quantized = _mean_and_variance([pair.quantized for pair in pairs], axes)
+  of_dense = _mean_and_variance([p.dense for p in pairs], masks, axes)
+  of_quantized = _mean_and_variance([p.quantized for p in pairs], masks, axes)
   variance = jnp.maximum(var, _LEAST_VARIANCE)
   floor = _TINY * variance
   ratio = (of_quantized[1] + floor) / (of_dense[1] + floor)
@@ -50,38 +52,80 @@ def match_norm(
   return matched.astype(mean.dtype), scaled.astype(var.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
+@functools.partial(programs.jit, static_argnames="axes")
 def match_bias(
-  pairs: Sequence[streams.Pair], axes: tuple[int, ...], bias: jax.Array
+  pairs: Sequence[streams.Pair],
+  masks: Sequence[jax.Array],
+  axes: tuple[int, ...],
+  bias: jax.Array,
 ) -> jax.Array:
   """Returns the bias with which the sums keep their means.
 
   Args:
     pairs: what the bias is added to, one pair a batch.
+    masks: what counts in each batch, see `spread_mask`.
     axes: of the channels.
     bias: of any shape, its axes longer than 1 in the order of `axes`.
   """
-  of_dense, _ = _mean_and_variance([pair.dense for pair in pairs], axes)
-  of_quantized, _ = _mean_and_variance([pair.quantized for pair in pairs], axes)
+  of_dense, _ = _mean_and_variance([p.dense for p in pairs], masks, axes)
+  of_quantized, _ = _mean_and_variance(
+    [p.quantized for p in pairs], masks, axes
+  )
   missed = (of_dense - of_quantized).reshape(bias.shape)
   return (bias + missed).astype(bias.dtype)
 
 
+def has_mask(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
+  """Returns whether the first axes of values are those of a mask.
+
+  Args:
+    shape: of the values; more axes, such as the channels, follow.
+    mask: shape of the mask.
+  """
+  return len(shape) > len(mask) and shape[: len(mask)] == mask
+
+
+def spread_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns bool of the shape of some values: what counts among them.
+
+  Args:
+    mask: bool, of the shape of the values' first axes; of others all values
+      count, as they do where it is a single True.
+    shape: of the values.
+  """
+  if not has_mask(shape, mask.shape):
+    return jnp.ones(shape, bool)
+  more = (1,) * (len(shape) - mask.ndim)
+  return jnp.broadcast_to(mask.reshape(*mask.shape, *more), shape)
+
+
 def _mean_and_variance(
-  arrays: Sequence[jax.Array], axes: tuple[int, ...]
+  arrays: Sequence[jax.Array],
+  masks: Sequence[jax.Array],
+  axes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns [C] each, over batches of equal size."""
-  sums = [_of_batch(array, axes) for array in arrays]
-  means, variances = map(jnp.stack, zip(*sums, strict=True))
-  mean = means.mean(0)
-  return mean, (variances + jnp.square(means - mean[None])).mean(0)
+  """Returns [C] each, over all batches; 0 where nothing counts."""
+  parts = [_of_batch(*part, axes) for part in zip(arrays, masks, strict=True)]
+  counts, means, variances = map(jnp.stack, zip(*parts, strict=True))
+  shares = counts / jnp.maximum(counts.sum(0), 1)[None]
+  mean = (shares * means).sum(0)
+  spread = variances + jnp.square(means - mean[None])
+  return mean, (shares * spread).sum(0)
 
 
 def _of_batch(
-  x: jax.Array, axes: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-  rows = jnp.moveaxis(x, axes, range(-len(axes), 0))
-  rows = rows.reshape(-1, math.prod(x.shape[axis] for axis in axes))
-  rows = rows.astype(jnp.float32)
-  mean = rows.mean(0)
-  return mean, jnp.square(rows - mean[None]).mean(0)
+  x: jax.Array, mask: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns how many count, their mean and variance, [C] each."""
+
+  def to_rows(array: jax.Array) -> jax.Array:
+    rows = jnp.moveaxis(array, axes, range(-len(axes), 0))
+    return rows.reshape(-1, math.prod(x.shape[axis] for axis in axes))
+
+  rows = to_rows(x).astype(jnp.float32)
+  weights = to_rows(spread_mask(mask, x.shape)).astype(jnp.float32)
+  counts = weights.sum(0)
+  most = jnp.maximum(counts, 1)
+  mean = (weights * rows).sum(0) / most
+  square = jnp.square(rows - mean[None])
+  return counts, mean, (weights * square).sum(0) / most

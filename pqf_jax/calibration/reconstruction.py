@@ -20,6 +20,7 @@ from jax import lax
 from jax.scipy import linalg
 from jax.scipy.sparse import linalg as iterative
 
+from pqf_jax.calibration import programs
 from pqf_jax.numerics import segments
 
 _SUM = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -57,7 +58,6 @@ class Reconstruction(NamedTuple):
   error: jax.Array
 
 
-@jax.jit
 def input_moments(
   quantized: jax.Array, dense: jax.Array, kernel: jax.Array
 ) -> InputMoments:
@@ -105,7 +105,7 @@ def reconstruct(
   return Reconstruction(codebook, codes, error_before, error)
 
 
-@jax.jit
+@programs.jit
 def _prepare(
   moments: InputMoments, kernel: jax.Array, damping: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -126,7 +126,7 @@ def _prepare(
   return gram, target, upper
 
 
-@jax.jit
+@programs.jit
 def _error(
   gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
 ) -> jax.Array:
@@ -136,7 +136,7 @@ def _error(
   return square(target - _decode(codebook, codes)) / square(target)
 
 
-@jax.jit
+@programs.jit
 def _assign_in_order(
   upper: jax.Array, target: jax.Array, codebook: jax.Array
 ) -> jax.Array:
@@ -169,7 +169,7 @@ def _whiten(upper: jax.Array, rows: jax.Array) -> jax.Array:
   )(upper, rows)
 
 
-@jax.jit
+@programs.jit
 def _improve_codes(
   gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
 ) -> jax.Array:
@@ -199,7 +199,7 @@ def _improve_codes(
   return lax.fori_loop(0, codes.shape[2], step, (missing, codes))[1]
 
 
-@jax.jit
+@programs.jit
 def _fit_codebook(
   gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
 ) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
+from pqf_jax.calibration import programs
 from pqf_jax.discovery import tracing
 
 # Equations that choose, such as the boxes that a detector keeps. Both networks
@@ -70,24 +71,20 @@ def write_out(program: tracing.Jaxpr, num_variables: int = 0) -> Program:
   fixed: dict[int, bool] = {}
 
   def runs_along_layers(eqn: tracing.Equation, atoms: Sequence[Any]) -> bool:
-    return eqn.primitive.name == "scan" and any(
+    if eqn.primitive.name != "scan":
+      return False
+    first = sum(tracing.count_unstacked(eqn))
+    return any(
       isinstance(atom, int) and fixed.get(atom, False) and _rank(x) > 2
-      for atom, x in list(zip(atoms, eqn.invars, strict=True))[
-        _num_whole(eqn) :
-      ]
+      for atom, x in zip(atoms[first:], eqn.invars[first:], strict=True)
     )
 
   def loop(eqn: tracing.Equation, atoms: Sequence[Any]) -> list[Any]:
     """Walks each step; a loop has constants, carry and stacked operands."""
-    body, first = eqn.params["jaxpr"], _num_whole(eqn)
-    num_carried = sum(
-      _rank(atom) == _rank(inner)
-      for atom, inner in zip(
-        eqn.outvars, tracing.program_body(body).outvars, strict=True
-      )
-    )
-    kept = list(atoms[: first - num_carried])
-    carry = list(atoms[first - num_carried : first])
+    body = eqn.params["jaxpr"]
+    num_kept, num_carried = tracing.count_unstacked(eqn)
+    first = num_kept + num_carried
+    kept, carry = list(atoms[:num_kept]), list(atoms[num_kept:first])
     steps = range(eqn.params["length"])
     rows: dict[int, list[Any]] = {}
     for i in reversed(steps) if eqn.params["reverse"] else steps:
@@ -172,13 +169,6 @@ def run_order(
 
 def _rank(atom: Any) -> int:
   return len(tracing.shape_of(atom))
-
-
-def _num_whole(eqn: tracing.Equation) -> int:
-  """Returns how many operands of a loop, the first, are not stacked."""
-  inner = tracing.program_body(eqn.params["jaxpr"]).invars
-  pairs = zip(eqn.invars, inner, strict=True)
-  return sum(_rank(atom) == _rank(variable) for atom, variable in pairs)
 
 
 def _layer_program(stack: Any, index: int) -> tracing.Jaxpr:
@@ -280,10 +270,8 @@ class Streams:
   ) -> list[Pair]:
     pairs = [self._read(atom, batch) for atom in operation.operands]
     eqn = operation.eqn
-    dense = tracing.evaluate(eqn, [pair.dense for pair in pairs], eqn.params)
+    dense = programs.evaluate(eqn, [pair.dense for pair in pairs])
     if eqn.primitive.name in CHOICES:
       return [Pair(value, value) for value in dense]
-    quantized = tracing.evaluate(
-      eqn, [pair.quantized for pair in pairs], eqn.params
-    )
+    quantized = programs.evaluate(eqn, [pair.quantized for pair in pairs])
     return list(map(Pair, dense, quantized))

@@ -6,6 +6,7 @@ tree, so that `jit` takes it and each variable has one path; `unseal` gives the
 module back, with whatever its variables have become.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -153,10 +154,15 @@ def call(
   apply_fn: Callable[..., PyTree], variables: PyTree, inputs: PyTree
 ) -> PyTree:
   """Returns what a network gives for variables and inputs that are sealed."""
+  return call_with(functools.partial(apply_fn, unseal(variables)), inputs)
+
+
+def call_with(function: Callable[..., PyTree], inputs: PyTree) -> PyTree:
+  """Returns what a function gives for inputs that are sealed."""
   args = unseal(inputs)
   if len(args) == 1 and isinstance(args[0], Inputs):
-    return apply_fn(unseal(variables), *args[0].args, **args[0].kwargs)
-  return apply_fn(unseal(variables), *args)
+    return function(*args[0].args, **args[0].kwargs)
+  return function(*args)
 
 
 def parameters(tree: PyTree) -> set[str] | None:

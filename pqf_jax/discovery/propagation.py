@@ -71,9 +71,6 @@ class Propagation:
 
   def _scan(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     """Ties the carry to itself, and blocks the axis that the loop walks."""
-    # Operands are constants, carry, and stacked inputs; results are carry and
-    # stacked outputs. A stacked one has one axis more than inside the loop:
-    # unlike the parameters of the equation, this holds in all versions of JAX.
     body = tracing.program_body(eqn.params["jaxpr"])
     inner = [
       self._step(operand, len(tracing.shape_of(variable)))
@@ -83,16 +80,11 @@ class Propagation:
     results = rules.new_results(eqn)
     for result, output in zip(results, outputs, strict=True):
       axis_factors.tie_all(self._step(result, len(output)), output)
-    constants_and_carry = self._unstacked(operands, inner)
-    carried = self._unstacked(outputs, results)
-    started = constants_and_carry[len(constants_and_carry) - len(carried) :]
-    for before, after in zip(started, carried, strict=True):
+    num_constants, num_carried = tracing.count_unstacked(eqn)
+    started = operands[num_constants:][:num_carried]
+    for before, after in zip(started, outputs[:num_carried], strict=True):
       axis_factors.tie_all(before, after)
     return results
-
-  def _unstacked(self, values: list[Axes], others: list[Axes]) -> list[Axes]:
-    pairs = zip(values, others, strict=True)
-    return [one for one, other in pairs if len(one) == len(other)]
 
   def _step(self, axes: Axes, ndim: int) -> Axes:
     """Returns the axes that one step of a scan reads of a value."""

@@ -86,6 +86,24 @@ def called_program(eqn: Equation) -> Jaxpr | None:
   return next(eqn.params[key] for key in CALLED if key in eqn.params)
 
 
+def count_unstacked(eqn: Equation) -> tuple[int, int]:
+  """Returns how many operands of a scan are constants, and how many a carry.
+
+  Operands are constants, carry and stacked inputs, in this order; results are
+  carry and stacked outputs. A stacked one has one axis more than inside the
+  loop: this holds in all versions of JAX, the parameters that say it do not.
+  """
+  body = program_body(eqn.params["jaxpr"])
+  unstacked = _count_same_rank(eqn.invars, body.invars)
+  num_carried = _count_same_rank(eqn.outvars, body.outvars)
+  return unstacked - num_carried, num_carried
+
+
+def _count_same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+  pairs = zip(outside, inside, strict=True)
+  return sum(len(shape_of(x)) == len(shape_of(y)) for x, y in pairs)
+
+
 def shape_of(atom: Any) -> tuple[int, ...]:
   """Returns the shape of a variable or literal; () for side-effect tokens."""
   return getattr(atom.aval, "shape", ())

@@ -5,7 +5,8 @@
 
 The modules, in the order of reading:
 
-- `products`: the product by tables, and by blocks.
+- `products`: the product by tables, by blocks, and on each platform.
+- `hopper`: its kernel for NVIDIA Hopper; `hopper_source` writes the program.
 - `kernels`: a kernel that a program reads without decoding it.
 - `readers`: equations that become products.
 - `apply`: runs the network's program with such kernels.

@@ -197,7 +197,7 @@ class _Evaluator(NamedTuple):
   def _scan(self, eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
     """Runs a loop whose body slices stacked kernels, or reads fixed ones."""
     params = eqn.params
-    num_fixed, num_carried = params["num_consts"], params["num_carry"]
+    num_fixed, num_carried = tracing.count_unstacked(eqn)
     fixed = operands[:num_fixed]
     carried = map(_decode, operands[num_fixed:][:num_carried])
     sliced = [

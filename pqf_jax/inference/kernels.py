@@ -23,6 +23,8 @@ class Kernel(struct.PyTreeNode):
     by_position: whether products are made straight from the codes (static).
     then: what the program does to the dense kernel alone, in this order, such
       as a reshape (static).
+    dtype: what the program casts the weights to; None: as the codebook is
+      (static).
   """
 
   codebook: trees.Array
@@ -33,12 +35,20 @@ class Kernel(struct.PyTreeNode):
   then: tuple[Callable[[jax.Array], jax.Array], ...] = struct.field(
     pytree_node=False, default=()
   )
+  dtype: Any = struct.field(pytree_node=False, default=None)
+
+  @property
+  def weights(self) -> trees.Array:
+    """Returns the codebook, cast."""
+    return (
+      self.codebook if self.dtype is None else self.codebook.astype(self.dtype)
+    )
 
   @property
   def vq(self) -> vq_array.VQArray:
     """Returns the kernel as it is in the tree, as a `VQArray`."""
     kernel = vq_array.VQArray(
-      self.codebook, self.codes, self.layer_shape, self.spec
+      self.weights, self.codes, self.layer_shape, self.spec
     )
     return _swap_codes(kernel) if self.by_position else kernel
 
@@ -84,8 +94,11 @@ class Kernel(struct.PyTreeNode):
     return dense
 
   def astype(self, dtype: Any) -> "Kernel":
-    """Returns the kernel with its weights cast."""
-    return self.replace(codebook=self.codebook.astype(dtype))
+    """Returns the kernel with its weights cast, when they are read.
+
+    A product casts them by itself, or else each call would begin with it.
+    """
+    return self.replace(codebook=self.weights, dtype=jnp.dtype(dtype))
 
   def transpose(self, permutation: Sequence[int]) -> "Kernel | None":
     """Returns the kernel with its axes permuted, or None if it has to decode.

@@ -10,14 +10,21 @@ Both forms loop over groups of positions and never hold the kernel:
   K * D * M multiplications a row; then each output adds up the M entries that
   its codes name. Of the weights only the codes are read.
 - blocks: the weights of a group are decoded, and multiplied as dense ones.
+
+NVIDIA Hopper and later has a kernel for few rows (`hopper`), and decodes a
+kernel as a whole for more.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pqf_jax import errors
+from pqf_jax import errors, nvidia
 from pqf_jax.core import trees
+from pqf_jax.inference import hopper
 
 # The most numbers that tables may hold to serve better than blocks, on a CPU;
 # docs/inference.md has the measured times.
@@ -36,8 +43,10 @@ def product(
   *,
   crossover: int | None = None,
   precision: lax.PrecisionLike = None,
+  weight_dtype: jax.typing.DTypeLike | None = None,
+  dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-  """Returns `inputs @ kernel`, [B, C_out], in float32 (or float64).
+  """Returns `inputs @ kernel`, [B, C_out], summed in float32 (or float64).
 
   Args:
     inputs: [B, C_in] float.
@@ -46,7 +55,10 @@ def product(
       `codebook[codes[m, o]]`.
     crossover: up to so many rows are multiplied by tables, more by blocks; by
       default up to D rows, unless the tables grow too large for the caches.
+      Where there is a kernel, up to so many rows go by it, if it can.
     precision: of the products, as of `jnp.dot`.
+    weight_dtype: what the codewords are rounded to first; None: as they are.
+    dtype: of the result; None: that of the sums.
 
   Raises:
     InputError: the codebook and codes are of another number of inputs, or the
@@ -63,18 +75,78 @@ def product(
     raise errors.InputError(
       f"inputs are of type {inputs.dtype}; multiply inputs.real and inputs.imag"
     )
-  is_wide = jnp.float64 in (inputs.dtype, codebook.dtype)
-  dtype = jnp.float64 if is_wide else jnp.float32
+  weight_dtype = jnp.dtype(weight_dtype or codebook.dtype)
+  is_wide = jnp.float64 in (inputs.dtype, weight_dtype)
+  sum_dtype = jnp.float64 if is_wide else jnp.float32
+  dtype = jnp.dtype(dtype or sum_dtype)
   if not inputs.shape[0]:
     return jnp.zeros((0, c_out), dtype)
   most_rows = most_by_tables(codebook, codes, crossover)
   form = _by_tables if inputs.shape[0] <= most_rows else _by_blocks
-  return form(
-    inputs.astype(dtype),
-    jnp.asarray(codebook, dtype),
-    jnp.asarray(codes),
-    precision,
+
+  def plain(
+    inputs: jax.Array, codebook: jax.Array, codes: jax.Array
+  ) -> jax.Array:
+    weights = codebook.astype(weight_dtype).astype(sum_dtype)
+    sums = form(inputs.astype(sum_dtype), weights, codes, precision)
+    return sums.astype(dtype)
+
+  operands = inputs, jnp.asarray(codebook), jnp.asarray(codes)
+  if not nvidia.is_available():
+    return plain(*operands)
+  decoded = functools.partial(
+    _decoded,
+    precision=precision,
+    weight_dtype=weight_dtype,
+    sum_dtype=sum_dtype,
   )
+  by_xla = functools.partial(
+    lax.platform_dependent,
+    cuda=lambda *operands: decoded(*operands).astype(dtype),
+    default=plain,
+  )
+  is_bfloat16 = weight_dtype == jnp.bfloat16
+  is_few = crossover is None or inputs.shape[0] <= crossover
+  plan = hopper.make_plan(*operands, dtype) if is_bfloat16 and is_few else None
+  if plan is None:
+    return by_xla(*operands)
+  kernel = functools.partial(hopper.product, dtype=dtype, plan=plan)
+  return _with_gradient(
+    functools.partial(lax.platform_dependent, cuda=kernel, default=plain),
+    by_xla,
+  )(*operands)
+
+
+def _decoded(
+  inputs: jax.Array,
+  codebook: jax.Array,
+  codes: jax.Array,
+  *,
+  precision: lax.PrecisionLike,
+  weight_dtype: jnp.dtype,
+  sum_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Decodes the kernel once the inputs are there, and multiplies by it."""
+  inputs, codes = lax.optimization_barrier((inputs, codes))
+  weights = jnp.take(codebook.astype(weight_dtype), codes, axis=0, mode="clip")
+  kernel = weights.transpose(0, 2, 1).reshape(-1, codes.shape[1])
+  both = weight_dtype if inputs.dtype == weight_dtype else sum_dtype
+  return lax.dot_general(
+    inputs.astype(both),
+    kernel.astype(both),
+    (((1,), (0,)), ((), ())),
+    precision=precision,
+    preferred_element_type=sum_dtype,
+  )
+
+
+def _with_gradient(
+  function: Callable[..., jax.Array], like: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+  """Returns a function whose gradient is that of another, equal one."""
+  derived = jax.custom_jvp(function)
+  derived.defjvp(functools.partial(jax.jvp, like))
+  return derived
 
 
 def most_by_tables(

@@ -25,7 +25,7 @@ def matrix_product(
   summed = dict(zip(contracted[place], contracted[1 - place], strict=True))
   if any(map(len, batch)) or not kernel.is_matrix or not kernel.by_position:
     return None
-  if not _are_floats(inputs, kernel.codebook):
+  if not _are_floats(inputs, kernel.weights):
     return None
   if set(summed) != set(kernel.in_axes):
     return None
@@ -57,7 +57,7 @@ def convolution(
   out_axis, in_axis, *spatial = numbers.rhs_spec
   is_pointwise = (
     kernel.by_position
-    and _are_floats(inputs, kernel.codebook)
+    and _are_floats(inputs, kernel.weights)
     and (in_axis,) == kernel.in_axes
     and (out_axis,) == kernel.out_axes
     and all(kernel.layer_shape[axis] == 1 for axis in spatial)
@@ -106,7 +106,7 @@ def rows_of_table(
     codes = jnp.moveaxis(codes, 0, -1)
   else:
     codes = jnp.take(table.codes, chosen, axis=0, mode="clip")
-  vectors = jnp.take(table.codebook, codes, axis=0)
+  vectors = jnp.take(table.weights, codes, axis=0)
   rows = vectors.reshape(*chosen.shape, width)
   if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
     return rows
@@ -148,6 +148,7 @@ def _multiply(
     kernel.codes,
     crossover=crossover,
     precision=eqn.params["precision"],
+    weight_dtype=kernel.dtype,
+    dtype=getattr(eqn.outvars[0].aval, "dtype", inputs.dtype),
   )
-  dtype = getattr(eqn.outvars[0].aval, "dtype", inputs.dtype)
-  return outputs.astype(dtype).reshape(*free, *shape)
+  return outputs.reshape(*free, *shape)

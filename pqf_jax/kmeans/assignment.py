@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pqf_jax import errors
+from pqf_jax import errors, nvidia
 from pqf_jax.kmeans import batching
 from pqf_jax.kmeans.backends import hopper_nearest
 from pqf_jax.numerics import bf16_split, exact
@@ -109,7 +109,7 @@ def nearest_centroid(
     "default": reduced_minimum,
   }
   length, num_codes = codebooks.shape[2], codebooks.shape[1]
-  if hopper_nearest.is_available() and hopper_nearest.fits(length, num_codes):
+  if nvidia.is_available() and hopper_nearest.fits(length, num_codes):
     functions["cuda"] = lambda columns, tables, layers: hopper_nearest.nearest(
       bf16_split.split_vectors(columns), tables, layers
     )

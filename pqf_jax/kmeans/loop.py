@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from pqf_jax import nvidia
 from pqf_jax.kmeans import annealing, batching, empty_clusters, hartigan
 from pqf_jax.kmeans.backends import (
   base,
@@ -193,7 +194,7 @@ def backends_for(
   if most_rows <= tpu.MOST_ROWS:
     backends["tpu"] = tpu.BACKEND
   if (
-    hopper_nearest.is_available()
+    nvidia.is_available()
     and hopper_nearest.fits(length, num_codes)
     and hopper_sums.fits(length + 2, num_codes)
   ):

@@ -11,7 +11,7 @@ from typing import Any
 from pqf_jax import errors, registry
 from pqf_jax.models.contract import Model as Model
 
-_PARTS = ("authors_files", "contract", "layers", "torch_names")
+_PARTS = ("authors_files", "contract", "layers", "pre_norm", "torch_names")
 _REGISTRY = registry.Registry(
   "model",
   {

@@ -134,6 +134,8 @@ def prepare(
   if stages:
     contract.check_statistics(network, backbone, "config.backbone")
   loaded = task.load(config, network)
+  if loaded.beside is not None and variables is not None:
+    loaded = loaded.beside(variables)
   for stage in stages:
     check_training(config, stage, loaded.for_stage(stage).num_train)
   inputs = {"data": loaded.fingerprint(), "backbone": digest(backbone)}

@@ -48,6 +48,7 @@ def make_results(
     "seed": job.config.seed,
     "device": jax.devices()[0].device_kind,
     "images": records["packed"]["evaluation"]["images"],
+    "unit": getattr(job.task, "unit", "images"),
     "metrics": {
       name: label
       for name, label in job.task.metrics.items()

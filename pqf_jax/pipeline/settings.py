@@ -13,6 +13,7 @@ from pqf_jax.core import blocks
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.data import transforms
+from pqf_jax.data.formats import image_files
 from pqf_jax.permutation import search
 
 SEARCHES: dict[str, permute.Search] = {
@@ -67,6 +68,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
   "data.padding": (-1, 2**14),
   "train.backbone_rate": (0, 1),
   "data.num_objects": (0, 2**14),
+  "data.length": (0, 2**20),
   "target_bytes": (0, 2**50),
   "permute.kmeans_steps": (0, plans.MOST),
   "quantize.kmeans_steps": (1, plans.MOST),
@@ -112,6 +114,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   _check_channel_values("mean", config.data.mean, 0)
   _check_channel_values("std", config.data.std, 1e-6)
+  if config.data.unlabelled and config.mode != "preflight":
+    image_files.unlabelled_folder(config.data.unlabelled)
   make_rules(config.rules)
   for pattern in config.frozen:
     plans.check_pattern("config.frozen", pattern)

@@ -147,9 +147,10 @@ def quantize_stage(job: jobs.Job, permuted: PyTree) -> Staged:
     nodes = distributed.gather_trees(
       shares, trees.flatten(variables, vq_array.is_vq), target_nodes
     )
-    distortion = distributed.gather_records(
+    lost = distributed.gather_records(
       {path: layer.distortion for path, layer in layers.items()}
     )
+    distortion = {path: lost[path] for path in job.plan}
     return job.evaluated(trees.replace(permuted, nodes), distortion=distortion)
 
   return job.run("quantize", target, compute)
@@ -181,6 +182,7 @@ def calibrate_stage(
           ),
           rounds=wanted.rounds,
           damping=wanted.damping,
+          mask_fn=job.loaded.mask_fn,
           on_layer=lambda layer: bar.advance(error=layer.after),
         )
       leaves = trees.flatten(variables, vq_array.is_vq)

@@ -50,7 +50,7 @@ def write_html(
       results["date"],
       results["device"],
       f"seed {results['seed']}",
-      f"{results['images']:,} test images",
+      f"{results['images']:,} test {results['unit']}",
     ],
     tiles=_tiles(results),
     snippet=_snippet(results["file"], config["model"], inputs),

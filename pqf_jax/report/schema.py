@@ -14,7 +14,8 @@ Results = Mapping[str, Any]
     command        that repeats it
     versions       {name: version} of the libraries
     date, device   as text;  seed  integer
-    images         test images
+    images         test images, or other samples
+    unit           what these are: 'images'
     metrics        {metric: label}, such as {"top1": "top-1"}, of the metrics
                    that tables and charts show, in their order
     <m>_<s>        fraction 0..1 of metric m after stage s of `STAGES`, such as

@@ -18,6 +18,8 @@ _REGISTRY = registry.Registry(
   {
     "classification": "pqf_jax.tasks.classification:TASK",
     "detection": "pqf_jax.tasks.detection:TASK",
+    "embedding": "pqf_jax.tasks.embedding:TASK",
+    "language": "pqf_jax.tasks.language:TASK",
   },
   entry_points="pqf_jax.tasks",
 )

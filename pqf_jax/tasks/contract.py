@@ -6,12 +6,32 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import ml_collections
 
-from pqf_jax import finetune
+from pqf_jax import errors, finetune
 from pqf_jax.models import contract as models
 
 PyTree = Any
 Shapes = dict[str, Any]
 """{field of a batch: tree of `jax.ShapeDtypeStruct`}."""
+
+
+def teacher_settings(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Returns the arguments of a loss that compares with a teacher's outputs."""
+  wanted = config.distillation
+  return {"share": wanted.share, "temperature": wanted.temperature}
+
+
+def refuse_mirrored(config: ml_collections.ConfigDict) -> None:
+  """Refuses `distillation.mirrored` for a task that has no use for it.
+
+  Raises:
+    InputError: it is set.
+  """
+  if config.distillation.mirrored:
+    raise errors.InputError(
+      "config.distillation.mirrored is True, but the outputs of task "
+      f"{config.task!r} are not those of mirror images; give "
+      "--config.distillation.mirrored=False"
+    )
 
 
 class LoadedTask(NamedTuple):
@@ -27,7 +47,7 @@ class LoadedTask(NamedTuple):
       gets all of them. Where the inputs hold a choice, such as of boxes, it is
       that of these dense variables.
     make_loss: whether batches have a teacher's outputs -> the loss of a
-      training step; of these it then takes `config.distillation`.
+      training step, with a teacher by `teacher_settings`.
     make_teacher: dense variables -> a function that adds the teacher's outputs
       to a batch.
     evaluate: variables -> {metric: value} over all test images, with
@@ -40,6 +60,10 @@ class LoadedTask(NamedTuple):
       have. Stage 0 trains on them.
     hidden: of `Task.metrics`, those that tell nothing on these data; tables
       and charts leave them out.
+    mask_fn: (*inputs) -> bool, False for padding, which calibration leaves out;
+      None: there is none. See `pqf_jax.calibrate_params`.
+    beside: dense variables -> the task whose figures compare networks with
+      these; None: figures need no other network.
   """
 
   num_train: int
@@ -53,6 +77,8 @@ class LoadedTask(NamedTuple):
   fingerprint: Callable[[], str] = lambda: ""
   labelled: "LoadedTask | None" = None
   hidden: Collection[str] = ()
+  mask_fn: Callable[..., jax.Array] | None = None
+  beside: "Callable[[PyTree], LoadedTask] | None" = None
 
   def for_stage(self, stage: str) -> "LoadedTask":
     """Returns what 'train' or 'finetune' trains on."""
@@ -83,6 +109,7 @@ class Task(Protocol):
       is 0.
     predict(config, network, variables, folder) -> files written: what
       `config.mode=predict` does for one image.
+    unit: what the report calls test samples, 'images' without it.
 
   Attributes:
     metrics: {name: label} of the figures that tables and charts show, in this

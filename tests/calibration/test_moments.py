@@ -7,6 +7,7 @@ import pytest
 from pqf_jax.calibration import moments, streams
 
 CHANNELS = 3
+ALL = [jnp.ones((), bool)] * 2  # everything counts, in two batches
 MEAN, VAR = (
   jnp.asarray(values, jnp.float32) for values in ([0.5, -1, 0], [2, 0.3, 1])
 )
@@ -31,7 +32,7 @@ def _rows(arrays, axis):
 
 def test_a_norm_gives_the_moments_of_the_dense_network(pairs):
   axis, values = pairs
-  mean, var = moments.match_norm(values, (axis,), MEAN, VAR)
+  mean, var = moments.match_norm(values, ALL, (axis,), MEAN, VAR)
   before = (_rows([p.dense for p in values], axis) - np.array(MEAN)) / np.sqrt(
     VAR
   )
@@ -44,7 +45,7 @@ def test_a_norm_gives_the_moments_of_the_dense_network(pairs):
 
 def test_a_bias_gives_the_mean_of_the_dense_network(pairs):
   axis, values = pairs
-  bias = moments.match_bias(values, (axis,), MEAN)
+  bias = moments.match_bias(values, ALL, (axis,), MEAN)
   before = _rows([p.dense for p in values], axis) + np.array(MEAN)
   after = _rows([p.quantized for p in values], axis) + np.array(bias)
   np.testing.assert_allclose(after.mean(0), before.mean(0), atol=1e-5)
@@ -53,7 +54,7 @@ def test_a_bias_gives_the_mean_of_the_dense_network(pairs):
 def test_a_bias_of_heads_lies_along_several_axes(pairs):
   _, values = pairs
   shape = values[0].dense.shape[1:]
-  bias = moments.match_bias(values, (1, 2), jnp.zeros((1, *shape)))
+  bias = moments.match_bias(values, ALL, (1, 2), jnp.zeros((1, *shape)))
   means = [
     np.mean([pair.dense for pair in values], (0, 1)),
     np.mean([pair.quantized for pair in values], (0, 1)) + np.array(bias)[0],
@@ -66,8 +67,8 @@ def test_what_did_not_change_stays_to_the_bit(pairs):
   same = [streams.Pair(pair.dense, pair.dense) for pair in values]
   for found, given in zip(
     (
-      *moments.match_norm(same, (axis,), MEAN, VAR),
-      moments.match_bias(same, (axis,), MEAN),
+      *moments.match_norm(same, ALL, (axis,), MEAN, VAR),
+      moments.match_bias(same, ALL, (axis,), MEAN),
     ),
     (MEAN, VAR, MEAN),
     strict=True,
@@ -82,13 +83,52 @@ def test_a_channel_without_a_signal_stays_silent(var):
   dense = jnp.zeros((8, CHANNELS))
   noise = jnp.asarray(rng.normal(0.2, 3.0, (8, CHANNELS)), jnp.float32)
   statistics = jnp.zeros(CHANNELS), jnp.full(CHANNELS, var, jnp.float32)
-  kept = moments.match_norm([streams.Pair(dense, dense)], (1,), *statistics)
+  kept = moments.match_norm(
+    [streams.Pair(dense, dense)], ALL[:1], (1,), *statistics
+  )
   for found, given in zip(kept, statistics, strict=True):
     np.testing.assert_array_equal(found, given)
   mean, found = moments.match_norm(
-    [streams.Pair(dense, noise)], (1,), *statistics
+    [streams.Pair(dense, noise)], ALL[:1], (1,), *statistics
   )
   outputs = (np.asarray(noise) - np.asarray(mean)) / np.sqrt(
     np.asarray(found) + 1e-5
   )
   assert np.abs(outputs).max() < 0.01
+
+
+def test_what_a_mask_leaves_out_does_not_matter(pairs):
+  axis, values = pairs
+  rng = np.random.default_rng(1)
+  more = [
+    streams.Pair(
+      *(jnp.pad(x, ((0, 2 + i), (0, 0), (0, 0)), constant_values=9) for x in p)
+    )
+    for i, p in enumerate(values)
+  ]
+  order = [rng.permutation(len(pair.dense)) for pair in more]
+  mixed = [
+    streams.Pair(*(x[at] for x in pair))
+    for pair, at in zip(more, order, strict=True)
+  ]
+  masks = [jnp.asarray(at < 4) for at in order]
+  for given, wanted in zip(
+    (
+      *moments.match_norm(mixed, masks, (axis,), MEAN, VAR),
+      moments.match_bias(mixed, masks, (axis,), MEAN),
+    ),
+    (
+      *moments.match_norm(values, ALL, (axis,), MEAN, VAR),
+      moments.match_bias(values, ALL, (axis,), MEAN),
+    ),
+    strict=True,
+  ):
+    np.testing.assert_allclose(given, wanted, atol=1e-5)
+
+
+def test_a_mask_is_of_the_first_axes_with_more_behind_them():
+  mask = jnp.array([[True, False], [True, True], [False, False]])
+  spread = moments.spread_mask(mask, (3, 2, 4))
+  np.testing.assert_array_equal(spread, np.repeat(mask[..., None], 4, 2))
+  for shape in ((3, 2), (2, 3, 4), (3,)):
+    assert moments.spread_mask(mask, shape).all()

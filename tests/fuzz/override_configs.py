@@ -126,6 +126,7 @@ KEYS = {
   "distillation": WORDS,
   "distillation.share": (*REAL, "1.5"),
   "distillation.temperature": REAL,
+  "distillation.mirrored": FLAG,
   "pack": WORDS,
   "eval_batch_size": WHOLE,
   "checkpoint_steps": WHOLE,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
+from pqf_jax import nvidia
 from pqf_jax.kmeans import assignment, batching, hartigan
 from pqf_jax.kmeans.backends import hopper_nearest
 from pqf_jax.numerics import bf16_split
@@ -17,7 +18,7 @@ from pqf_jax.numerics import bf16_split
     pytest.param(
       "kernel",
       marks=pytest.mark.skipif(
-        jax.__version_info__ < hopper_nearest.FIRST_JAX,
+        jax.__version_info__ < nvidia.FIRST_JAX,
         reason="the kernel needs it",
       ),
     ),

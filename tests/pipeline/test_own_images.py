@@ -227,6 +227,7 @@ def test_weights_leave_the_backbone_alone(own, tmp_path):
       "num_classes is 0, but task 'detection' does not count",
     ),
     ({"data.unlabelled": "more"}, "distillation.share is 0, so that"),
+    ({"data.unlabelled": "nope"}, "unlabelled is '.*nope', which is no folder"),
   ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(
@@ -240,6 +241,12 @@ def test_what_does_not_fit_is_refused_before_any_work(
   with pytest.raises(errors.InputError, match=message):
     pipeline.run(own, str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
+
+
+def test_plan_refuses_a_folder_that_is_not_there(own):
+  own.mode, own.data.unlabelled = "plan", "/nope"
+  with pytest.raises(errors.InputError, match="unlabelled is '/nope', which"):
+    pipeline.run(own, None)
 
 
 def test_plan_counts_classes_too(own, capsys):

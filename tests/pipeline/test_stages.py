@@ -344,7 +344,7 @@ def test_without_fine_tuning_the_codebooks_are_packed_as_they_are(
     ("train.optimizer", "lion", "config.train: optimizer is 'lion'; it must"),
     ("finetune.momentum", 0.9, "'adam' has no momentum.*choose 'sgd'"),
     ("finetune.warmup_epochs", 2.0, "takes 22 of 22 steps"),
-    ("data.unlabelled", "DIR", "share is 0, .* the fine-tuning loss needs"),
+    ("data.unlabelled", ".", "share is 0, .* the fine-tuning loss needs"),
     ("distillation.share", 1.5, "distillation.share is 1.5; give 0 to 1"),
     ("task", "clasification", "did you mean 'classification'"),
     ("finetune.evaluation_epochs", 0, "evaluation_epochs is 0; give 1 to"),

@@ -1,5 +1,6 @@
 """The kinds of weights files, and what is said of those that are none."""
 
+import argparse
 import collections
 import json
 import os
@@ -101,10 +102,23 @@ def test_averages_are_read_before_the_last_weights(torch, tmp_path, capsys):
     assert f"{name!r} is read, not 'state_dict'" in capsys.readouterr().out
 
 
+def test_checkpoints_of_reference_scripts_are_read(torch, tmp_path):
+  # Torchvision's: a counter among the average, and the script's arguments.
+  average = {"n_averaged": np.array(9)}
+  average |= {f"module.{name}": x for name, x in STATE_DICT.items()}
+  content = {
+    "model": tensors(torch, {name: x + 1 for name, x in STATE_DICT.items()}),
+    "model_ema": tensors(torch, average),
+    "args": argparse.Namespace(lr=0.1, weights=None, milestones=[30, 60]),
+  }
+  torch.save(content, tmp_path / "w.pth")
+  assert_equal(read(tmp_path / "w.pth"), VARIABLES)
+
+
 def test_of_two_networks_it_is_said_which_is_read(capsys):
   content = {"net": {}, "model": STATE_DICT, "epoch": 3}
   found = torch_files._entries("w.pth", content, np.ndarray)
-  assert found is STATE_DICT
+  assert found == STATE_DICT
   assert "'model' is read, not 'net'" in capsys.readouterr().out
 
 

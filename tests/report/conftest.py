@@ -92,6 +92,7 @@ def run():
     "seed": 17,
     "device": "1 x NVIDIA H100 80GB HBM3",
     "images": 1797,
+    "unit": "images",
     "metrics": {"top1": "top-1", "top5": "top-5"},
     "top1_dense": 0.98164,
     "top1_permuted": 0.98165,

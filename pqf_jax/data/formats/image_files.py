@@ -178,15 +178,28 @@ class Folder(decoding.EncodedDataset):
     return Images(list(itertools.chain(*images_of.values())), labels)
 
 
+def unlabelled_folder(folder: str) -> pathlib.Path:
+  """Returns the path of a folder.
+
+  Raises:
+    InputError: there is no such folder.
+  """
+  path = pathlib.Path(folder).expanduser()
+  if not path.is_dir():
+    raise errors.InputError(
+      f"config.data.unlabelled is {folder!r}, which is no folder; give one "
+      "with images"
+    )
+  return path
+
+
 def unlabelled_images(folder: str) -> Images:
   """Returns the images in a folder and below, all with label 0.
 
   Raises:
     InputError: there is no such folder, or no image in it.
   """
-  path = pathlib.Path(folder).expanduser()
-  if not path.is_dir():
-    raise errors.InputError(f"{folder} is no folder; give one with images")
+  path = unlabelled_folder(folder)
   images, skipped = _images(path)
   if not images:
     raise errors.InputError(

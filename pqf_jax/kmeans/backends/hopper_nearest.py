@@ -20,10 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from pqf_jax import nvidia
 from pqf_jax.numerics import bf16_split
-
-FIRST_JAX = (0, 11)
-"""The first version of jax whose Mosaic GPU functions have these arguments."""
 
 # Sub-vectors of one matrix product (a strip of a tile), and the columns of it
 # whose minima a thread carries side by side.
@@ -38,23 +36,6 @@ _MOST_COLUMNS = 128
 # Strips that a warpgroup has in shared memory: while it works on one, the other
 # arrives.
 _SLOTS = 2
-
-# An H100 or H200 has so many processors, and so much shared memory in each,
-# less what Mosaic takes.
-_NUM_PROCESSORS = 132
-_SHARED_BYTES = 232448 - 4096
-
-
-@functools.cache
-def is_available() -> bool:
-  """Returns whether this process has such a GPU, and a jax that can use it."""
-  if jax.__version_info__ < FIRST_JAX:
-    return False
-  try:
-    devices = jax.local_devices(backend="cuda")
-  except RuntimeError:
-    return False
-  return all(float(d.compute_capability) >= 9 for d in devices)
 
 
 def fits(length: int, num_codes: int) -> bool:
@@ -102,11 +83,13 @@ def _nearest(interpret: Any) -> Callable[..., jax.Array]:
     num_warpgroups = 4 if _fits(depth, num_codes, 4) else 1
     parts = 1
     while (
-      2 * parts * num_tiles <= _NUM_PROCESSORS
+      2 * parts * num_tiles <= nvidia.NUM_PROCESSORS
       and 2 * parts * num_warpgroups * _ROWS <= tile
     ):
       parts *= 2
-    single = num_tiles <= _NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
+    single = (
+      num_tiles <= nvidia.NUM_PROCESSORS and num_codes % _MOST_COLUMNS == 0
+    )
     columns = _MOST_COLUMNS if single else _COLUMNS
     shape = num_warpgroups, _SLOTS, depth, _ROWS
     layout = {"transforms": _transforms(depth)}
@@ -139,7 +122,7 @@ def _transforms(depth: int) -> tuple[gpu.TilingTransform, gpu.SwizzleTransform]:
 def _fits(depth: int, num_codes: int, num_warpgroups: int) -> bool:
   held = num_codes + -num_codes % _COLUMNS
   rows = held + num_warpgroups * _SLOTS * _ROWS
-  return 2 * depth * rows <= _SHARED_BYTES
+  return 2 * depth * rows <= nvidia.SHARED_BYTES
 
 
 def _body(

@@ -24,10 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pqf_jax import nvidia
+
 # Threads of a warpgroup, which Mosaic calls one thread.
 _NUM_THREADS = 128
 _NUM_WARPGROUPS = 4
-_SHARED_BYTES = 232448 - 4096
 
 # Columns of an array that one copy of Mosaic may move.
 _MOST_COPIED = 256
@@ -37,7 +38,7 @@ _WORD_BITS = 15
 
 def fits(num_columns: int, num_segments: int) -> bool:
   """Returns whether a tile's sums fit into shared memory."""
-  return 8 * num_columns * _held(num_segments) <= _SHARED_BYTES
+  return 8 * num_columns * _held(num_segments) <= nvidia.SHARED_BYTES
 
 
 def sums(

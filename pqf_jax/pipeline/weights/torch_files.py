@@ -1,5 +1,6 @@
 """Reads what `torch.save` wrote; nothing else here needs torch."""
 
+import argparse
 import os
 import re
 import zipfile
@@ -16,6 +17,8 @@ from pqf_jax.runtime import progress
 # several the first is taken, averages of the weights before the last ones.
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 WRAPPERS = (*AVERAGES, "state_dict", "model_state_dict", "model", "net")
+# A counter among the weights of torch.optim.swa_utils.AveragedModel.
+COUNTER = "n_averaged"
 # The first bytes of what torch.save writes: a zip file, or, before torch 1.6,
 # a pickled number.
 TORCH_SAVE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
@@ -24,9 +27,10 @@ TORCH_SAVE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")
 def read(path: str) -> torch_names.StateDict:
   """Reads {name: array} from a file of `torch.save`; needs torch.
 
-  Torch unpickles tensors and plain containers only, so that no file can run
-  code. The state dict may be the value of one of `WRAPPERS`; where there are
-  several, it is said which is read.
+  Torch unpickles tensors, plain containers and the arguments of training
+  scripts (argparse) only, so that no file can run code. The state dict may be
+  the value of one of `WRAPPERS`; where there are several, it is said which is
+  read.
 
   Raises:
     InputError: torch is not installed; the file is damaged, compressed or of
@@ -48,7 +52,8 @@ def read(path: str) -> torch_names.StateDict:
     )
   _check_zip(path)
   try:
-    content = torch.load(path, weights_only=True, map_location="cpu")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      content = torch.load(path, weights_only=True, map_location="cpu")
   except Exception as error:  # A damaged pickle may raise anything.
     raise _unreadable(path, error) from error
   entries = _entries(path, content, torch.Tensor)
@@ -111,7 +116,7 @@ def _entries(path: str, content: Any, tensor_type: type) -> Mapping[str, Any]:
       "tensors by name; save what model.state_dict() gives, as it is or under "
       f"the key {' or '.join(map(repr, WRAPPERS))}"
     )
-  return content
+  return {name: x for name, x in content.items() if name != COUNTER}
 
 
 def _to_numpy(path: str, name: str, tensor: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pqf_jax import finetune
@@ -34,7 +35,8 @@ def make_loss(
       there, and that part of the loss counts T^2 times.
 
   Returns:
-    A `finetune.LossFn` over batches with `image` and `label` int32 [B].
+    A `finetune.LossFn` over batches with `image` and `label` int32 [B], or of
+    any shape that logits [..., classes] have.
   """
 
   def loss_fn(
@@ -47,7 +49,7 @@ def make_loss(
       mutable=["batch_stats"],
       rngs={"dropout": key},
     )
-    targets = jax.nn.one_hot(batch["label"], logits.shape[1])
+    targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
     loss = optax.softmax_cross_entropy(logits, targets).mean()
     if share:
       taught = jax.nn.softmax(batch["teacher_logits"] / temperature)
@@ -59,13 +61,27 @@ def make_loss(
 
 
 def make_teacher(
-  apply_fn: ApplyFn, preprocess: Preprocess, variables: PyTree
+  apply_fn: ApplyFn,
+  preprocess: Preprocess,
+  variables: PyTree,
+  *,
+  mirrored: bool = False,
 ) -> Callable[[Batch], Batch]:
-  """Builds a function that adds `teacher_logits` [B, classes] to a batch."""
+  """Builds a function that adds `teacher_logits` [B, classes] to a batch.
+
+  Args:
+    apply_fn: of the teacher.
+    preprocess: as of `make_loss`.
+    variables: of the teacher.
+    mirrored: whether logits are the mean of those of an image and of its mirror
+      image.
+  """
 
   @jax.jit
   def logits(variables: PyTree, images: jax.Array) -> jax.Array:
-    return apply_fn(variables, preprocess(images), train=False)
+    views = (images, jnp.flip(images, 2)) if mirrored else (images,)
+    found = [apply_fn(variables, preprocess(x), train=False) for x in views]
+    return sum(found[1:], found[0]) / len(found)
 
   # An argument, because a constant of that size would be compiled in.
   return lambda batch: {

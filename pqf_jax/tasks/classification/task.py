@@ -1,7 +1,6 @@
 """The task object of image classification."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,12 +10,13 @@ import ml_collections
 from pqf_jax import data, errors, finetune
 from pqf_jax.models import contract as models
 from pqf_jax.runtime import distributed
-from pqf_jax.tasks import contract
+from pqf_jax.tasks import batches, contract
 from pqf_jax.tasks.classification import evaluation
 from pqf_jax.tasks.classification import loss as losses
 
 PyTree = Any
 # Convolutional networks take any size; this one suits every stem and is cheap.
+# Others have a setting `image_size`.
 SAMPLE_SIDE = 64
 # Of fewer, nearly any network has the right one among its first five.
 FEW_CLASSES = 20
@@ -29,8 +29,8 @@ class Classification:
 
   def sample(self, config: ml_collections.ConfigDict) -> tuple[jax.Array, ...]:
     """See `contract.Task`."""
-    del config
-    return (jnp.zeros((1, SAMPLE_SIDE, SAMPLE_SIDE, 3)),)
+    side = config.model.get("image_size", SAMPLE_SIDE)
+    return (jnp.zeros((1, side, side, 3)),)
 
   def check(
     self,
@@ -94,34 +94,25 @@ class Classification:
     count = evaluation.make_evaluate(infer, preprocess)
 
     def evaluate(variables: PyTree) -> dict[str, float]:
-      batches = data.eval_batches(
-        dataset, batch_size=config.eval_batch_size, **distributed.position()
-      )
-      return count(
-        distributed.replicate(variables), map(distributed.shard, batches)
-      )
+      found = batches.global_test_batches(dataset, config.eval_batch_size)
+      return count(distributed.replicate(variables), found)
 
-    def train_batches(**order: Any) -> Iterator[finetune.Batch]:
-      batches = data.train_batches(dataset, **order, **distributed.position())
-      return map(distributed.shard, batches)
-
-    def samples(
-      variables: PyTree, batch_size: int, num_batches: int, seed: int
-    ) -> list[tuple[Any, ...]]:
+    def samples(variables: PyTree, *which: int) -> list[tuple[Any, ...]]:
       del variables
-      batches = data.train_batches(
-        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
-      )
-      return [(preprocess(jnp.asarray(batch["image"])),) for batch in batches]
+      found = batches.whole_batches(dataset, *which)
+      return [(preprocess(jnp.asarray(batch["image"])),) for batch in found]
 
     return contract.LoadedTask(
       num_train=len(dataset.train),
-      train_batches=train_batches,
+      train_batches=functools.partial(batches.global_batches, dataset),
       outputs=network.apply,
       samples=samples,
       make_loss=lambda taught: _make_loss(config, network, preprocess, taught),
       make_teacher=lambda variables: losses.make_teacher(
-        infer, preprocess, distributed.replicate(variables)
+        infer,
+        preprocess,
+        distributed.replicate(variables),
+        mirrored=config.distillation.mirrored,
       ),
       evaluate=evaluate,
       pictures=lambda networks: [],
@@ -200,7 +191,7 @@ def _make_loss(
   return losses.make_loss(
     training_apply(config, network),
     preprocess,
-    **(config.distillation if taught else {}),
+    **(contract.teacher_settings(config) if taught else {}),
   )
 
 

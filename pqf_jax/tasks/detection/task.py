@@ -59,6 +59,7 @@ class Detection:
         f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
         "trains on annotated images only, so leave it empty"
       )
+    contract.refuse_mirrored(config)
     changes = data.preparation_changes(config.data)
     if changes:
       name, value = next(iter(changes.items()))
@@ -193,7 +194,7 @@ def _loss(
     functools.partial(trained.apply, method="training_outputs"),
     _raw_outputs(trained),
     axis=distributed.AXIS,
-    **(config.distillation if taught else {}),
+    **(contract.teacher_settings(config) if taught else {}),
   )
 
 

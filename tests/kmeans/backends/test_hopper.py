@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pqf_jax import kmeans
+from pqf_jax import kmeans, nvidia
 from pqf_jax.kmeans import assignment, batching, hartigan
-from pqf_jax.kmeans.backends import hopper_nearest, hopper_sums
+from pqf_jax.kmeans.backends import hopper_sums
 from pqf_jax.numerics import bf16_split, segments
 
 pytestmark = pytest.mark.skipif(
-  not hopper_nearest.is_available(), reason="needs an NVIDIA Hopper GPU"
+  not nvidia.is_available(), reason="needs an NVIDIA Hopper GPU"
 )
 
 

@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
+from pqf_jax import nvidia
 from pqf_jax.kmeans.backends import hopper_nearest, hopper_sums
 from pqf_jax.numerics import bf16_split
 from tests.kmeans import cases
 
 needs_new_jax = pytest.mark.skipif(
-  jax.__version_info__ < hopper_nearest.FIRST_JAX, reason="the kernel needs it"
+  jax.__version_info__ < nvidia.FIRST_JAX, reason="the kernel needs it"
 )
 
 
 @pytest.fixture(params=[1, 132])
 def num_processors(request, monkeypatch):
   """The processors of a GPU, many of which share few tiles."""
-  monkeypatch.setattr(hopper_nearest, "_NUM_PROCESSORS", request.param)
+  monkeypatch.setattr(nvidia, "NUM_PROCESSORS", request.param)
 
 
 def _nearest(columns, tables, layers, excluded=None):

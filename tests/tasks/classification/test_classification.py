@@ -70,6 +70,19 @@ def test_loss_mixes_labels_and_teacher(student, batch, rng, share, temperature):
   assert updated == {"batch_stats": {"seen": 1}}
 
 
+def test_a_teacher_may_look_at_mirror_images_as_well(batch, rng):
+  teacher = {"params": {"kernel": rng.normal(size=(12, CLASSES))}}
+  mirror = batch | {"image": batch["image"][:, :, ::-1]}
+  with jax.enable_x64(True):
+    taught = classification.make_teacher(
+      _apply, _identity, teacher, mirrored=True
+    )(batch)
+  np.testing.assert_allclose(
+    taught["teacher_logits"],
+    (_logits(teacher, batch) + _logits(teacher, mirror)) / 2,
+  )
+
+
 def test_a_student_equal_to_its_teacher_learns_nothing_from_it(student, batch):
   student = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), student)
   batch["image"] = batch["image"].astype(np.float32)

@@ -1,0 +1,3 @@
+"""Sentence embeddings: how near they are to those of the dense network."""
+
+from pqf_jax.tasks.embedding.task import TASK as TASK
