@@ -224,17 +224,6 @@ def train_transformer(
 RECIPES = ("paper", "best")
 
 
-def is_best(words: Collection[str]) -> bool:
-  """Returns whether a variant has the word `best`.
-
-  Raises:
-    ValueError: both words are there.
-  """
-  if {*RECIPES} <= {*words}:
-    raise ValueError(f"name one of {', '.join(RECIPES)}, not both")
-  return "best" in words
-
-
 def choose_recipe(
   config: ml_collections.ConfigDict,
   words: Collection[str],
@@ -260,7 +249,9 @@ def choose_recipe(
   Raises:
     ValueError: both words are there.
   """
-  if is_best(words):
+  if {*RECIPES} <= {*words}:
+    raise ValueError(f"name one of {', '.join(RECIPES)}, not both")
+  if "best" in words:
     config.name += "_best"
     config.target_bytes = target_bytes
     config.storage.codebook = "int8"
