@@ -6,8 +6,10 @@
 Table 1: one product, processor ms of the dense kernel / by tables / by blocks.
 
 Then a table a network. mlp: three layers of 4,096 x 4,096, D = 8, K = 256.
-Others: modules of configs/, with the blocks of their recipe for ImageNet and
-images of 224 x 224 pixels. Codes and codebooks are drawn at random. Columns:
+vit_b: ViT-B/16 of Linen's layers (benchmarks/transformers.py), D = 8, K = 256,
+the patches' kernel dense. Others: modules of configs/, with the blocks of their
+recipe for ImageNet. Images have 224 x 224 pixels. Codes and codebooks are drawn
+at random. Columns:
 
 - MB: of the variables that a call takes;
 - compile s: of the first batch, in processor seconds;
@@ -16,7 +18,9 @@ images of 224 x 224 pixels. Codes and codebooks are drawn at random. Columns:
   temporary memory.
 
 `as loaded` is the network's own function, compiled, with the variables as
-`pqf_jax.load` returns them.
+`pqf_jax.load` returns them. Below the table stands what `layer` holds at each
+batch, variables and temporary memory, and next to it the packed file + 1.2 x
+the largest kernel + the temporary memory of dense kernels.
 """
 
 from __future__ import annotations
@@ -33,10 +37,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pqf_jax
+from benchmarks import transformers
 from pqf_jax import inference
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
+from pqf_jax.inference import products
 from pqf_jax.pipeline import job as jobs
+from pqf_jax.pipeline import planning
 
 PyTree = Any
 
@@ -59,11 +67,13 @@ class Network(NamedTuple):
     apply_fn: (variables, inputs) -> outputs.
     variables: with compressed kernels.
     sample: the shape of one input.
+    plan: which kernels are compressed, and how.
   """
 
   apply_fn: Callable[[PyTree, jax.Array], jax.Array]
   variables: PyTree
   sample: tuple[int, ...]
+  plan: plans.CompressionPlan
 
 
 def main() -> None:
@@ -81,7 +91,8 @@ def main() -> None:
   print(jax.devices()[0].device_kind)
   _print_products(options.products, options.batches, options.repeats)
   for name in options.networks:
-    network = _mlp() if name == "mlp" else _from_recipe(name)
+    made = {"mlp": _mlp, "vit_b": _vit}.get(name)
+    network = made() if made else _from_recipe(name)
     _print_table(name, network, options.batches, options.repeats)
 
 
@@ -96,15 +107,15 @@ def _print_products(
     codes = rng.integers(0, num_codes, (c_in // length, c_out))
     codebook = rng.standard_normal((num_codes, length), np.float32)
     dense = jnp.array(codebook[codes].transpose(0, 2, 1).reshape(c_in, c_out))
-    codes = jnp.array(codes, vq_array.code_dtype(num_codes))
+    joined = products.join_codes(codes, num_codes)
     cells = []
     for batch in batches:
       x = jnp.ones((batch, c_in))
       calls = {"dense": _compile(jnp.matmul, x, dense)}
       for name, crossover in (("tables", batch), ("blocks", 0)):
         calls[name] = _compile(
-          functools.partial(inference.product, crossover=crossover),
-          *(x, jnp.array(codebook), codes),
+          functools.partial(products.product_of_joined, crossover=crossover),
+          *(x, jnp.array(codebook), joined),
         )
       times = _milliseconds(calls, repeats).values()
       cells.append(" / ".join(f"{used:.2f}" for _, used in times))
@@ -123,40 +134,55 @@ def _print_table(
 ) -> None:
   forms = _forms(network)
   cells = {form: [f"{_bytes(v) / 1e6:.1f}"] for form, (_, v) in forms.items()}
+  held = []
   for batch in batches:
     inputs = jnp.ones((batch, *network.sample))
     calls: dict[str, Callable[[], jax.Array]] = {}
+    temporary: dict[str, int] = {}
     for form, (apply_fn, variables) in forms.items():
       start = time.process_time()
       compiled = jax.jit(apply_fn).lower(variables, inputs).compile()
       if batch == batches[0]:
         cells[form].append(f"{time.process_time() - start:.1f}")
-      temporary = compiled.memory_analysis().temp_size_in_bytes
-      cells[form].append(f"{temporary / 1e6:.1f}")
+      temporary[form] = compiled.memory_analysis().temp_size_in_bytes
+      cells[form].append(f"{temporary[form] / 1e6:.1f}")
       calls[form] = lambda run=compiled, v=variables, x=inputs: run(v, x)
     for form, (wall, used) in _milliseconds(calls, repeats).items():
       cells[form].insert(-1, f"{wall:.2f} / {used:.2f}")
+    layer = _bytes(forms["layer"].variables) + temporary["layer"]
+    bound = _least_bytes(network) + temporary["dense float32"]
+    held.append(f"{batch}: {layer / 1e6:.1f} and {bound / 1e6:.1f} MB")
   print(f"\n| {name} | MB | compile s |", end="")
   for batch in batches:
     print(f" batch {batch}: wall / processor ms | temporary MB |", end="")
   print("\n" + "|---" * (3 + 2 * len(batches)) + "|")
   for form, row in cells.items():
     print("| " + " | ".join([form, *row]) + " |", flush=True)
+  print("\nlayer holds at batch", ", ".join(held), flush=True)
 
 
-def _forms(network: Network) -> dict[str, tuple[Callable[..., Any], PyTree]]:
+def _least_bytes(network: Network) -> float:
+  """Returns the bytes of the packed file, and 1.2 times the largest kernel."""
+  leaves = trees.flatten(network.variables, vq_array.is_vq)
+  size = plans.predict_size(network.plan, network.variables)
+  largest = max(leaves[path].size for path in network.plan)
+  return size.payload_bytes + 1.2 * 4 * largest
+
+
+def _forms(network: Network) -> dict[str, inference.Applied]:
   """Returns {name: (function, its variables)}."""
-  apply_fn, variables, _ = network
-  made = {"dense float32": (apply_fn, vq_array.decode_params(variables))}
-  half = jax.tree.map(_halved, made["dense float32"][1])
+  apply_fn, variables, *_ = network
+  dense = vq_array.decode_params(variables)
+  made = {"dense float32": inference.Applied(apply_fn, dense)}
+  half = jax.tree.map(_halved, dense)
 
   def apply_half(variables: PyTree, inputs: jax.Array) -> jax.Array:
     return apply_fn(variables, inputs.astype(jnp.bfloat16))
 
-  made["dense bfloat16"] = (apply_half, half)
-  made["as loaded"] = (apply_fn, variables)
+  made["dense bfloat16"] = inference.Applied(apply_half, half)
+  made["as loaded"] = inference.Applied(apply_fn, variables)
   for form in ("layer", "fused", "auto"):
-    made[form] = tuple(inference.make_apply(apply_fn, variables, form))
+    made[form] = inference.make_apply(apply_fn, variables, form)
   return made
 
 
@@ -205,18 +231,35 @@ def _mlp() -> Network:
       x = jax.nn.relu(x @ variables[name]["kernel"][...])
     return x
 
-  return Network(apply_fn, trees.nest(_draw(plan, shapes)), (size,))
+  return Network(apply_fn, trees.nest(_draw(plan, shapes)), (size,), plan)
+
+
+def _vit() -> Network:
+  network, sample = transformers.ViT(), (224, 224, 3)
+  images = jnp.zeros((1, *sample))
+  template = jax.eval_shape(network.init, jax.random.key(0), images)
+  rules = [
+    plans.Rule(".*/(patches/kernel|positions)", None),
+    plans.Rule(".*", 256, 8),
+  ]
+  kernels = pqf_jax.find_kernels(network.apply, template, images)
+  plan = plans.make_plan(rules, template, kernels)
+  return Network(network.apply, _fill(plan, template), sample, plan)
 
 
 def _from_recipe(name: str) -> Network:
   recipe = importlib.import_module(f"configs.{name}")
   config = recipe.get_config("imagenet2012")
   network, template = jobs.build_network(config)
+  plan = planning.make_plan(config, network, template)
+  return Network(network.apply, _fill(plan, template), (224, 224, 3), plan)
+
+
+def _fill(plan: plans.CompressionPlan, template: PyTree) -> PyTree:
+  """Returns variables of these shapes: random kernels, and ones."""
   shapes = {path: leaf.shape for path, leaf in trees.flatten(template).items()}
   dense = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), template)
-  plan = jobs.make_plan(config, network, template)
-  variables = trees.replace(dense, _draw(plan, shapes))
-  return Network(network.apply, variables, (224, 224, 3))
+  return trees.replace(dense, _draw(plan, shapes))
 
 
 def _draw(

@@ -7,9 +7,9 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from pqf_jax.core import blocks, trees, vq_array
+from pqf_jax.inference import order, products
 
 
 class Kernel(struct.PyTreeNode):
@@ -17,10 +17,11 @@ class Kernel(struct.PyTreeNode):
 
   Attributes:
     codebook: [K, D] float; axes of stacked layers as in a `VQArray`.
-    codes: [C_out, M], or [M, C_out] if `by_position`; and the same axes.
+    codes: [C_out, M], or [N, C_out] if `joined`; and the same axes.
     layer_shape: the dense shape of one layer (static).
     spec: the layout of its sub-vectors (static).
-    by_position: whether products are made straight from the codes (static).
+    joined: whether products are made straight from the codes, which then lie as
+      `products.join_codes` returns them (static).
     then: what the program does to the dense kernel alone, in this order, such
       as a reshape (static).
     dtype: what the program casts the weights to; None: as the codebook is
@@ -31,7 +32,7 @@ class Kernel(struct.PyTreeNode):
   codes: trees.Array
   layer_shape: tuple[int, ...] = struct.field(pytree_node=False)
   spec: blocks.BlockSpec = struct.field(pytree_node=False)
-  by_position: bool = struct.field(pytree_node=False, default=False)
+  joined: bool = struct.field(pytree_node=False, default=False)
   then: tuple[Callable[[jax.Array], jax.Array], ...] = struct.field(
     pytree_node=False, default=()
   )
@@ -50,7 +51,13 @@ class Kernel(struct.PyTreeNode):
     kernel = vq_array.VQArray(
       self.weights, self.codes, self.layer_shape, self.spec
     )
-    return _swap_codes(kernel) if self.by_position else kernel
+    if not self.joined:
+      return kernel
+    _, num_positions, _ = self.spec.layout(self.layer_shape)
+    axes = _code_axes(kernel)
+    num_codes = self.codebook.shape[axes[0]]
+    codes = products.split_codes(self.codes, num_codes, num_positions, axes[0])
+    return kernel.replace(codes=jnp.swapaxes(codes, *axes))
 
   @property
   def in_axes(self) -> tuple[int, ...]:
@@ -86,8 +93,7 @@ class Kernel(struct.PyTreeNode):
     """
     codes = self.codes
     for other in others:
-      zero = _zero_after(lax.stop_gradient(other))
-      codes = codes + zero.astype(codes.dtype)
+      codes = codes + order.zero_after(other, codes).astype(codes.dtype)
     dense = self.replace(codes=codes).vq.decode()
     for change in self.then:
       dense = change(dense)
@@ -146,34 +152,17 @@ def defer(kernel: vq_array.VQArray) -> Kernel:
 
 
 def arrange(kernel: vq_array.VQArray) -> Kernel:
-  """Returns a kernel with its codes by position, if it has no taps."""
+  """Returns a kernel with its codes joined, if it has no taps."""
   _, _, length = kernel.spec.layout(kernel.kernel_shape)
   if length != kernel.spec.channels:
     return defer(kernel)
-  return defer(_swap_codes(kernel)).replace(by_position=True)
+  axes = _code_axes(kernel)
+  num_codes = kernel.codebook.shape[axes[0]]
+  codes = jnp.swapaxes(kernel.codes, *axes)
+  joined = products.join_codes(codes, num_codes, axes[0])
+  return defer(kernel).replace(codes=joined, joined=True)
 
 
-def _swap_codes(kernel: vq_array.VQArray) -> vq_array.VQArray:
-  """Swaps the axes C_out and M of the codes."""
-  stacked = kernel.stack_axes
-  axes = [axis for axis in range(kernel.codes.ndim) if axis not in stacked]
-  return kernel.replace(codes=jnp.swapaxes(kernel.codes, *axes))
-
-
-@jax.custom_batching.custom_vmap
-def _zero_after(value: jax.Array) -> jax.Array:
-  """Returns 0 once a value is computed, which compilers do not foresee."""
-  first = value.reshape(-1)[0].astype(jnp.float32)
-  bits = lax.bitcast_convert_type(first, jnp.uint32)
-  return lax.shift_right_logical(
-    lax.shift_right_logical(bits, jnp.uint32(16)), jnp.uint32(16)
-  )
-
-
-@_zero_after.def_vmap
-def _zero_after_all(
-  axis_size: int, in_batched: list[bool], values: jax.Array
-) -> tuple[jax.Array, bool]:
-  # One kernel serves all examples of a batch.
-  del axis_size, in_batched
-  return _zero_after(values), False
+def _code_axes(kernel: vq_array.VQArray) -> list[int]:
+  """Returns the two axes of the codes that are none of stacked layers."""
+  return [a for a in range(kernel.codes.ndim) if a not in kernel.stack_axes]

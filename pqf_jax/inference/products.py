@@ -1,8 +1,9 @@
 """Products of activations with a kernel that stays codebook and codes.
 
 Axis letters: B rows of activations, C_in = M * D input channels, C_out output
-channels, K codewords of length D. The codes lie position by position, [M,
-C_out], so that a loop over the M positions reads them in order.
+channels, K codewords of length D. The codes are joined: 32 bits hold those that
+an output has at several positions, side by side, [N, C_out], so that a loop
+over the N reads them in order, and one read brings several.
 
 Both forms loop over groups of positions and never hold the kernel:
 
@@ -23,17 +24,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from pqf_jax import errors, nvidia
-from pqf_jax.core import trees
-from pqf_jax.inference import hopper
+from pqf_jax.core import trees, vq_array
+from pqf_jax.inference import hopper, order
 
 # The most numbers that tables may hold to serve better than blocks, on a CPU;
 # docs/inference.md has the measured times.
 _MOST_TABLES = 2**21
 
-# Entries that a step of each loop adds or decodes: enough for XLA to share them
-# among the cores, and few enough for their caches.
-_TABLE_ENTRIES = 2**17
+# Sums that a step of each loop adds to, and entries that it decodes: enough for
+# XLA to share them among the cores, and few enough for their caches.
+_TABLE_SUMS = 2**17
 _BLOCK_ENTRIES = 2**20
+
+_Group = tuple[jax.Array, jax.Array]
 
 
 def product(
@@ -47,6 +50,9 @@ def product(
   dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
   """Returns `inputs @ kernel`, [B, C_out], summed in float32 (or float64).
+
+  The codes are joined at each call, which costs about a reading of them;
+  `make_apply` joins those of a network once.
 
   Args:
     inputs: [B, C_in] float.
@@ -64,7 +70,7 @@ def product(
     InputError: the codebook and codes are of another number of inputs, or the
       inputs are complex.
   """
-  (num_positions, c_out), length = codes.shape, codebook.shape[1]
+  num_positions, length = codes.shape[0], codebook.shape[1]
   if inputs.shape[1] != num_positions * length:
     raise errors.InputError(
       f"inputs have shape {inputs.shape}, but codes of shape {codes.shape} and "
@@ -75,23 +81,46 @@ def product(
     raise errors.InputError(
       f"inputs are of type {inputs.dtype}; multiply inputs.real and inputs.imag"
     )
+  return product_of_joined(
+    inputs,
+    codebook,
+    join_codes(codes, codebook.shape[0]),
+    crossover=crossover,
+    precision=precision,
+    weight_dtype=weight_dtype,
+    dtype=dtype,
+  )
+
+
+def product_of_joined(
+  inputs: jax.Array,
+  codebook: trees.Array,
+  joined: trees.Array,
+  *,
+  crossover: int | None = None,
+  precision: lax.PrecisionLike = None,
+  weight_dtype: jax.typing.DTypeLike | None = None,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+  """Returns `product` with the codes as `join_codes` returns them."""
+  num_rows, c_in = inputs.shape
   weight_dtype = jnp.dtype(weight_dtype or codebook.dtype)
   is_wide = jnp.float64 in (inputs.dtype, weight_dtype)
   sum_dtype = jnp.float64 if is_wide else jnp.float32
   dtype = jnp.dtype(dtype or sum_dtype)
-  if not inputs.shape[0]:
-    return jnp.zeros((0, c_out), dtype)
-  most_rows = most_by_tables(codebook, codes, crossover)
-  form = _by_tables if inputs.shape[0] <= most_rows else _by_blocks
+  if not num_rows:
+    return jnp.zeros((0, joined.shape[1]), dtype)
+  most_rows = most_by_tables(codebook, c_in // codebook.shape[1], crossover)
+  form = _by_tables if num_rows <= most_rows else _by_blocks
 
   def plain(
-    inputs: jax.Array, codebook: jax.Array, codes: jax.Array
+    inputs: jax.Array, codebook: jax.Array, joined: jax.Array
   ) -> jax.Array:
     weights = codebook.astype(weight_dtype).astype(sum_dtype)
-    sums = form(inputs.astype(sum_dtype), weights, codes, precision)
+    sums = form(inputs.astype(sum_dtype), weights, joined, precision)
     return sums.astype(dtype)
 
-  operands = inputs, jnp.asarray(codebook), jnp.asarray(codes)
+  operands = inputs, jnp.asarray(codebook), jnp.asarray(joined)
   if not nvidia.is_available():
     return plain(*operands)
   decoded = functools.partial(
@@ -106,7 +135,7 @@ def product(
     default=plain,
   )
   is_bfloat16 = weight_dtype == jnp.bfloat16
-  is_few = crossover is None or inputs.shape[0] <= crossover
+  is_few = crossover is None or num_rows <= crossover
   plan = hopper.make_plan(*operands, dtype) if is_bfloat16 and is_few else None
   if plan is None:
     return by_xla(*operands)
@@ -120,14 +149,16 @@ def product(
 def _decoded(
   inputs: jax.Array,
   codebook: jax.Array,
-  codes: jax.Array,
+  joined: jax.Array,
   *,
   precision: lax.PrecisionLike,
   weight_dtype: jnp.dtype,
   sum_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
   """Decodes the kernel once the inputs are there, and multiplies by it."""
-  inputs, codes = lax.optimization_barrier((inputs, codes))
+  inputs, joined = lax.optimization_barrier((inputs, joined))
+  num_codes, length = codebook.shape
+  codes = split_codes(joined, num_codes, inputs.shape[1] // length)
   weights = jnp.take(codebook.astype(weight_dtype), codes, axis=0, mode="clip")
   kernel = weights.transpose(0, 2, 1).reshape(-1, codes.shape[1])
   both = weight_dtype if inputs.dtype == weight_dtype else sum_dtype
@@ -150,76 +181,138 @@ def _with_gradient(
 
 
 def most_by_tables(
-  codebook: trees.Array, codes: trees.Array, crossover: int | None
+  codebook: trees.Array, num_positions: int, crossover: int | None
 ) -> int:
   """Returns the most rows that `product` multiplies by tables."""
   if crossover is not None:
     return crossover
   num_codes, length = codebook.shape
-  return min(length, _MOST_TABLES // (codes.shape[0] * num_codes))
+  return min(length, _MOST_TABLES // (num_positions * num_codes))
+
+
+@functools.partial(jax.jit, static_argnames=("num_codes", "axis"))
+def join_codes(codes: trees.Array, num_codes: int, axis: int = 0) -> jax.Array:
+  """Returns codes side by side in 32 bits, as many as fit: [N, C_out] uint32.
+
+  Args:
+    codes: [M, C_out] integer below K, or with more axes.
+    num_codes: K.
+    axis: that of M, or N.
+  """
+  each = _codes_side_by_side(num_codes)
+  codes = jnp.asarray(codes, jnp.uint32)
+  ends = [(0, 0)] * codes.ndim
+  ends[axis] = (0, -codes.shape[axis] % each)
+  codes = jnp.pad(codes, ends)
+  groups = codes.reshape(
+    *codes.shape[:axis], -1, each, *codes.shape[axis + 1 :]
+  )
+  parts = jnp.unstack(groups, axis=axis + 1)
+  return sum(
+    (part << (32 // each * i) for i, part in enumerate(parts[1:], 1)), parts[0]
+  )
+
+
+def split_codes(
+  joined: trees.Array, num_codes: int, num_positions: int, axis: int = 0
+) -> jax.Array:
+  """Returns the codes [M, C_out] of `join_codes`, in their smallest type."""
+  each = _codes_side_by_side(num_codes)
+  shape = joined.shape
+  places = lax.broadcasted_iota(
+    jnp.int32, (*shape[: axis + 1], each, *shape[axis + 1 :]), axis + 1
+  )
+  codes = _code_at(places, jnp.expand_dims(joined, axis + 1), each)
+  codes = codes.astype(vq_array.code_dtype(num_codes))
+  codes = codes.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+  return lax.slice_in_dim(codes, 0, num_positions, axis=axis)
+
+
+def _codes_side_by_side(num_codes: int) -> int:
+  return 4 // vq_array.code_dtype(num_codes).itemsize
+
+
+def _code_at(
+  places: jax.Array | int, joined: jax.Array, each: int
+) -> jax.Array:
+  """Returns the codes that lie at these places of their 32 bits."""
+  bits = 32 // each
+  shifts = jnp.asarray(bits * places, jnp.uint32)
+  return (joined >> shifts) & jnp.uint32(2**bits - 1)
 
 
 def _by_tables(
   inputs: jax.Array,
   codebook: jax.Array,
-  codes: jax.Array,
+  joined: jax.Array,
   precision: lax.PrecisionLike,
 ) -> jax.Array:
-  (num_rows, _), (num_codes, length) = inputs.shape, codebook.shape
-  num_positions, c_out = codes.shape
-  vectors = inputs.reshape(num_rows * num_positions, length)
+  (num_rows, c_in), (num_codes, length) = inputs.shape, codebook.shape
+  num_joined, c_out = joined.shape
+  each = _codes_side_by_side(num_codes)
+  size = _group_size(num_joined, num_rows * c_out, _TABLE_SUMS)
+  # The last 32 bits may hold positions that the kernel lacks.
+  inputs = jnp.pad(inputs, ((0, 0), (0, num_joined * each * length - c_in)))
+  # Inputs are put in the order of the loop, since tables are larger.
+  vectors = inputs.reshape(num_rows, -1, size, each, length)
+  vectors = vectors.transpose(1, 3, 2, 0, 4).reshape(-1, length)
   tables = jnp.matmul(vectors, codebook.T, precision=precision)
-  pairs = _to_pairs(tables.reshape(num_rows, -1))
-  num_pairs = len(pairs)
-  size = _group_size(num_positions, num_pairs * c_out, _TABLE_ENTRIES)
-  tables = jnp.moveaxis(pairs.reshape(num_pairs, -1, size, num_codes), 0, 2)
 
-  def add(
-    sums: jax.Array, group: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, None]:
-    return sums + _pick(*group), None
+  def add(sums: jax.Array, group: _Group) -> tuple[jax.Array, None]:
+    tables, joined = group
+    picked = (_pick(tables[i], _code_at(i, joined, each)) for i in range(each))
+    return sum(picked, sums), None
 
   sums, _ = lax.scan(
     add,
-    jnp.zeros((size * num_pairs, c_out), pairs.dtype),
+    _sums((size * num_rows, c_out), inputs, joined),
     (
-      tables.reshape(-1, size * num_pairs, num_codes),
-      codes.reshape(-1, size, c_out),
+      tables.reshape(-1, each, size * num_rows, num_codes),
+      joined.reshape(-1, size, c_out),
     ),
   )
-  return _add_up(sums.reshape(size, num_pairs, c_out))[:num_rows]
+  # As a product: XLA's sums over a first axis are slower.
+  sums = sums.reshape(size, num_rows, c_out)
+  return jnp.tensordot(
+    jnp.ones(size, sums.dtype), sums, 1, precision=lax.Precision.HIGHEST
+  )
 
 
 def _by_blocks(
   inputs: jax.Array,
   codebook: jax.Array,
-  codes: jax.Array,
+  joined: jax.Array,
   precision: lax.PrecisionLike,
 ) -> jax.Array:
-  num_rows, length = inputs.shape[0], codebook.shape[1]
+  (num_rows, c_in), (num_codes, length) = inputs.shape, codebook.shape
+  # Without the zero they would be split for all layers at once.
+  joined = joined + order.zero_after(inputs, joined)
+  codes = split_codes(joined, num_codes, c_in // length)
   num_positions, c_out = codes.shape
-  # Several steps also of small kernels: the block of a single one would not
-  # depend on the inputs, and be decoded together with those of all layers.
-  entries = min(_BLOCK_ENTRIES, codes.size * length // 4)
-  size = _group_size(num_positions, length * c_out, entries)
+  size = _group_size(num_positions, length * c_out, _BLOCK_ENTRIES)
   columns = jnp.tile(codebook.T, (size, 1))
 
-  def add(
-    sums: jax.Array, group: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, None]:
+  def add(sums: jax.Array, group: _Group) -> tuple[jax.Array, None]:
     inputs, codes = group
     block = _pick(columns, codes)
     return sums + jnp.matmul(inputs, block, precision=precision), None
 
   sums, _ = lax.scan(
     add,
-    jnp.zeros((num_rows, c_out), inputs.dtype),
+    _sums((num_rows, c_out), inputs, joined),
     (
       jnp.moveaxis(inputs.reshape(num_rows, -1, size * length), 1, 0),
       codes.reshape(-1, size, c_out),
     ),
   )
   return sums
+
+
+def _sums(
+  shape: tuple[int, int], inputs: jax.Array, joined: jax.Array
+) -> jax.Array:
+  """Returns zeros that take no memory before the inputs are computed."""
+  return jnp.full(shape, order.zero_after(inputs, joined), inputs.dtype)
 
 
 def _pick(tables: jax.Array, codes: jax.Array) -> jax.Array:
@@ -237,28 +330,7 @@ def _pick(tables: jax.Array, codes: jax.Array) -> jax.Array:
   )
 
 
-def _group_size(num_positions: int, entries: int, target: int) -> int:
-  """Returns the positions of a step: the most that divide M, up to a target."""
-  most = max(1, min(num_positions, target // entries))
-  return next(n for n in range(most, 0, -1) if num_positions % n == 0)
-
-
-def _to_pairs(rows: jax.Array) -> jax.Array:
-  """Joins two rows as one of complex numbers: one gather serves both."""
-  if len(rows) == 1:
-    return rows
-  rows = jnp.pad(rows, ((0, len(rows) % 2), (0, 0)))
-  return lax.complex(rows[0::2], rows[1::2])
-
-
-def _add_up(pairs: jax.Array) -> jax.Array:
-  """Returns the rows of pairs [size, P, C_out], summed over the first axis."""
-  parts = (pairs.real, pairs.imag) if jnp.iscomplexobj(pairs) else (pairs,)
-  # As a product: XLA's sums over a first axis are slower. Of real numbers, so
-  # that an infinity stays in its row.
-  ones = jnp.ones(len(pairs), parts[0].dtype)
-  sums = [
-    jnp.tensordot(ones, part, 1, precision=lax.Precision.HIGHEST)
-    for part in parts
-  ]
-  return jnp.stack(sums, axis=1).reshape(-1, pairs.shape[-1])
+def _group_size(num_rows: int, entries: int, target: int) -> int:
+  """Returns the rows of a step: the most that divide all, up to a target."""
+  most = max(1, min(num_rows, target // entries))
+  return next(n for n in range(most, 0, -1) if num_rows % n == 0)

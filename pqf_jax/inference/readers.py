@@ -23,7 +23,7 @@ def matrix_product(
   kernel, inputs = operands[place], operands[1 - place]
   contracted, batch = eqn.params["dimension_numbers"]
   summed = dict(zip(contracted[place], contracted[1 - place], strict=True))
-  if any(map(len, batch)) or not kernel.is_matrix or not kernel.by_position:
+  if any(map(len, batch)) or not kernel.is_matrix or not kernel.joined:
     return None
   if not _are_floats(inputs, kernel.weights):
     return None
@@ -56,7 +56,7 @@ def convolution(
   params, numbers = eqn.params, eqn.params["dimension_numbers"]
   out_axis, in_axis, *spatial = numbers.rhs_spec
   is_pointwise = (
-    kernel.by_position
+    kernel.joined
     and _are_floats(inputs, kernel.weights)
     and (in_axis,) == kernel.in_axes
     and (out_axis,) == kernel.out_axes
@@ -70,7 +70,8 @@ def convolution(
   images = inputs.transpose(numbers.lhs_spec)  # [images, channels, ...]
   strides = tuple(slice(None, None, s) for s in params["window_strides"])
   rows = jnp.moveaxis(images[(..., *strides)], 1, -1)
-  most_rows = products.most_by_tables(kernel.codebook, kernel.codes, crossover)
+  num_positions = rows.shape[-1] // kernel.codebook.shape[1]
+  most_rows = products.most_by_tables(kernel.codebook, num_positions, crossover)
   if math.prod(rows.shape[:-1]) > most_rows:
     return None
   outputs = jnp.moveaxis(_multiply(eqn, rows, kernel, crossover), -1, 1)
@@ -101,8 +102,10 @@ def rows_of_table(
   if not is_rows:
     return None
   chosen = indices[..., 0]
-  if table.by_position:
+  if table.joined:
     codes = jnp.take(table.codes, chosen, axis=1, mode="clip")
+    (num_codes, length) = table.codebook.shape
+    codes = products.split_codes(codes, num_codes, width // length)
     codes = jnp.moveaxis(codes, 0, -1)
   else:
     codes = jnp.take(table.codes, chosen, axis=0, mode="clip")
@@ -142,7 +145,7 @@ def _multiply(
   num_free = inputs.ndim - len(kernel.in_axes)
   free, summed = inputs.shape[:num_free], inputs.shape[num_free:]
   shape = [kernel.layer_shape[axis] for axis in kernel.out_axes]
-  outputs = products.product(
+  outputs = products.product_of_joined(
     inputs.reshape(math.prod(free), math.prod(summed)),
     kernel.codebook,
     kernel.codes,

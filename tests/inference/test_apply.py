@@ -366,6 +366,29 @@ def test_memory_is_that_of_one_kernel(num_rows):
     assert held < 1.5 * kernel_bytes, form
 
 
+def test_activations_take_no_more_memory_than_with_dense_kernels():
+  """What an activation was computed of is not held until the next kernel."""
+  size, depth, num_rows = 64, 6, 2048
+  variables = {
+    str(i): coded.make_kernel(i, (size, size), num_codes=16, channels=8)
+    for i in range(depth)
+  }
+
+  def apply_fn(variables, x):
+    for i in range(depth):
+      x = nn.gelu(x @ variables[str(i)][...])
+    return x
+
+  x = jnp.ones((num_rows, size))
+  held = {
+    form: _temporary_bytes(inference.make_apply(apply_fn, variables, form), x)
+    for form in ("dense", "layer", "fused")
+  }
+  kernel_bytes, activation_bytes = 4 * size**2, 4 * num_rows * size
+  assert held["layer"] <= held["dense"] + 1.2 * kernel_bytes
+  assert held["fused"] <= held["dense"] + 1.05 * activation_bytes
+
+
 def test_auto_fuses_large_matrices_only(monkeypatch):
   monkeypatch.setattr(apply, "LARGE", 200)
   shapes = {"large": (20, 12), "small": (12, 12), "taps": (1, 1, 12, 20)}

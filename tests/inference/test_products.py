@@ -58,11 +58,26 @@ def test_products_are_those_of_the_dense_kernel(
   _check(got, inputs, codebook, codes)
 
 
+@pytest.mark.parametrize("num_codes", [1, 256, 257, 2**16, 2**16 + 1])
+@pytest.mark.parametrize("num_positions", [1, 4, 7])
+def test_codes_come_apart_as_they_were_joined(num_codes, num_positions):
+  rng = np.random.default_rng(0)
+  codes = rng.integers(0, num_codes, (num_positions, 2, 5))
+  codes[-1] = num_codes - 1
+  for axis in (0, 1):
+    expected = np.moveaxis(codes, 0, axis)
+    joined = products.join_codes(expected, num_codes, axis)
+    each = 4 // np.min_scalar_type(num_codes - 1).itemsize
+    assert joined.shape[axis] == -(-num_positions // each)
+    got = products.split_codes(joined, num_codes, num_positions, axis)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("crossover", FORMS)
 @pytest.mark.parametrize("num_positions", [211, 240])
 def test_loops_of_several_steps(crossover, num_positions, monkeypatch):
   """A prime number of positions leaves one to a step."""
-  monkeypatch.setattr(products, "_TABLE_ENTRIES", 2**8)
+  monkeypatch.setattr(products, "_TABLE_SUMS", 2**8)
   monkeypatch.setattr(products, "_BLOCK_ENTRIES", 2**10)
   inputs, codebook, codes = _case(0, 3, num_positions, 4, 20, 16)
   got = jax.jit(products.product, static_argnames="crossover")(
