@@ -24,7 +24,6 @@ from jax import lax
 
 from pqf_jax import errors, nvidia
 from pqf_jax.core import trees
-from pqf_jax.inference import hopper
 
 # The most numbers that tables may hold to serve better than blocks, on a CPU;
 # docs/inference.md has the measured times.
@@ -94,6 +93,9 @@ def product(
   operands = inputs, jnp.asarray(codebook), jnp.asarray(codes)
   if not nvidia.is_available():
     return plain(*operands)
+  # Importing it takes 0.25 s, for which others have no use.
+  from pqf_jax.inference import hopper
+
   decoded = functools.partial(
     _decoded,
     precision=precision,
