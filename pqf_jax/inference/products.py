@@ -25,7 +25,7 @@ from jax import lax
 
 from pqf_jax import errors, nvidia
 from pqf_jax.core import trees, vq_array
-from pqf_jax.inference import hopper, order
+from pqf_jax.inference import order
 
 # The most numbers that tables may hold to serve better than blocks, on a CPU;
 # docs/inference.md has the measured times.
@@ -123,6 +123,9 @@ def product_of_joined(
   operands = inputs, jnp.asarray(codebook), jnp.asarray(joined)
   if not nvidia.is_available():
     return plain(*operands)
+  # Importing it takes 0.25 s, for which others have no use.
+  from pqf_jax.inference import hopper
+
   decoded = functools.partial(
     _decoded,
     precision=precision,

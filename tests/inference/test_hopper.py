@@ -59,6 +59,7 @@ def _join(codes, joined):
     ((16, 41, 80, 16, 4), "bfloat16", "float32", (16, 4, 1, 16, 3, 1)),
     ((2, 19, 36, 16, 16), "float32", "bfloat16", (4, 4, 1, 2, 1, 1)),
     ((9, 40, 36, 16, 8), "float32", "float32", (4, 4, 1, 8, 1, 4)),
+    ((9, 40, 36, 16, 4), "float32", "float32", (4, 4, 1, 16, 1, 4)),
     ((2, 36, 40, 300, 4), "float32", "float32", (8, 4, 2, 1, 2, 2)),
   ],
 )
@@ -161,6 +162,22 @@ def test_it_is_compiled_for_hopper_alone(monkeypatch, num_rows, length):
       text[has_kernel, platform] = lowered.as_text()
   has_kernel = {key: "mosaic_gpu" in value for key, value in text.items()}
   assert [key for key, value in has_kernel.items() if value] == [(True, "cuda")]
+
+
+@needs_new_jax
+def test_examples_of_vmap_have_it_and_gradients_do_not(monkeypatch):
+  monkeypatch.setattr(nvidia, "is_available", lambda: True)
+  inputs, codebook, codes = _case(2, 8, 8, 16, 8)
+
+  def run(inputs):
+    return products.product(inputs, codebook, codes, weight_dtype="bfloat16")
+
+  def lower(function, *arrays):
+    traced = jax.jit(function).trace(*arrays)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+  assert "mosaic_gpu" in lower(jax.vmap(run), inputs[None])
+  assert "mosaic_gpu" not in lower(jax.grad(lambda x: run(x).sum()), inputs)
 
 
 # Beside a GPU the CPU's program keeps its bits, and gradients go another way.
