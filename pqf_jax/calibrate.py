@@ -112,7 +112,15 @@ def calibrate_params(
         _match(run, together, read)
     for operation in together:
       run.streams.run(operation)
-  return trees.replace(dense, run.leaves), found
+  before = trees.flatten(quantized, vq_array.is_vq)
+  return trees.replace(dense, jax.tree.map(_place, run.leaves, before)), found
+
+
+def _place(leaf: trees.Array, before: trees.Array) -> trees.Array:
+  """Returns a leaf on the devices over which it was spread, if it was."""
+  if isinstance(before, jax.Array) and len(before.devices()) > 1:
+    return jax.device_put(leaf, before.sharding)
+  return leaf
 
 
 def check_samples(

@@ -165,13 +165,21 @@ def _reorder(
   axes: channels.ChannelAxes,
   permutations: channels.Permutations,
 ) -> PyTree:
-  """Applies the permutations on the host, where nothing is compiled."""
+  """Applies the permutations on the host, where nothing is compiled.
+
+  One leaf at a time is there, and returns to where it was.
+  """
   flat = trees.flatten(variables)
-  host = jax.device_get({path: flat[path] for path in axes})
-  moved = channels.apply_permutations(host, axes, permutations)
-  for path in axes:
+  moved = {}
+  for path, row in axes.items():
+    leaf = flat[path]
+    groups = {axis.group for dim in row for axis in channels.segments(dim)}
+    own = {name: permutations[name] for name in groups & permutations.keys()}
+    if own:
+      host = {path: jax.device_get(leaf)}
+      leaf = channels.apply_permutations(host, {path: row}, own)[path]
     place = getattr(flat[path], "sharding", None)
-    moved[path] = jax.device_put(moved[path], place)
+    moved[path] = jax.device_put(leaf, place)
   return trees.replace(variables, moved)
 
 

@@ -2,8 +2,9 @@
 
 import functools
 import math
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import sharding
 from pqf_jax import errors, kmeans
 from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
+from pqf_jax.kmeans import batching, devices
 
 PyTree = Any
 
@@ -56,20 +58,23 @@ def quantize_params(
 
   Section 3.3 of arXiv 2010.15703 (SR-C). A layer's result depends on the key,
   its path, its place in a stack and its weights only, not on the other layers.
-  Layers with the same (D, K, steps) run as one program; programs are compiled
-  side by side.
+  Layers with the same (D, K, steps) run as one program, up to 2^25 weights of
+  them; programs are compiled side by side. Where several such batches have the
+  same shapes, each device takes one, and all run one compiled program.
 
   Args:
     key: random number generator key, consumed.
     variables: dense variable tree.
     plan: which kernels, and how.
     annealed: False runs plain k-means (Lloyd), for comparison.
-    mesh: devices of this process over which a layer of more than 2^25 weights
-      is spread, with the same result; smaller layers run on one device.
+    mesh: devices of this process that share the work, with the same result: a
+      layer of more than 2^25 weights is spread over them. None: the devices
+      over which the kernels are spread, or else one.
     on_layer: called once for each layer, for progress.
 
   Returns:
-    (variables with `VQArray`s, {path: LayerSummary}).
+    (variables with `VQArray`s, {path: LayerSummary}). The codes of a kernel
+    that is sharded are sharded along C_out, over the same axes of its mesh.
 
   Raises:
     InputError: weights that are NaN, infinite, or all too small or too large
@@ -87,7 +92,12 @@ def quantize_params(
     ]
     for path, layer in plan.items()
   }
-  run = functools.partial(_quantize, key, flat, plan, annealed)
+  if mesh is None:
+    mesh = batching.mesh_of([flat[path] for path in plan])
+  elif mesh.size == 1:
+    mesh = None
+  home = None if mesh is None else mesh.devices.flat[0]
+  run = functools.partial(_quantize, key, flat, plan, annealed, home)
   results: dict[tuple[str, int], _Result] = {}
   nodes: dict[str, vq_array.VQArray] = {}
   summaries: dict[str, LayerSummary] = {}
@@ -102,17 +112,18 @@ def quantize_params(
         )
         on_layer(summaries[path])
 
-  # A large layer is alone in its batch. One batch at a time: devices that
-  # communicate must all get their programs in the same order.
-  spread = mesh is not None and mesh.size > 1
+  # A large layer is alone in its batch. One at a time: devices that communicate
+  # must all get their programs in the same order.
   small = []
   for batch in _batches(layers, plan):
-    if spread and batch[0].size > _MOST_WEIGHTS:
-      keep(run(batch, mesh))
+    if mesh is not None and batch[0].size > _MOST_WEIGHTS:
+      keep(run(_Round([batch], mesh, threading.Lock(), is_spread=True)))
     else:
       small.append(batch)
-  with futures.ThreadPoolExecutor(max(1, len(small))) as pool:
-    for future in futures.as_completed([pool.submit(run, b) for b in small]):
+  rounds = list(_rounds(small, flat, plan, mesh))
+  with futures.ThreadPoolExecutor(max(1, len(rounds))) as pool:
+    submitted = [pool.submit(run, one) for one in rounds]
+    for future in futures.as_completed(submitted):
       keep(future.result())
   return trees.replace(variables, nodes), {
     path: summaries[path] for path in plan
@@ -171,43 +182,130 @@ def _batches(
     yield batch
 
 
+class _Round(NamedTuple):
+  """Batches of equal shapes that run at the same time.
+
+  Attributes:
+    batches: at most one for each device.
+    mesh: the devices; None: the one where the kernels are.
+    turn: held while it runs by each of the rounds of one program, so that few
+      kernels are on a device at a time.
+    is_spread: whether all devices share the only batch.
+  """
+
+  batches: list[list[_Layer]]
+  mesh: sharding.Mesh | None
+  turn: threading.Lock
+  is_spread: bool = False
+
+
+def _rounds(
+  batches: Sequence[list[_Layer]],
+  flat: Mapping[str, trees.Array],
+  plan: plans.CompressionPlan,
+  mesh: sharding.Mesh | None,
+) -> Iterator[_Round]:
+  """Divides batches among the devices of the mesh."""
+  alike: dict[Any, list[list[_Layer]]] = {}
+  for batch in batches:
+    shapes = (
+      (plan[one.path], one.shape, flat[one.path].dtype) for one in batch
+    )
+    alike.setdefault(tuple(shapes), []).append(batch)
+  for number, some in enumerate(alike.values()):
+    turn = threading.Lock()
+    if mesh is None:
+      yield from (_Round([batch], None, turn) for batch in some)
+      continue
+    # Each kind begins on another device, so that single batches part too.
+    order = np.roll(mesh.devices.reshape(-1), -number)
+    used = sharding.Mesh(order[: len(some)], ("devices",))
+    for first in range(0, len(some), used.size):
+      yield _Round(some[first : first + used.size], used, turn)
+
+
 def _quantize(
   key: jax.Array,
   flat: Mapping[str, trees.Array],
   plan: plans.CompressionPlan,
   annealed: bool,
-  batch: list[_Layer],
-  mesh: sharding.Mesh | None = None,
+  home: jax.Device | None,
+  one: _Round,
 ) -> dict[tuple[str, int], _Result]:
-  """Quantizes layers of equal (D, K, steps)."""
-  chosen = [plan[layer.path] for layer in batch]
+  """Quantizes layers of equal (D, K, steps); the results are on `home`."""
+  chosen = [plan[layer.path] for layer in one.batches[0]]
   specs = tuple(layer.spec for layer in chosen)
-  kernels = tuple(
-    jax.device_put(spec.take_layer(flat[layer.path], layer.place))
-    for layer, spec in zip(batch, specs, strict=True)
-  )
-  results = kmeans.kmeans_of_layers(
-    _keys(key, batch, specs),
-    _to_vectors(kernels, specs),
-    num_codes=chosen[0].num_codes,
-    num_steps=chosen[0].kmeans_steps,
-    annealed=annealed,
-    mesh=mesh,
-    donate=True,
-  )
-  if mesh is not None:  # the codes are still spread
-    results = jax.device_put(results, jax.local_devices()[0])
-  shapes = tuple(kernel.shape for kernel in kernels)
-  code_dtype = vq_array.code_dtype(chosen[0].num_codes)
-  codes = _to_codes([r.codes for r in results], specs, shapes, code_dtype)
-  # One transfer for all layers; it also waits for them.
-  lost = jax.device_get([(r.distortion, r.variance) for r in results])
-  return {
-    (layer.path, layer.place): _Result(
-      results[i].codebook.astype(kernels[i].dtype), codes[i], *lost[i]
-    )
-    for i, layer in enumerate(batch)
+  settings: dict[str, Any] = {
+    "num_codes": chosen[0].num_codes,
+    "num_steps": chosen[0].kmeans_steps,
+    "annealed": annealed,
+    "donate": True,
   }
+
+  def load(batch: list[_Layer]) -> _Loaded:
+    kernels = (
+      spec.take_layer(flat[layer.path], layer.place)
+      for layer, spec in zip(batch, specs, strict=True)
+    )
+    return _keys(key, batch, specs), tuple(kernels)
+
+  with one.turn:
+    loaded = [load(batch) for batch in one.batches]
+    if one.mesh is None or one.is_spread:
+      fits = [_fit(*loaded[0], specs, None, mesh=one.mesh, **settings)]
+    else:
+      fits = _fit_together(loaded, specs, one.mesh, settings)
+    fits = jax.device_put(fits, home)
+    shapes = tuple(layer.shape for layer in one.batches[0])
+    code_dtype = vq_array.code_dtype(chosen[0].num_codes)
+    found = {}
+    for batch, results in zip(one.batches, fits, strict=True):
+      codes = _to_codes([r.codes for r in results], specs, shapes, code_dtype)
+      # One transfer for all layers; it also waits for them.
+      lost = jax.device_get([(r.distortion, r.variance) for r in results])
+      for i, layer in enumerate(batch):
+        codebook = results[i].codebook.astype(flat[layer.path].dtype)
+        found[layer.path, layer.place] = _Result(codebook, codes[i], *lost[i])
+  return found
+
+
+_Loaded = tuple[jax.Array, tuple[trees.Array, ...]]
+"""Keys and kernels of a batch."""
+
+
+def _fit(
+  keys: jax.Array,
+  kernels: tuple[trees.Array, ...],
+  specs: tuple[blocks.BlockSpec, ...],
+  device: jax.Device | None,
+  **settings: Any,
+) -> list[kmeans.KMeansResult]:
+  """Runs k-means on one batch, which is put on a device, or stays."""
+  keys, kernels = jax.device_put((keys, kernels), device)
+  return kmeans.kmeans_of_layers(keys, _to_vectors(kernels, specs), **settings)
+
+
+def _fit_together(
+  loaded: Sequence[_Loaded],
+  specs: tuple[blocks.BlockSpec, ...],
+  mesh: sharding.Mesh,
+  settings: dict[str, Any],
+) -> list[list[kmeans.KMeansResult]]:
+  """Runs k-means on a batch of each device, by one program for all."""
+  results = None
+  if mesh.size > 1:
+    # Where there are fewer batches, the first once more is cheaper than a
+    # program for fewer devices.
+    spare = [loaded[0]] * (mesh.size - len(loaded))
+    keys, kernels = devices.stack([*loaded, *spare], mesh)
+    vectors = devices.on_each(mesh, _to_vectors, kernels, specs=specs)
+    results = kmeans.kmeans_on_each_device(keys, vectors, mesh=mesh, **settings)
+  if results is None:
+    return [
+      _fit(*own, specs, device, **settings)
+      for own, device in zip(loaded, mesh.devices.flat, strict=False)
+    ]
+  return devices.unstack(results, mesh)[: len(loaded)]
 
 
 def _keys(
@@ -246,6 +344,7 @@ def _join(
   variance = float(np.mean([part.variance for part in parts]))
   length = parts[0].codebook.shape[1]
   distortion = float(by_step[-1]) / length / max(variance, _TINY)
+  node = vq_array.shard_like(node, kernel)
   return node, LayerSummary(path, distortion, by_step)
 
 

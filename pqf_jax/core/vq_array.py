@@ -1,6 +1,7 @@
 """`VQArray`: a vector-quantized kernel that Flax modules read as an array."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx, struct
 from flax.core import meta
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pqf_jax import errors
 from pqf_jax.core import blocks, modules, trees
@@ -260,6 +262,29 @@ def stack_layers(
       jnp.moveaxis(leaf, range(len(axes)), axes) for leaf in (codebooks, codes)
     )
   return VQArray(codebooks, codes, kernel_shape, spec)
+
+
+def shard_like(node: VQArray, kernel: trees.Array) -> VQArray:
+  """Returns the node on the devices over which its dense kernel is sharded.
+
+  The codes are cut along C_out, by the axes of the mesh that cut the kernel
+  anywhere, if they divide C_out; the codebook is on every device.
+  """
+  place = getattr(kernel, "sharding", None)
+  if not isinstance(place, NamedSharding) or place.mesh.size == 1:
+    return node
+  cuts: list[str] = []
+  for entry in place.spec:
+    cuts.extend(entry if isinstance(entry, tuple) else [entry] if entry else [])
+  channels = min({0, 1, 2} - set(node.stack_axes))
+  num_parts = math.prod(place.mesh.shape[name] for name in cuts)
+  if node.codes.shape[channels] % num_parts:
+    cuts = []
+  along = PartitionSpec(*[None] * channels, tuple(cuts) or None)
+  return node.replace(
+    codebook=jax.device_put(node.codebook, place.update(spec=PartitionSpec())),
+    codes=jax.device_put(node.codes, place.update(spec=along)),
+  )
 
 
 def is_vq(leaf: Any) -> TypeGuard[VQArray]:

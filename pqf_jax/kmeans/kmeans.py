@@ -38,8 +38,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pqf_jax import errors
-from pqf_jax.kmeans import annealing, batching, loop, outliers
+from pqf_jax.kmeans import annealing, batching, devices, loop, outliers
 
 
 class KMeansResult(NamedTuple):
@@ -189,6 +189,47 @@ def kmeans_of_layers(
   return [results[i] for i in range(len(layers))]
 
 
+def kmeans_on_each_device(
+  keys: jax.Array,
+  layers: Sequence[jax.Array],
+  *,
+  num_codes: int,
+  num_steps: int,
+  annealed: bool = True,
+  mesh: Mesh,
+  donate: bool = False,
+) -> list[KMeansResult] | None:
+  """Runs k-means on layers of every device, by one program for all devices.
+
+  A layer's codebook and codes are, to the bit, those of `kmeans_of_layers`.
+
+  Args:
+    keys: [devices, L] PRNG keys, consumed.
+    layers: L arrays [devices, N_l, D], as `devices.stack` makes them.
+    num_codes: see `kmeans_of_layers`, as all that follow.
+    num_steps: T.
+    annealed: False: plain k-means.
+    mesh: the devices.
+    donate: whether the layers may be deleted.
+
+  Returns:
+    A result for each of the L, with a leading axis of the devices; None where a
+    layer has outliers, for which `kmeans_of_layers` cares.
+  """
+  if outliers.any_on_a_device(layers, num_codes, mesh):
+    return None
+  return _run_all(
+    keys,
+    layers,
+    num_codes=num_codes,
+    num_steps=num_steps,
+    annealed=annealed,
+    mesh=mesh,
+    donate=donate,
+    apart=True,
+  )
+
+
 def _run_all(
   keys: jax.Array,
   layers: Sequence[jax.Array],
@@ -198,12 +239,13 @@ def _run_all(
   annealed: bool,
   mesh: Mesh | None,
   donate: bool,
+  apart: bool = False,
 ) -> list[KMeansResult]:
   """Runs k-means on layers without outliers."""
   methods = [annealing.LLOYD] * len(layers)
   if annealed:
-    length = layers[0].shape[1]
-    counts = [vectors.shape[0] for vectors in layers]
+    length = layers[0].shape[-1]
+    counts = [vectors.shape[-2] for vectors in layers]
     methods = [annealing.method(n, length, num_codes) for n in counts]
   # Layers that are assigned by Hartigan's rule come first, as `Options` asks.
   order = sorted(
@@ -211,21 +253,28 @@ def _run_all(
   )
   layers, methods = [layers[i] for i in order], [methods[i] for i in order]
   results = _run(
-    _take(keys, order), layers, methods, num_codes, num_steps, mesh, donate
+    _take(keys, order),
+    layers,
+    methods,
+    num_codes,
+    num_steps,
+    mesh,
+    donate,
+    apart,
   )
   return [results[order.index(i)] for i in range(len(layers))]
 
 
 def _take(keys: jax.Array, places: Sequence[int]) -> jax.Array:
   """Returns the keys at some places; compiles one program at most."""
-  if list(places) == list(range(len(keys))):
+  if list(places) == list(range(keys.shape[-1])):
     return keys
   return _gather(keys, np.array(places))
 
 
 @jax.jit
 def _gather(keys: jax.Array, places: jax.Array) -> jax.Array:
-  return keys[places]
+  return keys[..., places]
 
 
 def _run(
@@ -236,10 +285,14 @@ def _run(
   num_steps: int,
   mesh: Mesh | None,
   donate: bool,
+  apart: bool,
 ) -> list[KMeansResult]:
   """Runs k-means on layers in the order of their tiles."""
-  num_shards = 1 if mesh is None else mesh.size
-  counts = tuple(vectors.shape[0] for vectors in layers)
+  num_shards = 1 if mesh is None or apart else mesh.size
+  call = _call
+  if mesh is not None and apart:
+    call = functools.partial(devices.on_each, mesh)
+  counts = tuple(vectors.shape[-2] for vectors in layers)
   bounds = batching.tile_bounds(counts, num_shards)
   num_last = methods[0].num_hartigan_steps(num_steps)
   num_annealed = num_steps - num_last
@@ -248,22 +301,46 @@ def _run(
     num_hartigan_steps=num_last,
     num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
   )
-  length = layers[0].shape[1]
-  batch, starts = _batch_and_starts(keys, tuple(layers), num_codes, num_shards)
+  batch, starts = call(
+    _batch_and_starts,
+    keys,
+    tuple(layers),
+    num_codes=num_codes,
+    num_shards=num_shards,
+  )
   if donate:
     for vectors in layers:
       vectors.delete()
-  prepared = loop.prepare(batch, options=options, mesh=mesh)
+  prepared = loop.prepare(batch, options=options, mesh=mesh, apart=apart)
   del batch
+  schedule = annealing.make_schedule(num_annealed, methods)
+  if apart:  # the same on each device
+    schedule = jax.tree.map(
+      lambda leaf: np.broadcast_to(leaf, (len(keys), *leaf.shape)), schedule
+    )
+  normals = call(
+    draw_normals,
+    keys,
+    num_steps=num_annealed,
+    num_codes=num_codes,
+    length=layers[0].shape[-1],
+  )
   fitted = loop.fit(
     prepared,
     starts,
-    annealing.make_schedule(num_annealed, methods),
-    draw_normals(keys, num_annealed, num_codes, length),
+    schedule,
+    normals,
     options=options,
     mesh=mesh,
+    apart=apart,
   )
-  return _results(fitted, counts, num_shards)
+  return call(_results, fitted, counts=counts, num_shards=num_shards)
+
+
+def _call(
+  function: Callable[..., Any], *arguments: Any, **settings: Any
+) -> Any:
+  return function(*arguments, **settings)
 
 
 def random_rows(

@@ -24,7 +24,13 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from pqf_jax import nvidia
-from pqf_jax.kmeans import annealing, batching, empty_clusters, hartigan
+from pqf_jax.kmeans import (
+  annealing,
+  batching,
+  devices,
+  empty_clusters,
+  hartigan,
+)
 from pqf_jax.kmeans.backends import (
   base,
   hopper,
@@ -88,7 +94,11 @@ class Fitted(NamedTuple):
 
 
 def prepare(
-  batch: batching.Batch, *, options: Options, mesh: Mesh | None = None
+  batch: batching.Batch,
+  *,
+  options: Options,
+  mesh: Mesh | None = None,
+  apart: bool = False,
 ) -> Prepared:
   """Returns the data of `fit`, which has the same options and mesh.
 
@@ -98,8 +108,10 @@ def prepare(
     batch: the sub-vectors.
     options: the settings that are compiled into the programs.
     mesh: devices over which the tiles of each layer are spread, or None.
+    apart: the devices have layers of their own, and all arrays of `prepare` and
+      `fit` a leading axis of the devices (see `devices`).
   """
-  means, centre, _ = _programs(mesh, options)
+  means, centre, _ = _programs(mesh, options, apart)
   return centre(batch, means(batch))
 
 
@@ -111,6 +123,7 @@ def fit(
   *,
   options: Options,
   mesh: Mesh | None = None,
+  apart: bool = False,
 ) -> Fitted:
   """Runs the steps of `schedule`, and then Hartigan's.
 
@@ -123,11 +136,12 @@ def fit(
     normals: [T, L, K, D] bfloat16 draws of a standard normal.
     options: the settings that are compiled into the programs.
     mesh: devices over which the tiles of each layer are spread, or None.
+    apart: see `prepare`.
 
   Returns:
     Codebooks, codes that match them, and the error of every step.
   """
-  _, _, run = _programs(mesh, options)
+  _, _, run = _programs(mesh, options, apart)
   return run(prepared, starts, schedule, normals)
 
 
@@ -444,20 +458,25 @@ _PROGRAMS: tuple[tuple[Callable[..., Any], Any, Any], ...] = (
 
 @functools.cache
 def _programs(
-  mesh: Mesh | None, options: Options
+  mesh: Mesh | None, options: Options, apart: bool
 ) -> tuple[Callable[..., Any], ...]:
-  """Returns the three programs, spread over all devices of `mesh` if any."""
+  """Returns the three programs, for all devices of `mesh` if any."""
   if mesh is None:
     return tuple(
       functools.partial(function, options=options) for function, *_ in _PROGRAMS
     )
+  if apart:
+    return tuple(
+      functools.partial(devices.on_each, mesh, function, options=options)
+      for function, *_ in _PROGRAMS
+    )
   options = options._replace(axis_name="tiles")
-  devices = Mesh(mesh.devices.reshape(-1), ("tiles",))
+  tiles = Mesh(mesh.devices.reshape(-1), ("tiles",))
   return tuple(
     jax.jit(
       jax.shard_map(
         functools.partial(function, options=options),
-        mesh=devices,
+        mesh=tiles,
         in_specs=in_specs,
         out_specs=out_specs,
         check_vma=False,

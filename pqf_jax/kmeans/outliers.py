@@ -15,6 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+
+from pqf_jax.kmeans import devices
 
 FAR = 32.0
 """How much farther from the centre outliers are than all but K - 1 others. Far
@@ -64,11 +67,31 @@ def find(layers: Sequence[jax.Array], num_codes: int) -> list[Outliers | None]:
   for vectors, away, far in zip(
     layers, distances, jax.device_get(num_far), strict=True
   ):
-    most = min(num_codes - 1, vectors.shape[0] // 4)
+    most = _most(vectors, num_codes)
     # Layers without outliers, nearly all, copy no distances to the host.
     some = far <= most
     found.append(_outliers(vectors, np.asarray(away), most) if some else None)
   return found
+
+
+def any_on_a_device(
+  layers: Sequence[jax.Array], num_codes: int, mesh: Mesh
+) -> bool:
+  """Whether `find` may find any in [devices, N, D] of `devices.stack`."""
+  num_far = jax.device_get(devices.on_each(mesh, _num_far, tuple(layers)))
+  return any(
+    (far <= _most(vectors, num_codes)).any()
+    for vectors, far in zip(layers, num_far, strict=True)
+  )
+
+
+def _num_far(layers: tuple[jax.Array, ...]) -> list[jax.Array]:
+  return _distances(layers)[1]
+
+
+def _most(vectors: jax.Array, num_codes: int) -> int:
+  """Returns how many outliers a layer [..., N, D] may have."""
+  return min(num_codes - 1, vectors.shape[-2] // 4)
 
 
 def _is_here(vectors: jax.Array) -> bool:
