@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.models import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_DEVICES = 4
 
@@ -21,7 +23,7 @@ def found():
     env=os.environ
     | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false "
+      "XLA_FLAGS": f"{quick.flags()} "
       f"--xla_force_host_platform_device_count={NUM_DEVICES}",
     },
     capture_output=True,
