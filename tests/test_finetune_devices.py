@@ -1,16 +1,12 @@
 """A fine-tuning step on 8 devices is that on 1, but for rounding."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import pytest
 
-from tests.models import quick
+from tests import host_devices
 
-ROOT = pathlib.Path(__file__).parents[1]
 NUM_DEVICES = 8
 NUM_STEPS = 3
 
@@ -18,22 +14,9 @@ NUM_STEPS = 3
 @pytest.fixture(scope="module")
 def found():
   """What `main` prints in a process that has the devices."""
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.test_finetune_devices"],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_ENABLE_X64": "1",
-      "XLA_FLAGS": f"{quick.flags()} "
-      f"--xla_force_host_platform_device_count={NUM_DEVICES}",
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
+  return host_devices.run(
+    "tests.test_finetune_devices", NUM_DEVICES, JAX_ENABLE_X64="1"
   )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_everything_is_computed_in_float64(found):

@@ -1,37 +1,19 @@
 """Sharded kernels give what whole ones give, and stay sharded."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import pytest
 
-from tests.models import quick
+from tests import host_devices
 
-ROOT = pathlib.Path(__file__).parents[1]
 NUM_DEVICES = 4
 
 
 @pytest.fixture(scope="module")
 def found():
   """What `main` prints in a process that has the devices."""
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.test_sharded"],
-    cwd=ROOT,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"{quick.flags()} "
-      f"--xla_force_host_platform_device_count={NUM_DEVICES}",
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout.splitlines()[-1])
+  return host_devices.run("tests.test_sharded", NUM_DEVICES)
 
 
 def test_devices_that_take_a_batch_each_change_no_bit(found):

@@ -233,28 +233,16 @@ def make(
     InputError: a setting has an unsupported value.
   """
   layers.check_choice("BERT", "dtype", dtype, layers.DTYPES)
-  network = Network(
-    vocabulary, positions, features, heads, hidden, depth, dtype
+  layers.check_transformer(
+    "BERT",
+    vocabulary=vocabulary,
+    positions=positions,
+    features=features,
+    heads=heads,
+    hidden=hidden,
+    depth=depth,
   )
-  for name in (
-    "vocabulary",
-    "positions",
-    "features",
-    "heads",
-    "hidden",
-    "depth",
-  ):
-    size = getattr(network, name)
-    if not isinstance(size, int) or size < 1:
-      raise errors.InputError(
-        f"BERT does not support {name}={size!r}; choose an integer >= 1"
-      )
-  if features % heads:
-    raise errors.InputError(
-      f"BERT does not support features={features!r} with heads={heads!r}; "
-      "choose a number of heads that divides the features"
-    )
-  return network
+  return Network(vocabulary, positions, features, heads, hidden, depth, dtype)
 
 
 def load_torch(state_dict: Mapping[str, Any], template: PyTree) -> PyTree:

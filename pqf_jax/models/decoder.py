@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from pqf_jax import errors
-from pqf_jax.models import pre_norm
+from pqf_jax.models import layers, pre_norm
 
 
 class Network(nn.Module):
@@ -60,7 +60,7 @@ def make(
   Raises:
     InputError: a setting has an unsupported value.
   """
-  pre_norm.check_settings(
+  layers.check_transformer(
     "the decoder",
     vocabulary=vocabulary,
     positions=positions,

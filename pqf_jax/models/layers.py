@@ -162,3 +162,22 @@ def check_settings(network: str, num_classes: int, dtype: DTypeLike) -> None:
       f"{network} does not support num_classes={num_classes!r}; choose an "
       "integer >= 1"
     )
+
+
+def check_transformer(network: str, **settings: Any) -> None:
+  """Refuses sizes of a transformer that are no counts, or unfit for its heads.
+
+  Raises:
+    InputError: names the setting.
+  """
+  for setting, size in settings.items():
+    if not isinstance(size, int) or size < 1:
+      raise errors.InputError(
+        f"{network} does not support {setting}={size!r}; choose an integer >= 1"
+      )
+  features, heads = settings["features"], settings["heads"]
+  if features % heads:
+    raise errors.InputError(
+      f"{network} does not support features={features} with heads={heads}; "
+      "choose a number of heads that divides the features"
+    )

@@ -4,7 +4,7 @@ import jax
 from flax import linen as nn
 
 from pqf_jax import errors
-from pqf_jax.models import pre_norm
+from pqf_jax.models import layers, pre_norm
 
 
 class Network(nn.Module):
@@ -65,7 +65,7 @@ def make(
   Raises:
     InputError: a setting has an unsupported value.
   """
-  pre_norm.check_settings(
+  layers.check_transformer(
     "ViT",
     num_classes=num_classes,
     image_size=image_size,

@@ -12,7 +12,7 @@ import numpy as np
 from pqf_jax import data, errors, finetune
 from pqf_jax.models import contract as models
 from pqf_jax.runtime import distributed, progress
-from pqf_jax.tasks import contract
+from pqf_jax.tasks import batches, contract
 from pqf_jax.tasks.detection import average_precision, prediction
 from pqf_jax.tasks.detection import loss as losses
 
@@ -93,10 +93,10 @@ class Detection:
     )
 
     def evaluate(variables: PyTree) -> dict[str, float]:
-      batches = data.eval_batches(
+      found = data.eval_batches(
         dataset, batch_size=config.eval_batch_size, **distributed.position()
       )
-      return measure(prediction.place(variables), batches)
+      return measure(prediction.place(variables), found)
 
     def train_batches(**order: Any) -> Iterator[finetune.Batch]:
       for batch in data.train_batches(
@@ -105,19 +105,12 @@ class Detection:
         del batch["image_id"]  # int64, which devices do not have
         yield distributed.shard(batch)
 
-    find_places = jax.jit(
-      functools.partial(network.apply, method="find_places")
-    )
+    find_places = jax.jit(_find_places(network))
 
-    def samples(
-      variables: PyTree, batch_size: int, num_batches: int, seed: int
-    ) -> list[tuple[Any, ...]]:
-      batches = data.train_batches(
-        dataset, batch_size=batch_size, seed=seed, num_steps=num_batches
-      )
+    def samples(variables: PyTree, *which: int) -> list[tuple[Any, ...]]:
       inputs = [
         (jnp.asarray(batch["image"]), jnp.asarray(batch["size"]))
-        for batch in batches
+        for batch in batches.whole_batches(dataset, *which)
       ]
       return [(*each, find_places(variables, *each)) for each in inputs]
 
@@ -198,6 +191,10 @@ def _loss(
   )
 
 
+def _find_places(network: models.Network) -> losses.PlacesFn:
+  return functools.partial(network.apply, method="find_places")
+
+
 def _raw_outputs(network: models.Network) -> losses.RawFn:
   return functools.partial(network.apply, method="raw_outputs")
 
@@ -206,7 +203,5 @@ def _make_teacher(
   network: models.Network, variables: PyTree
 ) -> Callable[[finetune.Batch], finetune.Batch]:
   return losses.make_teacher(
-    functools.partial(network.apply, method="find_places"),
-    _raw_outputs(network),
-    variables,
+    _find_places(network), _raw_outputs(network), variables
   )
