@@ -10,6 +10,7 @@ from configs import mask_rcnn
 from pqf_jax import finetune, models
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees
+from pqf_jax.pipeline import settings
 
 
 @functools.cache
@@ -97,9 +98,23 @@ def test_which_norms_of_the_body_are_trained(words, num_trained):
   assert "params/backbone/body/conv1/kernel" in trees.flatten(state.trainable)
 
 
+def test_the_word_best_keeps_the_size_of_the_rules():
+  paper, best = (mask_rcnn.get_config(f"nuclei,{w}") for w in ("paper", "best"))
+  assert paper == mask_rcnn.get_config("nuclei")
+  settings.check(best)
+  assert best.rules == paper.rules
+  assert best.calibrate == paper.calibrate
+  assert paper.distillation.share == 0 and best.distillation.share == 1
+  plan, size, template = planned("nuclei")
+  stored = plans.predict_size(plan, template, settings.make_storage(best))
+  assert stored.payload_bytes == 6_614_518
+  assert size.payload_bytes == 6_759_596
+
+
 @pytest.mark.parametrize(
-  "variant", ["large", "coco,nuclei", "voc", "frozen_norms,trained_norms"]
+  "variant",
+  ["large", "coco,nuclei", "voc", "frozen_norms,trained_norms", "coco,best"],
 )
 def test_other_variants_are_refused(variant):
-  with pytest.raises(ValueError, match=r"voc|large|name one of"):
+  with pytest.raises(ValueError, match=r"voc|large|name (one of|both)"):
     mask_rcnn.get_config(variant)

@@ -304,8 +304,8 @@ def _check_loss(
   if lost > _MOST_LOST * energy:
     raise errors.InputError(
       f"{path} has a codebook of which int8 would lose {lost / energy:.1%}, "
-      f"because its largest number is {np.abs(codebook).max():g}; pack with "
-      "Storage(codebook='float16')"
+      f"because its largest number is {np.abs(codebook).max():g}; keep "
+      "float16: Storage(codebook='float16'), --config.storage.codebook=float16"
     )
 
 
