@@ -54,6 +54,7 @@ def main() -> None:
     f"--config={options.recipe}",
     f"--config.data.dir={options.data}",
     f"--config.backbone={options.backbone}",
+    "--config.calibrate.images=0",  # what it gains: docs/nuclei.md
   ]
   devices = study.Devices(options.devices, options.workdir)
   records = study.Records(options.docs / "nuclei.json")
