@@ -80,6 +80,10 @@ def infer_channels(
   where this kernel makes several groups, with the number of the axis, as in
   `attention/query[1]`.
 
+  What a layer of a scan keeps to itself, such as its hidden channels, has an
+  order of its own in each layer: its axes name the `stacked` ones. What layers
+  hand on, or have in common, has one order in all of them.
+
   One segment of an axis can carry one group: features that the network puts
   side by side (DenseNet, U-Net, Inception), or takes apart, are segments. Where
   several groups would fit (groups and channels within a group of a GroupNorm,

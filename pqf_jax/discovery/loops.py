@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 def loop_of(axis: axis_factors.Axis) -> Loop:
-  """Returns what two axes have in common that the same indices count."""
+  """Returns what is equal for axes of the same indices in the same order."""
   return tuple(axis_factors.find_segments(axis))
 
 
@@ -54,9 +54,9 @@ def find_own_orders(
     if axis_factors.axis_length(axis) > 1
   }
   own: dict[axis_factors.Factor, list[Loop]] = {}
-  for axes, around in seen:
+  for axes, around in seen if loops else ():
     counts = collections.Counter(_leaves([*axes, *around]))
-    # Where an axis is there twice it does not tell which index counts.
+    # Where an axis is there twice, either index might be the layer's.
     near = [loop for loop in loops if all(counts[f] == 1 for f in loops[loop])]
     for factor in counts:
       own[factor] = [loop for loop in own.get(factor, near) if loop in near]
