@@ -173,7 +173,7 @@ def _reorder(
   moved = {}
   for path, row in axes.items():
     leaf = flat[path]
-    groups = {axis.group for dim in row for axis in channels.segments(dim)}
+    groups = channels.group_sizes({path: leaf}, {path: row})
     own = {name: permutations[name] for name in groups & permutations.keys()}
     if own:
       host = {path: jax.device_get(leaf)}

@@ -276,18 +276,19 @@ def test_the_authors_search_can_be_asked_for():
 
 
 def test_groups_may_be_divided_over_processes():
-  variables = _kernels(a=(3, 3, 16, 8), b=(24, 10), c=(12, 6))
+  variables = _kernels(a=(3, 3, 16, 8), b=(24, 10), c=(2, 12, 6))
   axes = {
     "a/kernel": (None, None, GROUP, None),
     "b/kernel": (channels.ChannelAxis("h"), None),
-    "c/kernel": (channels.ChannelAxis("i"), None),
+    "c/kernel": (None, channels.ChannelAxis("i", stacked=(0,)), None),
   }
-  plan = {"a/kernel": _layer(2), "b/kernel": _layer(4), "c/kernel": _layer(4)}
+  stack = plans.LayerPlan(blocks.BlockSpec(4, stack_axes=(0,)), 4, 1)
+  plan = {"a/kernel": _layer(2), "b/kernel": _layer(4), "c/kernel": stack}
   key = jax.random.key(3)
   moved, permutations, reports = permute.permute_channels(
     key, variables, axes, plan
   )
-  assert len(permutations) == 3
+  assert len(permutations) == 4
   gathered = {}
 
   class Waiting(Exception):
@@ -308,15 +309,15 @@ def test_groups_may_be_divided_over_processes():
       on_group=on_group,
     )
 
-  shares = (["h"], ["g", "i"])
+  shares = (["h", "i, layer 1"], ["g", "i, layer 0"])
   for mine in shares:
     with pytest.raises(Waiting):
       run(mine, wait, lambda report: None)
-  assert gathered.keys() == {"g", "h", "i"}
+  assert gathered.keys() == {"g", "h", "i, layer 0", "i, layer 1"}
   for mine in shares:
     progress = []
     result = run(mine, lambda records: gathered, progress.append)
     jax.tree.map(np.testing.assert_array_equal, result[0], moved)
     jax.tree.map(np.testing.assert_array_equal, result[1], permutations)
     assert result[2] == reports
-    assert len(progress) == 3
+    assert len(progress) == 4

@@ -5,7 +5,8 @@ function: the output channels of a layer, its norm, and the input channels of
 every layer that reads it (section 3.1 of arXiv 2010.15703).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,14 @@ class ChannelAxis(NamedTuple):
   features lie side by side (concatenation), each have a segment of their own.
 
   Attributes:
-    group: name; axes of one group share one permutation.
+    group: name; axes of one group share one permutation, or one for each layer
+      of a stack.
     outer: how many times the channels repeat.
     inner: how many consecutive entries belong to one channel.
     start: first entry of the segment.
     stop: entry after the last one; None: the end of the axis.
+    stacked: array axes whose indices are layers with orders of their own; each
+      layer is a group then (`groups`).
   """
 
   group: str
@@ -36,6 +40,18 @@ class ChannelAxis(NamedTuple):
   inner: int = 1
   start: int = 0
   stop: int | None = None
+  stacked: tuple[int, ...] = ()
+
+  def groups(
+    self, shape: Sequence[int]
+  ) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yields (index along the stacked axes, group) of an array's layers.
+
+    An array that has no stacked axes is one layer, whose index is ().
+    """
+    for index in np.ndindex(*(shape[dim] for dim in self.stacked)):
+      layer = ".".join(map(str, index))
+      yield index, f"{self.group}, layer {layer}" if index else self.group
 
   def length(self, axis_length: int) -> int:
     """Returns how many entries the segment has in an axis of this length."""
@@ -109,7 +125,7 @@ def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
   Raises:
     InputError: `axes` names a path that the tree lacks, or gives a variable
       another number of axes than it has, or the axes of one group disagree
-      about its size, or two segments of an axis overlap.
+      about its size or its layers, or two segments of an axis overlap.
   """
   flat = trees.flatten(variables)
   unknown = axes.keys() - flat.keys()
@@ -128,10 +144,21 @@ def group_sizes(variables: PyTree, axes: ChannelAxes) -> dict[str, int]:
     for dim, (carried, length) in enumerate(zip(row, shape, strict=True)):
       _check_apart(f"{path}: axis {dim}", segments(carried), length)
   sizes: dict[str, int] = {}
+  stacks: dict[str, list[int]] = {}
   for path, dim, axis in places(axes):
-    length = axis.length(flat[path].shape[dim])
+    shape = flat[path].shape
+    stack = _stack_sizes(f"{path}: axis {dim}", shape, dim, axis)
+    if stack != stacks.setdefault(axis.group, stack):
+      raise errors.InputError(
+        f"{path}: axis {dim} has orders for a stack of {stack} layers, but "
+        f"group {axis.group!r} for one of {stacks[axis.group]}; correct the "
+        "stacked axes"
+      )
+    length = axis.length(shape[dim])
     size, rest = divmod(length, axis.outer * axis.inner)
-    expected = sizes.setdefault(axis.group, size)
+    expected = size
+    for _, name in axis.groups(shape):
+      expected = sizes.setdefault(name, size)
     if rest or size != expected:
       raise errors.InputError(
         f"{path}: axis {dim}{_named(axis)} has length {length}, but group "
@@ -146,6 +173,19 @@ def _named(axis: ChannelAxis) -> str:
   """Says which segment of an axis is meant, if not all of it."""
   whole = axis.stop is None and not axis.start
   return "" if whole else f": segment {axis.start}:{axis.stop}"
+
+
+def _stack_sizes(
+  name: str, shape: Sequence[int], dim: int, axis: ChannelAxis
+) -> list[int]:
+  """Returns the sizes of the stacked axes, which are others than the axis."""
+  others = {*range(len(shape))} - {dim}
+  if len({*axis.stacked} & others) < len(axis.stacked):
+    raise errors.InputError(
+      f"{name} has the stacked axes {axis.stacked}; of shape {tuple(shape)} "
+      f"name different ones among {sorted(others)}"
+    )
+  return [shape[stacked] for stacked in axis.stacked]
 
 
 def _check_apart(
@@ -190,23 +230,46 @@ def apply_permutations(
   for path, row in axes.items():
     leaf = flat[path]
     for dim, carried in enumerate(row):
-      moved = [axis for axis in segments(carried) if axis.group in permutations]
-      if moved:
-        order = _order(leaf.shape[dim], moved, permutations)
-        # The method, so that NumPy leaves stay NumPy and nothing is compiled.
-        leaf = leaf.take(order, axis=dim)
+      alike = collections.defaultdict(list)
+      for axis in segments(carried):
+        if any(name in permutations for _, name in axis.groups(leaf.shape)):
+          alike[axis.stacked].append(axis)
+      for stacked, moved in alike.items():
+        orders = _orders(leaf.shape, dim, moved, permutations)
+        leaf = _take(leaf, (*stacked, dim), orders)
     changed[path] = leaf
   return trees.replace(variables, changed)
 
 
-def _order(
-  length: int, moved: list[ChannelAxis], permutations: Permutations
+def _orders(
+  shape: Sequence[int],
+  dim: int,
+  moved: list[ChannelAxis],
+  permutations: Permutations,
 ) -> np.ndarray:
-  """Returns [length]: which old entry of an axis each new one is."""
-  order = np.arange(length)
+  """Returns [*stack, length]: which old entry of an axis each new one is.
+
+  The segments that move have the same stacked axes.
+  """
+  stack = [shape[stacked] for stacked in moved[0].stacked]
+  orders = np.tile(np.arange(shape[dim]), (*stack, 1))
   for axis in moved:
-    permutation = permutations[axis.group]
-    part = order[axis.start : axis.stop]
-    split = part.reshape(axis.outer, len(permutation), axis.inner)
-    part[:] = split[:, permutation].reshape(-1)
-  return order
+    for index, name in axis.groups(shape):
+      if name in permutations:
+        part = orders[index][axis.start : axis.stop]
+        split = part.reshape(axis.outer, len(permutations[name]), axis.inner)
+        part[:] = split[:, permutations[name]].reshape(-1)
+  return orders
+
+
+def _take(
+  leaf: trees.Array, dims: tuple[int, ...], orders: np.ndarray
+) -> trees.Array:
+  """Reorders the last of the axes `dims` for each index of the others."""
+  # Methods only, so that NumPy leaves stay NumPy and nothing is compiled.
+  if len(dims) == 1:  # five times as fast
+    return leaf.take(orders, axis=dims[0])
+  moved = (*dims, *(dim for dim in range(leaf.ndim) if dim not in dims))
+  stack = np.indices(orders.shape, sparse=True)[:-1]
+  taken = leaf.transpose(moved)[(*stack, orders)]
+  return taken.transpose([moved.index(dim) for dim in range(leaf.ndim)])

@@ -6,6 +6,7 @@ probes         show where a layer reads a kernel
 readers        checks that layers can read compressed kernels
 tracing        traces the apply function into one program (jaxpr)
 propagation    walks the program equation by equation
+loops          finds the groups that each layer of a scan may order alone
 rules          states which axes each primitive ties, and which it blocks
 axis_factors   holds axes as sums and products of factors, which may be tied
 self_check     permutes the groups at random and compares the outputs

@@ -17,6 +17,7 @@ import numpy as np
 from pqf_jax.core import channels, trees
 from pqf_jax.discovery import (
   axis_factors,
+  loops,
   propagation,
   rules,
   self_check,
@@ -79,6 +80,10 @@ def infer_channels(
   where this kernel makes several groups, with the number of the axis, as in
   `attention/query[1]`.
 
+  What a layer of a scan keeps to itself, such as its hidden channels, has an
+  order of its own in each layer: its axes name the `stacked` ones. What layers
+  hand on, or have in common, has one order in all of them.
+
   One segment of an axis can carry one group: features that the network puts
   side by side (DenseNet, U-Net, Inception), or takes apart, are segments. Where
   several groups would fit (groups and channels within a group of a GroupNorm,
@@ -122,7 +127,12 @@ def _infer(
     path: parameters[path] for path in sorted(parameters, key=first_read)
   }
   _warn_of_blocked(ordered, walk.unknown)
-  return _table(ordered, _groups(ordered))
+  own_orders = loops.find_own_orders(walk.seen, walk.walked)
+  groups = {
+    factor: _stacked(places, ordered, own_orders.get(factor, []))
+    for factor, places in _groups(ordered).items()
+  }
+  return _table(ordered, list(groups.values()))
 
 
 def _places(
@@ -152,7 +162,9 @@ def _places_in(
     start = stop
 
 
-def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
+def _groups(
+  parameters: Mapping[str, axis_factors.Axes],
+) -> dict[axis_factors.Factor, list[_Place]]:
   """Lists the places of every free factor that ties two axes or more."""
   places = collections.defaultdict(list)
   for factor, place in _places(parameters):
@@ -171,7 +183,28 @@ def _groups(parameters: Mapping[str, axis_factors.Axes]) -> list[list[_Place]]:
   # Only the largest factor is kept where several share a segment.
   by_size = sorted(tied, key=lambda factor: -factor.size)
   kept = {factor for factor in by_size if _take(places[factor], taken)}
-  return [places[factor] for factor in tied if factor in kept]
+  return {factor: places[factor] for factor in tied if factor in kept}
+
+
+def _stacked(
+  places: list[_Place],
+  parameters: Mapping[str, axis_factors.Axes],
+  own_orders: list[loops.Loop],
+) -> list[_Place]:
+  """Adds the axes of the layers that have orders of their own."""
+  rows: list[list[int]] = [[] for _ in places]
+  for loop in own_orders:
+    found = [
+      [d for d, a in enumerate(parameters[path]) if loops.loop_of(a) == loop]
+      for path, _, _ in places
+    ]
+    # All variables of the group have to be stacks.
+    if all(len(dims) == 1 for dims in found):
+      rows = [row + dims for row, dims in zip(rows, found, strict=True)]
+  return [
+    place._replace(axis=place.axis._replace(stacked=tuple(row)))
+    for place, row in zip(places, rows, strict=True)
+  ]
 
 
 def _take(

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.extend import core as jax_core
 
-from pqf_jax.discovery import axis_factors, rules, tracing
+from pqf_jax.discovery import axis_factors, loops, rules, tracing
 
 Axes = axis_factors.Axes
 Equation = tracing.Equation
@@ -20,11 +20,16 @@ class Propagation:
       Rules pass on the very same tuple, so that the axes of a parameter, kept
       alive by the caller, can be looked up.
     unknown: names of the primitives that have no rule.
+    walked: the axes that loops walk, outer loops first.
+    seen: which axes are found together.
   """
 
   def __init__(self) -> None:
     self.read_order: dict[int, int] = {}
     self.unknown: set[str] = set()
+    self.walked: list[axis_factors.Axis] = []
+    self.seen: list[loops.Seen] = []
+    self._around: tuple[axis_factors.Axis, ...] = ()
 
   def run(self, program: tracing.Jaxpr, operands: Sequence[Axes]) -> list[Axes]:
     """Returns the axes of a program's results, given those of its arguments.
@@ -62,6 +67,7 @@ class Propagation:
       return self._cond(eqn, operands)
     for axis in itertools.chain.from_iterable(operands):
       self.read_order.setdefault(id(axis), len(self.read_order))
+    self._see(operands, together=name in rules.ALIGNED)
     if name in rules.RULES:
       return rules.RULES[name](eqn, operands)
     self.unknown.add(name)
@@ -69,28 +75,37 @@ class Propagation:
       axis_factors.block_axes(operand, name)
     return rules.new_results(eqn, name)
 
+  def _see(self, operands: Sequence[Axes], *, together: bool) -> None:
+    for axes in operands:
+      parts = [axes] if together else [[axis] for axis in axes]
+      self.seen += [loops.Seen(part, self._around) for part in parts]
+
   def _scan(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     """Ties the carry to itself, and blocks the axis that the loop walks."""
     body = tracing.program_body(eqn.params["jaxpr"])
-    inner = [
-      self._step(operand, len(tracing.shape_of(variable)))
-      for operand, variable in zip(operands, body.invars, strict=True)
-    ]
-    outputs = self.run(body, inner)
+    walked = axis_factors.new_axis(eqn.params["length"], "scan")
     results = rules.new_results(eqn)
-    for result, output in zip(results, outputs, strict=True):
-      axis_factors.tie_all(self._step(result, len(output)), output)
+
+    def step(axes: Axes, variable: Any) -> Axes:
+      """Returns the axes that one step reads, or writes, of a value."""
+      stacked = len(axes) - len(tracing.shape_of(variable))
+      axis_factors.tie_all(axes[:stacked], [walked] * stacked)
+      return axes[stacked:] if stacked else axes
+
+    self._see(operands, together=True)
+    self.walked.append(walked)
+    around, self._around = self._around, (*self._around, walked)
+    outputs = self.run(body, list(map(step, operands, body.invars)))
+    self._around = around
+    for result, output in zip(
+      map(step, results, body.outvars), outputs, strict=True
+    ):
+      axis_factors.tie_all(result, output)
     num_constants, num_carried = tracing.count_unstacked(eqn)
     started = operands[num_constants:][:num_carried]
     for before, after in zip(started, outputs[:num_carried], strict=True):
       axis_factors.tie_all(before, after)
     return results
-
-  def _step(self, axes: Axes, ndim: int) -> Axes:
-    """Returns the axes that one step of a scan reads of a value."""
-    stacked = len(axes) - ndim
-    axis_factors.block_axes(axes[:stacked], "scan")
-    return axes[stacked:] if stacked else axes
 
   def _while(self, eqn: Equation, operands: list[Axes]) -> list[Axes]:
     first = eqn.params["cond_nconsts"]

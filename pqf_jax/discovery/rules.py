@@ -34,6 +34,14 @@ REDUCTIONS = """
 reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
 """
 CUMULATIVE = "cumlogsumexp cummax cummin cumprod cumsum"
+ALIGNED = frozenset(
+  f"""
+  {ELEMENTWISE} {PASS_THROUGH} {REDUCTIONS}
+  broadcast_in_dim reshape squeeze transpose
+  """.split()
+)
+"""Primitives that compute each entry of a result from the entries at the same
+indices along all axes that the result shares with an operand."""
 STRIDED = "strided slice"
 WINDOWED = "reduce_window reduce_window_max reduce_window_min reduce_window_sum"
 

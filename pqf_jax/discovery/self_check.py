@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -114,21 +114,26 @@ def check_groups(
   drawn = {group: _draw_permutation(rng, sizes[group]) for group in sizes}
   reference = network.outputs({}, {})
 
-  def changes(axes: channels.ChannelAxes, groups: Iterable[str]) -> bool:
+  def changes(axes: channels.ChannelAxes) -> bool:
+    groups = channels.group_sizes(network.variables, axes)
     outputs = network.outputs(axes, {group: drawn[group] for group in groups})
     pairs = zip(reference, outputs, strict=True)
     return not all(_agree(*pair, network.tolerance) for pair in pairs)
 
-  if changes(axes, sizes):
-    failed = [group for group in sizes if changes(axes, [group])]
-    failed = failed or list(sizes)
+  def changes_alone(group: str) -> bool:
+    return changes(channels.select(axes, lambda axis: axis.group == group))
+
+  if changes(axes):
+    # All layers of a stack at once.
+    groups = dict.fromkeys(axis.group for _, _, axis in channels.places(axes))
+    failed = list(filter(changes_alone, groups)) or list(groups)
     warnings.warn(
       f"permuting the channel groups {failed} changes the outputs of the "
       "network; they are left in their order",
       stacklevel=4,
     )
     return channels.select(axes, lambda axis: axis.group not in failed)
-  if not changes(_first_places(axes), sizes):
+  if not changes(_first_places(axes)):
     warnings.warn(
       "the self-check of the channel groups proves nothing: even wrong "
       "permutations leave the outputs unchanged; pass inputs for which the "

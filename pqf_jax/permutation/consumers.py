@@ -54,21 +54,34 @@ def find_consumers(
   weights_of = dict(zip(paths, jax.device_get(kernels), strict=True))
   consumers: dict[str, tuple[list[Consumer], list[str]]] = {}
   for path, segments in reads:
-    layers, layer = weights_of[path], plan[path]
-    usable, notes = consumers.setdefault(segments[0].group, ([], []))
-    reasons = (
-      _why_no_order_helps(path, layers[0], axis, layer.spec.channels)
-      for axis in segments
-    )
-    note = next(filter(None, reasons), "")
-    if note:
-      notes.append(note)
-      continue
-    slots = layer.spec.channels // segments[0].inner
-    for weights in layers:
-      by_channel = _by_channel(weights, segments)
-      usable.append(Consumer(path, by_channel, slots, layer.num_codes))
+    spec, num_codes = plan[path].spec, plan[path].num_codes
+    slots = spec.channels // segments[0].inner
+    for group, number in _layers(segments[0], spec, flat[path].shape):
+      usable, notes = consumers.setdefault(group, ([], []))
+      weights = weights_of[path][number]
+      reasons = (
+        _why_no_order_helps(path, weights, axis, spec) for axis in segments
+      )
+      note = next(filter(None, reasons), "")
+      if not note:
+        by_channel = _by_channel(weights, segments)
+        usable.append(Consumer(path, by_channel, slots, num_codes))
+      elif note not in notes:
+        notes.append(note)
   return consumers
+
+
+def _layers(
+  axis: channels.ChannelAxis, spec: blocks.BlockSpec, shape: tuple[int, ...]
+) -> Iterator[tuple[str, int]]:
+  """Yields (group, number of a layer that it orders) of a whole kernel."""
+  layers = list(np.ndindex(*spec.stack_shape(shape)))
+  for index, group in axis.groups(shape):
+    at = dict(zip(axis.stacked, index, strict=True))
+    for number, layer in enumerate(layers):
+      place = zip(spec.stack_axes, layer, strict=True)
+      if all(at.get(dim, step) == step for dim, step in place):
+        yield group, number
 
 
 def _reads(
@@ -124,11 +137,20 @@ def _to_channels(
 
 
 def _why_no_order_helps(
-  path: str, weights: np.ndarray, axis: channels.ChannelAxis, entries: int
+  path: str,
+  weights: np.ndarray,
+  axis: channels.ChannelAxis,
+  spec: blocks.BlockSpec,
 ) -> str:
   """Returns the reason, or '' where an order of the group may help."""
+  entries = spec.channels
   size = axis.length(weights.shape[1]) // (axis.outer * axis.inner)
   slots, rest = divmod(entries, axis.inner)
+  if not {*axis.stacked} <= {*spec.stack_axes}:
+    return (
+      f"{path} has sub-vectors that reach over layers, each of which has an "
+      "order of its own: not considered"
+    )
   if axis.start % entries:
     return (
       f"{path} has sub-vectors of {entries} entries, which reach over the "

@@ -269,7 +269,8 @@ def _group_row(
 ) -> Row:
   """Returns a channel group's row, named by the first kernel that reads it."""
   names = [text.short_path(path) for path in group["consumers"]]
-  label = names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
+  label = text.reader(group["consumers"], group["group"])
+  label += f" +{len(names) - 1}" if len(names) > 1 else ""
   full = f"{group['group']}: {group['size']} channels read by "
   full += ", ".join(names) + (f" ({group['note']})" if group["note"] else "")
   figure += "" if group["accepted"] else " (not applied)"

@@ -104,7 +104,8 @@ def permutation_table(groups: Sequence[schema.Group]) -> rich.table.Table:
     if has_errors:
       errors = (group["error_before"], group["error_after"])
       cells += [f"{100 * error:.2f}" if error else "" for error in errors]
-    label = rich.markup.escape(text.short_path(group["consumers"][0]))
+    label = text.reader(group["consumers"], group["group"])
+    label = rich.markup.escape(label)
     table.add_row(label, *cells, "yes" if group["accepted"] else "no")
   return table
 

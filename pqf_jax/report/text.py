@@ -53,6 +53,12 @@ def short_path(path: str) -> str:
   return path.removeprefix("params/").removesuffix("/kernel")
 
 
+def reader(consumers: Sequence[str], group: str) -> str:
+  """Returns the first kernel that reads a group, with its layer of a stack."""
+  _, layer, number = group.rpartition(", layer ")
+  return short_path(consumers[0]) + (layer + number if layer else "")
+
+
 def capitalize(label: str) -> str:
   """Returns a label as the start of a sentence: `Top-1`."""
   return label[:1].upper() + label[1:]

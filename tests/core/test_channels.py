@@ -46,6 +46,44 @@ def test_group_sizes():
   assert channels.group_sizes(_tree(), AXES) == {"g": 4}
 
 
+def test_every_layer_of_a_stack_moves_in_its_own_order():
+  tree = {"a": np.arange(24).reshape(2, 3, 4), "b": np.arange(6).reshape(3, 2)}
+  own, shared = channels.ChannelAxis("own"), channels.ChannelAxis("shared")
+  axes = {
+    "a": (None, own._replace(stacked=(0,)), shared),
+    "b": (own._replace(stacked=(1,)), None),
+  }
+  groups = [f"own, layer {i}" for i in range(2)]
+  assert channels.group_sizes(tree, axes) == {
+    **dict.fromkeys(groups, 3),
+    "shared": 4,
+  }
+  drawn = {
+    groups[0]: np.array([2, 0, 1]),
+    groups[1]: np.array([1, 0, 2]),
+    "shared": np.array([3, 1, 0, 2]),
+  }
+  got = channels.apply_permutations(tree, axes, drawn)
+  for i, group in enumerate(groups):
+    expected = tree["a"][i][drawn[group]][:, drawn["shared"]]
+    np.testing.assert_array_equal(got["a"][i], expected)
+    np.testing.assert_array_equal(got["b"][:, i], tree["b"][drawn[group], i])
+  # A layer without an order stays as it is.
+  got = channels.apply_permutations(tree, axes, {groups[1]: drawn[groups[1]]})
+  np.testing.assert_array_equal(got["a"][0], tree["a"][0])
+  np.testing.assert_array_equal(got["a"][1], tree["a"][1][[1, 0, 2]])
+
+
+def test_stacks_of_stacks_count_their_layers_in_order():
+  tree = {"a": jnp.arange(36).reshape(2, 3, 3, 2)}
+  axes = {"a": (None, None, channels.ChannelAxis("g", stacked=(3, 0)), None)}
+  order = np.array([2, 0, 1])
+  got = channels.apply_permutations(tree, axes, {"g, layer 1.0": order})["a"]
+  expected = np.array(tree["a"])
+  expected[0, :, :, 1] = expected[0, :, :, 1][:, order]
+  np.testing.assert_array_equal(got, expected)
+
+
 def _segments(*ends):
   return tuple(
     channels.ChannelAxis(group, start=start, stop=stop)
@@ -96,6 +134,14 @@ def test_flattened_axes_carry_the_same_entries(start):
     (
       {"c": (_segments(("g", 0, 3), ("g", 3, 5)),)},
       "c: axis 0: .*3:5.* 2, but group 'g' of 3",
+    ),
+    (
+      {"a/kernel": (None, channels.ChannelAxis("g", stacked=(1,)))},
+      r"a/kernel: axis 1 has the stacked axes \(1,\); .* among \[0\]",
+    ),
+    (
+      AXES | {"a/kernel": (None, channels.ChannelAxis("g", stacked=(0,)))},
+      r"b/kernel: axis 0 has .*\[\] layers, but group 'g' for one of \[3\]",
     ),
   ],
 )

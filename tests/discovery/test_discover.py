@@ -231,9 +231,10 @@ def spanned_orders(params: Params, axes: channels.ChannelAxes) -> set[Orders]:
   def order(name: str, dim: int, drawn: dict[str, Any]) -> tuple[int, ...]:
     entries = np.arange(params[name].shape[dim])
     carried = axes[name][dim] if name in axes else None
-    for group, outer, inner, start, stop in channels.segments(carried):
-      parts = entries[start:stop].reshape(outer, -1, inner)
-      entries[start:stop] = parts[:, drawn[group]].reshape(-1)
+    for axis in channels.segments(carried):
+      part = entries[axis.start : axis.stop]
+      split = part.reshape(axis.outer, -1, axis.inner)
+      part[:] = split[:, drawn[axis.group]].reshape(-1)
     return tuple(entries.tolist())
 
   choices = [itertools.permutations(range(size)) for size in sizes.values()]

@@ -349,7 +349,8 @@ LINEN = [
   (
     Recurrent(),
     jnp.arange(12).reshape(2, 6) % 11,
-    {"table": 6, "LSTMCell_0/ii": 10, "stack/up": 14},
+    {"table": 6, "LSTMCell_0/ii": 10}
+    | {f"stack/up, layer {i}": 14 for i in range(3)},
   ),
 ]
 

@@ -134,6 +134,33 @@ def recur(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
   return run, [n]
 
 
+def layers(b: Builder, lead: list[int], ones: list[int], n: int) -> Any:
+  """Layers of a stack that may be turned, averaged, or reported."""
+  del lead
+  m = int(b.rng.choice([3, 4]))
+  up, down, bias = (
+    b.parameter(2, *shape) for shape in ((n, m), (m, n), (*ones, m))
+  )
+  turned, averaged, reported, carried = b.rng.random(4) < 0.3
+
+  def run(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    def step(carry: Any, layer: Any) -> tuple[Any, jax.Array]:
+      (h, y), (up, down, bias) = carry, layer
+      new = jnp.tanh(h @ up + bias)
+      y = y + new if carried else new
+      return (h + jnp.sin(y @ down), y), new
+
+    ups = p[up][::-1] if turned else p[up]
+    biases = p[bias]
+    if averaged:
+      biases = biases + biases.mean(0, keepdims=True)
+    start = jnp.zeros((*x.shape[:-1], m), x.dtype)
+    (h, _), made = lax.scan(step, (x, start), (ups, p[down], biases))
+    return h + jnp.square(made).sum((0, -1))[..., None] if reported else h
+
+  return run, [n]
+
+
 KINDS = {
   kind.__name__: kind
   for kind in (
@@ -150,6 +177,7 @@ KINDS = {
     accumulate,
     crop,
     recur,
+    layers,
   )
 }
 EVEN = {"gate", "heads", "shuffle", "crop"}

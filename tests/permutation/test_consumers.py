@@ -63,6 +63,32 @@ def test_sub_vectors_that_straddle_segments_are_left_out_with_a_note(
   assert len(found["h"][0]) == 1
 
 
+def test_each_layer_of_a_stack_is_a_consumer_of_its_own_group():
+  kernel = np.stack([KERNEL, 0 * KERNEL, KERNEL[::-1]], axis=1)
+  own = channels.ChannelAxis("g", stacked=(1,))
+  spec = {"channels": 2, "stack_axes": (1,)}
+  found = find(kernel, (own, None, None), **spec)
+  for i in (0, 2):
+    (layer,), _ = found[f"g, layer {i}"]
+    np.testing.assert_array_equal(layer.weights[..., 0], kernel[:, i].T)
+  assert found["g, layer 1"] == (
+    [],
+    ["k/kernel is all zeros: no order helps it"],
+  )
+  # Layers of one order are consumers of one group.
+  found = find(kernel, (channels.ChannelAxis("g"), None, None), **spec)
+  assert len(found["g"][0]) == 2 and len(found["g"][1]) == 1
+
+
+def test_layers_of_different_orders_that_share_sub_vectors_are_left_out():
+  kernel = np.stack([KERNEL, KERNEL[::-1]])
+  own = channels.ChannelAxis("g", stacked=(0,))
+  found = find(kernel, (None, own, None), channels=2)  # layers are taps
+  assert list(found) == ["g, layer 0", "g, layer 1"]
+  for usable, (note,) in found.values():
+    assert not usable and "reach over layers" in note
+
+
 def test_every_segment_gets_an_order_of_its_own():
   rng = np.random.default_rng(1)
   shapes = {"one": (3, 16), "two": (3, 32), "read": (48, 64)}

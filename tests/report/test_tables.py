@@ -4,7 +4,7 @@ import pytest
 import rich.console
 
 from pqf_jax import report
-from pqf_jax.report import schema, text
+from pqf_jax.report import charts, schema, text
 
 
 def drawn(renderable, width=80):
@@ -61,6 +61,19 @@ def test_permutation_table_has_the_errors_that_were_computed(run):
   assert "error" not in drawn(report.permutation_table(bare))
   empty = report.permutation_table([run["groups"][0] | {"consumers": []}])
   assert empty.row_count == 0
+
+
+def test_groups_of_stacked_layers_are_told_apart(run):
+  consumers = ["params/down/kernel", "params/other/kernel"]
+  groups = [
+    run["groups"][0] | {"group": f"up, layer {i}", "consumers": consumers}
+    for i in range(3)
+  ]
+  table = drawn(report.permutation_table(groups))
+  (chart, *_) = charts.permutation_charts(groups)
+  for i in range(3):
+    assert f"down, layer {i}" in table
+    assert [row.label for row in chart.rows][i] == f"down, layer {i} +1"
 
 
 def test_closing_table_has_every_figure(run):
