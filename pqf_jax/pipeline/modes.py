@@ -11,7 +11,7 @@ from pqf_jax.core import vq_array
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import planning, settings, stages, weights, workspace
-from pqf_jax.runtime import compilation, distributed, files, progress
+from pqf_jax.runtime import compilation, distributed, files, peers, progress
 
 PyTree = Any
 
@@ -46,6 +46,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   progress.say_everywhere(distributed.banner())
   if config is not given:
     progress.say(f"{config.data.name}: {config.model.num_classes} classes")
+  with peers.end_together():
+    _run_mode(config, workdir)
+
+
+def _run_mode(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Does what `config.mode` says, on all processes."""
   distributed.check_agreement(
     {
       "config": config.to_dict(),
