@@ -111,6 +111,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   network, variables = read_weights(config)
   jobs.check_batches(config, stages=())
   loaded = tasks.get(config.task).load(config, network)
+  if loaded.beside is not None:
+    raise errors.InputError(
+      f"the figures of task {config.task!r} compare a network with the dense "
+      "one, which config.mode=evaluate does not have; results.json of "
+      "config.mode=compress has them"
+    )
   name = workdir or f"runs/{config.name}_evaluate"
   with workspace.Workspace(name, config) as files:
     files.claim()
