@@ -21,7 +21,7 @@ from pqf_jax.core import blocks, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.core import storage as storages
 from pqf_jax.discovery import kernels as kernel_discovery
-from pqf_jax.discovery import readers, samples
+from pqf_jax.discovery import masks, readers, samples
 
 PyTree = Any
 
@@ -111,6 +111,7 @@ def auto_rules(
   target_ratio: float | None = None,
   target_bytes: int | None = None,
   batches: Sequence[tuple[PyTree, ...]] = (),
+  mask_fn: masks.MaskFn | None = None,
   storage: storages.Storage = storages.PAPER,
   kmeans_steps: int = 1000,
 ) -> list[plans.Rule]:
@@ -126,6 +127,7 @@ def auto_rules(
     target_ratio=target_ratio,
     target_bytes=target_bytes,
     batches=batches,
+    mask_fn=mask_fn,
     storage=storage,
     kmeans_steps=kmeans_steps,
   ).rules
@@ -138,6 +140,7 @@ def allocate_bytes(
   target_ratio: float | None = None,
   target_bytes: int | None = None,
   batches: Sequence[tuple[PyTree, ...]] = (),
+  mask_fn: masks.MaskFn | None = None,
   storage: storages.Storage = storages.PAPER,
   kmeans_steps: int = 1000,
 ) -> Allocation:
@@ -160,6 +163,8 @@ def allocate_bytes(
     batches: inputs without labels, best all of one shape, on which the weight
       of each kernel is measured by one pass a kernel and batch; 64 samples
       suffice. Without any, a relative error counts alike in all layers.
+    mask_fn: `mask_fn(*inputs)` -> bool, False for padding. Of outputs with
+      these first axes, and more behind them, only those count that are True.
     storage: types of the parts of the packed file.
     kmeans_steps: k-means steps of all rules.
 
@@ -183,7 +188,9 @@ def allocate_bytes(
   for path in options:
     trees.check_finite(path, flat[path])
   weights = (
-    sensitivity.output_changes(apply_fn, variables, list(options), batches)
+    sensitivity.output_changes(
+      apply_fn, variables, list(options), batches, mask_fn
+    )
     if batches
     else {path: _num_layers(flat[path], kernels[path]) for path in options}
   )

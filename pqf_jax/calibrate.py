@@ -16,11 +16,11 @@ from pqf_jax.calibration import (
   reconstruction,
   streams,
 )
-from pqf_jax.core import modules, trees, vq_array
+from pqf_jax.core import trees, vq_array
+from pqf_jax.discovery import masks as sample_masks
 from pqf_jax.discovery import samples, tracing
 
 PyTree = Any
-MaskFn = Callable[..., jax.Array]
 
 # Input rows of a layer that its moments are taken of: so many for each of the n
 # entries of a row, and never fewer than this. Of the rows of large maps a part
@@ -52,7 +52,7 @@ def calibrate_params(
   reconstruct: bool = True,
   rounds: int = 2,
   damping: float = 1e-3,
-  mask_fn: MaskFn | None = None,
+  mask_fn: sample_masks.MaskFn | None = None,
   on_layer: Callable[[LayerError], None] = lambda layer: None,
 ) -> tuple[PyTree, dict[str, LayerError]]:
   """Makes a quantized network follow the dense one, layer by layer.
@@ -148,7 +148,7 @@ class _Calibration:
     dense: PyTree,
     quantized: PyTree,
     batches: Sequence[tuple[PyTree, ...]],
-    mask_fn: MaskFn | None,
+    mask_fn: sample_masks.MaskFn | None,
   ):
     self.dense = trees.flatten(dense)
     self.leaves = trees.flatten(quantized, vq_array.is_vq)
@@ -163,7 +163,7 @@ class _Calibration:
       program, {number: path for path, number in self._numbers.items()}
     )
     self.norms = _statistics(self.dense)
-    self.masks = [_make_mask(mask_fn, batch) for batch in batches]
+    self.masks = [sample_masks.make_mask(mask_fn, batch) for batch in batches]
     _check_masks(self.masks, program, self.reads)
     pairs = [
       streams.Pair(leaf, _to_array(self.leaves[path]))
@@ -346,8 +346,8 @@ def _batch_moments(
   """Returns the moments of at most so many of a batch's input rows."""
   rows, others = map(layer.input_rows, (pair.quantized, pair.dense))
   counts = None
-  if mask.ndim and moments.has_mask(pair.dense.shape, mask.shape):
-    spread = moments.spread_mask(mask, pair.dense.shape)
+  if mask.ndim and sample_masks.has_mask(pair.dense.shape, mask.shape):
+    spread = sample_masks.spread_mask(mask, pair.dense.shape)
     # A window counts where it sees something that does.
     counts = layer.input_rows(spread.astype(rows.dtype)).max((1, 2))
   if wanted < len(rows):
@@ -358,28 +358,12 @@ def _batch_moments(
     rows, others = rows[chosen], others[chosen]
     counts = None if counts is None else counts[chosen]
   if counts is not None:
-    rows, others = (x * counts[:, None, None] for x in (rows, others))
+    # Not as a product: padding may be NaN.
+    is_counted = counts[:, None, None] > 0
+    rows, others = (jnp.where(is_counted, x, 0) for x in (rows, others))
   return reconstruction.input_moments(
     rows.astype(jnp.float32), others.astype(jnp.float32), kernel
   )
-
-
-def _make_mask(mask_fn: MaskFn | None, batch: tuple[PyTree, ...]) -> jax.Array:
-  """Returns what counts in a batch; a single True: everything.
-
-  Raises:
-    InputError: it is no mask, or nothing counts.
-  """
-  if mask_fn is None:
-    return jnp.ones((), bool)
-  mask = jnp.asarray(modules.call_with(mask_fn, batch))
-  if mask.dtype != bool or not mask.any():
-    raise errors.InputError(
-      f"mask_fn gives {mask.dtype} {list(mask.shape)} with "
-      f"{int(jnp.count_nonzero(mask))} positions that count; give booleans, "
-      "False for padding, and some True in every batch"
-    )
-  return mask
 
 
 def _check_masks(
@@ -395,7 +379,7 @@ def _check_masks(
     and len(operation.operands) == 2
   }
   for mask in masks:
-    if not any(moments.has_mask(shape, mask.shape) for shape in shapes):
+    if not any(sample_masks.has_mask(shape, mask.shape) for shape in shapes):
       raise errors.InputError(
         f"mask_fn gives a mask {list(mask.shape)}, but no layer has inputs "
         f"with these first axes; there are {sorted(shapes)}"

@@ -8,7 +8,7 @@ import jax
 from pqf_jax import budget, calibrate, errors, permute, quantize
 from pqf_jax.core import plan as plans
 from pqf_jax.core import trees, vq_array
-from pqf_jax.discovery import discover, kernels, readers, samples
+from pqf_jax.discovery import discover, kernels, masks, readers, samples
 
 PyTree = Any
 
@@ -44,7 +44,7 @@ def compress(
   calibration: Sequence[PyTree] = (),
   target_ratio: float | None = None,
   target_bytes: int | None = None,
-  mask_fn: calibrate.MaskFn | None = None,
+  mask_fn: masks.MaskFn | None = None,
 ) -> Compressed:
   """Permutes, quantizes and calibrates any network; `save` writes the result.
 
@@ -91,6 +91,7 @@ def compress(
       target_ratio=target_ratio,
       target_bytes=target_bytes,
       batches=batches[:1],
+      mask_fn=mask_fn,
     )
   elif isinstance(rules, str) or targeted:
     raise errors.InputError(

@@ -148,6 +148,34 @@ def test_measured_weights_move_bytes_to_the_kernels_that_matter():
   assert measured[0] > 2 * measured[1]
 
 
+def test_padding_has_no_part_in_the_weights():
+  variables = {
+    name: RNG.normal(size=(32, 64)).astype(np.float32) for name in "ab"
+  }
+  x = RNG.normal(size=(8, 6, 32)).astype(np.float32)
+  padded = np.concatenate([x, np.full((8, 4, 32), np.inf, np.float32)], 1)
+
+  def apply_fn(v, x):
+    return x @ v["a"] + 1e-3 * x @ v["b"]
+
+  def weights(x, mask_fn):
+    found = budget.allocate_bytes(
+      apply_fn,
+      variables,
+      x,
+      target_ratio=6,
+      batches=[(x,)],
+      mask_fn=mask_fn,
+    )
+    first, second = (layer.weight for layer in found.layers)
+    return first / second
+
+  with pytest.raises(errors.InputError, match="NaN or infinite"):
+    weights(padded, None)
+  found = weights(padded, lambda x: np.isfinite(x[..., 0]))
+  assert found == pytest.approx(weights(x, None), rel=1e-4)
+
+
 def zeros(tree):
   """Returns arrays of zeros that need no memory."""
   return jax.tree.map(

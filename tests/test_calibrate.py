@@ -363,6 +363,26 @@ def test_padding_does_not_count(padded):
   assert np.abs(wrong["bias"] - wanted["bias"]).max() > 0.01
 
 
+def test_padding_may_be_no_number(padded):
+  dense, quantized, whole, longer = padded
+
+  def undefined(p, x, mask):
+    ones = mask[..., None].astype(jnp.float32)
+    h = x / ones @ p["up"][...] + p["bias"][None, None]
+    sums = jnp.where(mask[..., None], jnp.tanh(h), 0).sum(1)
+    return sums / ones.sum(1) @ p["head"][...]
+
+  wanted, given = (
+    calibrate.calibrate_params(
+      network, dense, quantized, batches, mask_fn=lambda x, mask: mask
+    )[0]
+    for network, batches in ((pooled, whole), (undefined, longer))
+  )
+  for path in ("up", "head"):
+    np.testing.assert_array_equal(given[path].codes, wanted[path].codes)
+  np.testing.assert_allclose(given["bias"], wanted["bias"], atol=1e-5)
+
+
 def test_masks_are_of_positions(padded):
   dense, quantized, _, longer = padded
   for mask_fn, message in (

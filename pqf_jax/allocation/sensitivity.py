@@ -10,6 +10,7 @@ import numpy as np
 from pqf_jax import errors
 from pqf_jax.allocation import distortion
 from pqf_jax.core import modules, trees
+from pqf_jax.discovery import masks
 
 PyTree = Any
 
@@ -23,6 +24,7 @@ def output_changes(
   variables: PyTree,
   paths: Collection[str],
   batches: Sequence[tuple[PyTree, ...]],
+  mask_fn: masks.MaskFn | None = None,
 ) -> dict[str, float]:
   """Returns {path: change of the outputs where a kernel is half noise}.
 
@@ -38,6 +40,8 @@ def output_changes(
     variables: dense variable tree.
     paths: kernels.
     batches: inputs.
+    mask_fn: see `masks.make_mask`; outputs with its first axes, and more behind
+      them, count only where it is True.
 
   Raises:
     InputError: outputs are not finite, as it is or with an error, or no error
@@ -56,10 +60,16 @@ def output_changes(
       if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
 
-  def outputs(variables: PyTree, inputs: tuple[PyTree, ...]) -> list[jax.Array]:
-    return run(modules.seal(variables), modules.seal(inputs))
+  def outputs(
+    variables: PyTree, inputs: tuple[PyTree, ...], mask: jax.Array
+  ) -> list[jax.Array]:
+    leaves = run(modules.seal(variables), modules.seal(inputs))
+    return [
+      jnp.where(masks.spread_mask(mask, leaf.shape), leaf, 0) for leaf in leaves
+    ]
 
-  expected = [outputs(variables, batch) for batch in batches]
+  cases = [(batch, masks.make_mask(mask_fn, batch)) for batch in batches]
+  expected = [outputs(variables, *case) for case in cases]
   scales = _variances(expected)
   noise = float(distortion.noise_to_signal(np.array(_TRIED)))
   changes = {}
@@ -68,8 +78,8 @@ def output_changes(
       variables, {path: _disturb(jax.random.fold_in(key, i), flat[path])}
     )
     total = 0.0
-    for batch, wanted in zip(batches, expected, strict=True):
-      got = outputs(disturbed, batch)
+    for case, wanted in zip(cases, expected, strict=True):
+      got = outputs(disturbed, *case)
       total += sum(
         float(jnp.square(a - b).mean()) / scale
         for a, b, scale in zip(got, wanted, scales, strict=True)

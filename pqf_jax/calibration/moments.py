@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pqf_jax.calibration import programs, streams
+from pqf_jax.discovery import masks as sample_masks
 
 # Against a division by zero, as a share of the norm's own variance.
 _TINY = 1e-6
@@ -32,7 +33,7 @@ def match_norm(
 
   Args:
     pairs: inputs of the norm, one pair a batch.
-    masks: what counts in each batch, see `spread_mask`.
+    masks: what counts in each batch, see `masks.spread_mask`.
     axes: of the channels.
     mean: [C], the norm's statistics in the dense network.
     var: [C].
@@ -41,8 +42,12 @@ def match_norm(
     (mean, var) with which the norm's outputs have the mean and the variance
     that they have in the dense network.
   """
-  of_dense = _mean_and_variance([p.dense for p in pairs], masks, axes)
-  of_quantized = _mean_and_variance([p.quantized for p in pairs], masks, axes)
+  counted = [
+    sample_masks.spread_mask(mask, pair.dense.shape)
+    for pair, mask in zip(pairs, masks, strict=True)
+  ]
+  of_dense = _mean_and_variance([p.dense for p in pairs], counted, axes)
+  of_quantized = _mean_and_variance([p.quantized for p in pairs], counted, axes)
   variance = jnp.maximum(var, _LEAST_VARIANCE)
   floor = _TINY * variance
   ratio = (of_quantized[1] + floor) / (of_dense[1] + floor)
@@ -63,49 +68,36 @@ def match_bias(
 
   Args:
     pairs: what the bias is added to, one pair a batch.
-    masks: what counts in each batch, see `spread_mask`.
+    masks: what counts in each batch, see `masks.spread_mask`.
     axes: of the channels.
     bias: of any shape, its axes longer than 1 in the order of `axes`.
   """
-  of_dense, _ = _mean_and_variance([p.dense for p in pairs], masks, axes)
-  of_quantized, _ = _mean_and_variance(
-    [p.quantized for p in pairs], masks, axes
-  )
-  missed = (of_dense - of_quantized).reshape(bias.shape)
-  return (bias + missed).astype(bias.dtype)
+  missed, counted = zip(*map(_differences, pairs, masks), strict=True)
+  mean, _ = _mean_and_variance(missed, counted, axes)
+  return (bias + mean.reshape(bias.shape)).astype(bias.dtype)
 
 
-def has_mask(shape: tuple[int, ...], mask: tuple[int, ...]) -> bool:
-  """Returns whether the first axes of values are those of a mask.
+def _differences(
+  pair: streams.Pair, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns what the quantized network misses, and what of it counts.
 
-  Args:
-    shape: of the values; more axes, such as the channels, follow.
-    mask: shape of the mask.
+  What an attention is not to see is -inf, or a number beside which all others
+  are 0, in both networks: a difference of means would know nothing of the rest.
   """
-  return len(shape) > len(mask) and shape[: len(mask)] == mask
-
-
-def spread_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns bool of the shape of some values: what counts among them.
-
-  Args:
-    mask: bool, of the shape of the values' first axes; of others all values
-      count, as they do where it is a single True.
-    shape: of the values.
-  """
-  if not has_mask(shape, mask.shape):
-    return jnp.ones(shape, bool)
-  more = (1,) * (len(shape) - mask.ndim)
-  return jnp.broadcast_to(mask.reshape(*mask.shape, *more), shape)
+  dense, quantized = (x.astype(jnp.float32) for x in pair)
+  is_hidden = jnp.isneginf(dense) & jnp.isneginf(quantized)
+  missed = jnp.where(dense == quantized, 0, dense - quantized)
+  return missed, sample_masks.spread_mask(mask, dense.shape) & ~is_hidden
 
 
 def _mean_and_variance(
   arrays: Sequence[jax.Array],
-  masks: Sequence[jax.Array],
+  counted: Sequence[jax.Array],
   axes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
   """Returns [C] each, over all batches; 0 where nothing counts."""
-  parts = [_of_batch(*part, axes) for part in zip(arrays, masks, strict=True)]
+  parts = [_of_batch(*part, axes) for part in zip(arrays, counted, strict=True)]
   counts, means, variances = map(jnp.stack, zip(*parts, strict=True))
   shares = counts / jnp.maximum(counts.sum(0), 1)[None]
   mean = (shares * means).sum(0)
@@ -114,7 +106,7 @@ def _mean_and_variance(
 
 
 def _of_batch(
-  x: jax.Array, mask: jax.Array, axes: tuple[int, ...]
+  x: jax.Array, counted: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns how many count, their mean and variance, [C] each."""
 
@@ -122,10 +114,11 @@ def _of_batch(
     rows = jnp.moveaxis(array, axes, range(-len(axes), 0))
     return rows.reshape(-1, math.prod(x.shape[axis] for axis in axes))
 
-  rows = to_rows(x).astype(jnp.float32)
-  weights = to_rows(spread_mask(mask, x.shape)).astype(jnp.float32)
+  # Not as a product: padding may be NaN.
+  rows = to_rows(jnp.where(counted, x, 0)).astype(jnp.float32)
+  weights = to_rows(counted).astype(jnp.float32)
   counts = weights.sum(0)
   most = jnp.maximum(counts, 1)
-  mean = (weights * rows).sum(0) / most
+  mean = rows.sum(0) / most
   square = jnp.square(rows - mean[None])
   return counts, mean, (weights * square).sum(0) / most

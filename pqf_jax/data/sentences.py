@@ -41,6 +41,7 @@ class Vocabulary:
     wanted = "the network's vocab.txt, --config.data.vocabulary=FILE"
     lines = _read_lines(path, wanted)
     self._numbers = {line: number for number, line in enumerate(lines)}
+    self._size = len(lines)  # a token may be there twice
     lacking = {PADDING, UNKNOWN, FIRST, LAST} - self._numbers.keys()
     if lacking or self._numbers[PADDING]:
       raise errors.InputError(
@@ -51,7 +52,7 @@ class Vocabulary:
       )
 
   def __len__(self) -> int:
-    return len(self._numbers)
+    return self._size
 
   def tokenize(self, sentence: str, longest: int | None = None) -> list[int]:
     """Returns the numbers of a sentence's tokens, both ends included.

@@ -71,9 +71,15 @@ def load(name: str, folder: str, *, length: int) -> Texts:
     length: bytes of a sequence, without the last, which is only predicted.
 
   Raises:
-    InputError: no such text, a missing file, or a split without two sequences.
+    InputError: no such text, a folder for 'pydoc', a missing file, or a split
+      without two sequences.
   """
   if name == PYDOC:
+    if folder:
+      raise errors.InputError(
+        f"config.data.dir is {folder!r}, but config.data.name 'pydoc', which "
+        "comes with Python; give --config.data.name=text for the text there"
+      )
     whole = "\n".join(pydoc_data.topics.topics.values()).encode()
     end = len(whole) - len(whole) // TEST_SHARE
     parts = [whole[:end], whole[end:]]

@@ -11,7 +11,7 @@ from pqf_jax.core import vq_array
 from pqf_jax.models import contract
 from pqf_jax.pipeline import job as jobs
 from pqf_jax.pipeline import planning, settings, stages, weights, workspace
-from pqf_jax.runtime import compilation, distributed, files, progress
+from pqf_jax.runtime import compilation, distributed, files, peers, progress
 
 PyTree = Any
 
@@ -46,6 +46,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   progress.say_everywhere(distributed.banner())
   if config is not given:
     progress.say(f"{config.data.name}: {config.model.num_classes} classes")
+  with peers.end_together():
+    _run_mode(config, workdir)
+
+
+def _run_mode(config: ml_collections.ConfigDict, workdir: str | None) -> None:
+  """Does what `config.mode` says, on all processes."""
   distributed.check_agreement(
     {
       "config": config.to_dict(),
@@ -105,6 +111,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None) -> None:
   network, variables = read_weights(config)
   jobs.check_batches(config, stages=())
   loaded = tasks.get(config.task).load(config, network)
+  if loaded.beside is not None:
+    raise errors.InputError(
+      f"the figures of task {config.task!r} compare a network with the dense "
+      "one, which config.mode=evaluate does not have; results.json of "
+      "config.mode=compress has them"
+    )
   name = workdir or f"runs/{config.name}_evaluate"
   with workspace.Workspace(name, config) as files:
     files.claim()

@@ -78,6 +78,7 @@ def choose_rules(
       *batches[0],
       target_bytes=config.target_bytes,
       batches=batches,
+      mask_fn=loaded.mask_fn,
       storage=settings.make_storage(config),
       kmeans_steps=config.quantize.kmeans_steps,
     )

@@ -35,6 +35,9 @@ def append_metric(path: epath.PathLike, record: schema.Record) -> None:
   Args:
     path: of `metrics.jsonl`.
     record: see `schema.Record`; its values may be device scalars.
+
+  Raises:
+    InputError: the disk is full.
   """
   line = (json.dumps(plain(record)) + "\n").encode()
   log = epath.Path(path)
@@ -43,7 +46,7 @@ def append_metric(path: epath.PathLike, record: schema.Record) -> None:
     # An object in a bucket cannot grow, so it is written anew; it is small.
     files.write(log, (log.read_bytes() if log.exists() else b"") + line)
   else:
-    with log.open("ab") as file:
+    with files.name_full_disk(log), log.open("ab") as file:
       file.write(line)
 
 

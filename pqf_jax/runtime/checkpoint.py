@@ -26,6 +26,9 @@ from pqf_jax import errors
 from pqf_jax.runtime import distributed, files, progress
 
 PyTree = Any
+# What orbax writes about the arrays of a save, and the record, at most: 0.1 MB
+# for a small network.
+OWN_BYTES = 1 << 20
 Record = dict[str, Any]
 
 
@@ -108,7 +111,7 @@ class Checkpoints:
     if distributed.is_lead():
       self._root.mkdir(parents=True, exist_ok=True)
       num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-      files.check_space(self._root, num_bytes)
+      files.check_space(self._root, num_bytes + OWN_BYTES)
       # That of a damaged save, which belongs to other arrays.
       (self._root / f"{name}.json").unlink(missing_ok=True)
     if jax.tree.leaves(tree):  # orbax refuses to save none
@@ -127,15 +130,10 @@ class Checkpoints:
     # With several processes, orbax refuses arrays of a single one.
     if jax.process_count() > 1:
       tree = distributed.replicate(tree)
-    with ocp.StandardCheckpointer() as checkpointer:
-      try:
-        checkpointer.save(self._root / name, tree, force=True)
-        checkpointer.wait_until_finished()
-      except ValueError as error:
-        # The error of tensorstore on a full disk.
-        if "RESOURCE_EXHAUSTED" in str(error):
-          raise files.disk_full(self._root / name) from error
-        raise
+    path = self._root / name
+    with files.name_full_disk(path), ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, tree, force=True)
+      checkpointer.wait_until_finished()
 
   def save_progress(
     self, stage: str, step: int, tree: PyTree, record: Record

@@ -68,16 +68,34 @@ def write(path: epath.PathLike, data: bytes) -> None:
   if is_remote(target):
     target.write_bytes(data)
     return
-  target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+  with name_full_disk(path):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      partial.write_bytes(data)
+      _sync(partial)
+      partial.replace(target)
+      _sync(target.parent)
+    except OSError:
+      partial.unlink(missing_ok=True)
+      raise
+
+
+@contextlib.contextmanager
+def name_full_disk(path: epath.PathLike) -> Iterator[None]:
+  """Turns what a full disk, or a quota, raises into an error with the path.
+
+  Raises:
+    InputError: the disk is full.
+  """
   try:
-    partial.write_bytes(data)
-    _sync(partial)
-    partial.replace(target)
-    _sync(target.parent)
-  except OSError as error:
-    partial.unlink(missing_ok=True)
-    if error.errno == errno.ENOSPC:
+    yield
+  except (OSError, ValueError) as error:
+    number = getattr(error, "errno", None)
+    # The second is the error of tensorstore, which orbax writes arrays with.
+    if number in (errno.ENOSPC, errno.EDQUOT) or (
+      "RESOURCE_EXHAUSTED" in str(error)
+    ):
       raise disk_full(path) from error
     raise
 
@@ -181,10 +199,13 @@ def lock(path: epath.PathLike) -> IO[str] | None:
       ) from error
     except OSError:
       return None
-    file.truncate(0)
     start = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {start}")
-    file.flush()
+    with name_full_disk(path):
+      file.truncate(0)
+      file.write(
+        f"process {os.getpid()} on {socket.gethostname()} since {start}"
+      )
+      file.flush()
     stack.pop_all()  # it stays open
     return file
 

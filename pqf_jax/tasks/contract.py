@@ -20,18 +20,46 @@ def teacher_settings(config: ml_collections.ConfigDict) -> dict[str, float]:
   return {"share": wanted.share, "temperature": wanted.temperature}
 
 
-def refuse_mirrored(config: ml_collections.ConfigDict) -> None:
-  """Refuses `distillation.mirrored` for a task that has no use for it.
+# Settings of which not every task makes something, and their values where
+# nothing is asked for.
+UNASKED: Mapping[str, Any] = {
+  "data.name": "",
+  "data.unlabelled": "",
+  "data.image_size": 0,
+  "data.resize": -1,
+  "data.crop": 0,
+  "data.padding": -1,
+  "data.augmentation": "",
+  "data.mean": (),
+  "data.std": (),
+  "data.num_objects": 0,
+  "data.length": 0,
+  "data.vocabulary": "",
+  "distillation.temperature": 1.0,
+  "distillation.mirrored": False,
+}
+
+
+def refuse_unused(
+  config: ml_collections.ConfigDict, used: Collection[str]
+) -> None:
+  """Refuses settings of `UNASKED` that a task would silently leave out.
+
+  Args:
+    config: the recipe.
+    used: those that the task makes something of.
 
   Raises:
-    InputError: it is set.
+    InputError: another one is set.
   """
-  if config.distillation.mirrored:
-    raise errors.InputError(
-      "config.distillation.mirrored is True, but the outputs of task "
-      f"{config.task!r} are not those of mirror images; give "
-      "--config.distillation.mirrored=False"
-    )
+  for name in sorted(UNASKED.keys() - set(used)):
+    part, _, last = name.partition(".")
+    value, unasked = config[part].get(last, UNASKED[name]), UNASKED[name]
+    if value != unasked:
+      raise errors.InputError(
+        f"config.{name} is {value!r}, of which task {config.task!r} makes "
+        f"nothing; leave it at {unasked!r}"
+      )
 
 
 class LoadedTask(NamedTuple):
@@ -60,8 +88,8 @@ class LoadedTask(NamedTuple):
       have. Stage 0 trains on them.
     hidden: of `Task.metrics`, those that tell nothing on these data; tables
       and charts leave them out.
-    mask_fn: (*inputs) -> bool, False for padding, which calibration leaves out;
-      None: there is none. See `pqf_jax.calibrate_params`.
+    mask_fn: (*inputs) -> bool, False for padding, which calibration and byte
+      budgets leave out; None: there is none. See `pqf_jax.calibrate_params`.
     beside: dense variables -> the task whose figures compare networks with
       these; None: figures need no other network.
   """

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pqf_jax.calibration import moments, streams
+from pqf_jax.discovery import masks as sample_masks
 
 CHANNELS = 3
 ALL = [jnp.ones((), bool)] * 2  # everything counts, in two batches
@@ -97,12 +98,16 @@ def test_a_channel_without_a_signal_stays_silent(var):
   assert np.abs(outputs).max() < 0.01
 
 
-def test_what_a_mask_leaves_out_does_not_matter(pairs):
+@pytest.mark.parametrize("padding", [9, np.nan])
+def test_what_a_mask_leaves_out_does_not_matter(pairs, padding):
   axis, values = pairs
   rng = np.random.default_rng(1)
   more = [
     streams.Pair(
-      *(jnp.pad(x, ((0, 2 + i), (0, 0), (0, 0)), constant_values=9) for x in p)
+      *(
+        jnp.pad(x, ((0, 2 + i), (0, 0), (0, 0)), constant_values=padding)
+        for x in p
+      )
     )
     for i, p in enumerate(values)
   ]
@@ -126,9 +131,26 @@ def test_what_a_mask_leaves_out_does_not_matter(pairs):
     np.testing.assert_allclose(given, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [-np.inf, -1e9, np.finfo(np.float32).min])
+def test_a_bias_is_matched_beside_what_an_attention_hides(pairs, hidden):
+  axis, values = pairs
+  is_hidden = np.random.default_rng(2).random(values[0].dense.shape) < 0.3
+  given = [
+    streams.Pair(*(jnp.where(is_hidden, hidden, x) for x in pair))
+    for pair in values
+  ]
+  found = moments.match_bias(given, ALL, (axis,), MEAN)
+  missed = _rows([pair.dense - pair.quantized for pair in values], axis)
+  shown = _rows([~is_hidden] * 2, axis)
+  # Numbers, unlike -inf, count as entries that are right.
+  count = shown.sum(0) if np.isinf(hidden) else len(shown)
+  wanted = MEAN + (shown * missed).sum(0) / count
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_a_mask_is_of_the_first_axes_with_more_behind_them():
   mask = jnp.array([[True, False], [True, True], [False, False]])
-  spread = moments.spread_mask(mask, (3, 2, 4))
+  spread = sample_masks.spread_mask(mask, (3, 2, 4))
   np.testing.assert_array_equal(spread, np.repeat(mask[..., None], 4, 2))
   for shape in ((3, 2), (2, 3, 4), (3,)):
-    assert moments.spread_mask(mask, shape).all()
+    assert sample_masks.spread_mask(mask, shape).all()

@@ -91,3 +91,12 @@ def test_another_file_is_no_vocabulary(tmp_path, tokens):
   path.write_text(tokens)
   with pytest.raises(errors.InputError, match="is no vocabulary of BERT"):
     sentences.Vocabulary(path)
+
+
+def test_a_vocabulary_has_a_number_for_each_line(tmp_path):
+  path = tmp_path / "vocab.txt"
+  lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "the", "cat"]
+  path.write_text("\n".join(lines))
+  vocabulary = sentences.Vocabulary(path)
+  assert vocabulary.tokenize("the cat") == [2, 5, 6, 3]
+  assert len(vocabulary) == 7  # a network of six tokens has no vector of "cat"

@@ -258,5 +258,5 @@ def test_plan_counts_classes_too(own, capsys):
 def test_a_detector_resizes_images_itself():
   config = mask_rcnn.get_config("nuclei")
   config.data.crop = 8
-  with pytest.raises(errors.InputError, match="data.crop is 8; a detector"):
+  with pytest.raises(errors.InputError, match="data.crop is 8, of which task"):
     tasks.get("detection").check(config, None, {}, num_devices=1)

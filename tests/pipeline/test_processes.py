@@ -1,5 +1,6 @@
 """Several processes on this machine, as a pod would have them."""
 
+import contextlib
 import functools
 import json
 import os
@@ -80,8 +81,8 @@ def _start(
   return processes
 
 
-def _finish(processes):
-  told = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+def _finish(processes, timeout=TIMEOUT):
+  told = [process.communicate(timeout=timeout)[0] for process in processes]
   return [process.returncode for process in processes], told
 
 
@@ -210,22 +211,93 @@ def test_a_run_of_two_goes_on_with_another_number_of_devices(
   _assert_near(found, plain)
 
 
+# The file by which a stage is known to have begun, and who is killed in it.
+STAGES = {
+  "dense": ("checkpoints/train@*.json", 3),
+  "permute": ("checkpoints/dense.json", 0),
+  "quantize": ("checkpoints/permute.json", 1),
+  "calibrate": ("checkpoints/quantize.json", 2),
+  "finetune": ("checkpoints/finetune@*.json", 0),
+}
+
+
+def test_one_of_four_is_killed_in_every_stage_and_another_is_stopped(tmp_path):
+  settings = ("calibrate.images=64", "checkpoint_steps=3")
+  start = functools.partial(_start, tmp_path / "a", 4, *settings, devices=1)
+  kept = {}
+  for sign, victim in STAGES.values():
+    processes = start()
+    _wait_for(processes, tmp_path / "a", sign)
+    processes[victim].kill()
+    # JAX alone would take 100 s.
+    codes, told = _finish(processes, timeout=20)
+    for index in {*range(4)} - {victim}:
+      assert codes[index] not in (0, 2)
+      assert f"error: process {victim + 1} of 4 on " in told[index]
+    records = (tmp_path / "a/checkpoints").glob("*.json")
+    kept |= {p: p.read_bytes() for p in records if "@" not in p.name}
+  assert len(kept) == len(STAGES) - 1
+
+  processes = start()
+  _wait_for(processes, tmp_path / "a", "checkpoints/finetune@*.json")
+  processes[2].send_signal(signal.SIGSTOP)
+  time.sleep(30)
+  processes[2].send_signal(signal.SIGCONT)
+  codes, told = _finish(processes)
+  assert codes == [0] * 4, told
+  assert kept == {path: path.read_bytes() for path in kept}
+  _assert_same(
+    _outcome(tmp_path / "a"), _run(tmp_path / "b", 4, *settings, devices=1)
+  )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder on a disk of its own, of 16 MB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+  if shutil.which("mount") is None or subprocess.run(mount).returncode:
+    pytest.skip("only root can mount a disk")
+  yield folder
+  subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.mark.parametrize(
-  "sign", ["permute.json", "quantize.json", "finetune@*.json"]
+  "sign", ["checkpoints/permute.json", "checkpoints/finetune@*.json"]
 )
-def test_killed_in_any_stage_both_start_again(trained, alone, tmp_path, sign):
-  _begin_with(trained, tmp_path)
-  _kill_when(_start(tmp_path, 2), tmp_path / "checkpoints", sign)
-  _assert_same(_run(tmp_path, 2), alone(4))
+def test_a_full_disk_ends_all_and_keeps_what_is_saved(
+  trained, alone, small_disk, sign
+):
+  workdir = small_disk / "run"
+  _begin_with(trained, workdir)
+  processes = _start(workdir, 2, "checkpoint_steps=3")
+  _wait_for(processes, workdir, sign)
+  ballast = small_disk / "ballast"
+  with contextlib.suppress(OSError), ballast.open("wb", 0) as file:
+    while True:
+      file.write(bytes(1 << 12))
+  codes, told = _finish(processes, timeout=60)
+  assert codes == [2, 2], told
+  for lines in told:
+    assert lines.count("no space is left for") == 1
+    assert "Traceback" not in lines
+  assert "error: process 1 of 2 on " in told[1]
+  ballast.unlink()
+  _assert_same(_run(workdir, 2, "checkpoint_steps=3"), alone(4))
 
 
-def _kill_when(processes, folder, sign):
-  """SIGKILLs the processes, the last one first, when a file is there."""
+def _wait_for(processes, folder, sign):
   deadline = time.monotonic() + TIMEOUT
   while not list(folder.glob(sign)):
     assert time.monotonic() < deadline
     assert all(p.poll() is None for p in processes), _finish(processes)
     time.sleep(0.02)
+
+
+def _kill_when(processes, folder, sign):
+  """SIGKILLs the processes, the last one first, when a file is there."""
+  _wait_for(processes, folder, sign)
   for process in reversed(processes):
     process.kill()
   _finish(processes)

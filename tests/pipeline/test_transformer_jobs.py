@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pqf_jax
-from configs import lm, minilm, vit
+from configs import lm, mask_rcnn, minilm, vit
 from pqf_jax import errors, models, pipeline, tasks
 from pqf_jax.core import vq_array
 from pqf_jax.pipeline import job as jobs
@@ -103,13 +103,62 @@ def test_embeddings_are_refused_before_any_work(folder, tmp_path):
     config.update_from_flattened_dict(settings)
     with pytest.raises(errors.InputError, match=message):
       pipeline.run(config, str(tmp_path))
-    assert not (tmp_path / "checkpoints").exists()
+    assert list(tmp_path.iterdir()) == []
 
   refused("config.weights is empty", weights="")
   refused("share is 0, but sentences", **{"distillation.share": 0.0})
   refused("length is 17; give 3 to 16", **{"data.length": 17})
   refused("no vocabulary", **{"data.vocabulary": str(folder / "test.txt")})
   refused("compare a network with the dense one", mode="evaluate")
+
+
+# Of the other tasks; a detector's are refused likewise.
+SETTINGS = {
+  "data.unlabelled": ".",
+  "data.image_size": 8,
+  "data.resize": 8,
+  "data.crop": 8,
+  "data.padding": 1,
+  "data.augmentation": "flip",
+  "data.mean": (0.5, 0.5, 0.5),
+  "data.std": (0.5, 0.5, 0.5),
+  "data.num_objects": 3,
+  "data.length": 3,
+  "data.vocabulary": "vocab.txt",
+  "data.name": "coco",
+  "distillation.mirrored": True,
+  "distillation.temperature": 2.0,
+}
+USED = {
+  minilm: {"data.length", "data.vocabulary"},
+  lm: {"data.name", "data.length", "distillation.temperature"},
+  vit: SETTINGS.keys() - {"data.num_objects", "data.length", "data.vocabulary"},
+  mask_rcnn: {
+    *("data.name", "data.image_size", "data.num_objects"),
+    "distillation.temperature",
+  },
+}
+
+
+@pytest.mark.parametrize("recipe", USED)
+def test_what_a_task_does_not_use_is_refused(recipe):
+  for name, value in SETTINGS.items():
+    config = recipe.get_config()
+    config.update_from_flattened_dict({name: value})
+    # Without a network, which is looked at after that.
+    with pytest.raises(Exception) as found:
+      tasks.get(config.task).check(config, None, {}, num_devices=1)
+    is_refused = "makes nothing" in str(found.value)
+    assert is_refused == (name not in USED[recipe])
+    assert not is_refused or f"config.{name} is {value!r}" in str(found.value)
+
+
+def test_a_folder_beside_the_text_of_python_is_refused():
+  config = lm.get_config()
+  config.data.dir = "texts"
+  network, _ = jobs.build_network(config)
+  with pytest.raises(errors.InputError, match="config.data.name=text"):
+    tasks.get("language").load(config, network)
 
 
 def test_a_language_model_is_trained_and_compressed(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pqf_jax import errors, report
+from pqf_jax.runtime import files
 
 
 def test_write_json_takes_arrays_and_has_no_nan(tmp_path):
@@ -53,6 +54,12 @@ def test_a_log_cut_anywhere_keeps_its_whole_lines(tmp_path):
     assert report.read_metrics(path) == kept
     report.resume_metrics(path, "train", 9)
     assert logged(path, [record("train", 9)]) == [*kept, record("train", 9)]
+
+
+def test_a_full_disk_is_named(monkeypatch):
+  monkeypatch.setattr(files, "check_regular", lambda path: None)
+  with pytest.raises(errors.InputError, match="no space is left for /dev/full"):
+    report.append_metric("/dev/full", record("train", 0))
 
 
 @pytest.mark.parametrize("crashed", range(0, 12, 3))

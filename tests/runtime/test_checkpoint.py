@@ -1,5 +1,6 @@
 """Checkpoints: a stage is done once its record is there, or it is not."""
 
+import errno
 import random
 import shutil
 
@@ -193,16 +194,27 @@ def test_a_damaged_stage_is_named_alone(tmp_path, damage):
   assert checkpoints.restore("a", _tree()) is not None
 
 
-def test_a_full_disk_is_named_and_the_earlier_save_kept(tmp_path, monkeypatch):
+FULL_DISKS = {
+  # The message of tensorstore on a file system of 10 MB.
+  "arrays": ValueError(
+    "RESOURCE_EXHAUSTED: Failed to write 11718656 bytes to file 11: No "
+    "space left on device [os_error_code='28']"
+  ),
+  # Of what orbax writes beside them.
+  "metadata": OSError(errno.ENOSPC, "No space left on device"),
+  "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+}
+
+
+@pytest.mark.parametrize("error", FULL_DISKS.values(), ids=FULL_DISKS)
+def test_a_full_disk_is_named_and_the_earlier_save_kept(
+  tmp_path, monkeypatch, error
+):
   checkpoints = checkpoint.Checkpoints(tmp_path)
   checkpoints.save("a", _tree(1), {})
 
   def full(*args, **kwargs):
-    # The message of tensorstore on a file system of 10 MB.
-    raise ValueError(
-      "RESOURCE_EXHAUSTED: Failed to write 11718656 bytes to file 11: No "
-      "space left on device [os_error_code='28']"
-    )
+    raise error
 
   monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
   with pytest.raises(errors.InputError, match="no space is left for .*/b"):

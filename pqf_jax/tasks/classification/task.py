@@ -18,6 +18,7 @@ PyTree = Any
 # Convolutional networks take any size; this one suits every stem and is cheap.
 # Others have a setting `image_size`.
 SAMPLE_SIDE = 64
+UNUSED = {"data.num_objects", "data.length", "data.vocabulary"}
 # Of fewer, nearly any network has the right one among its first five.
 FEW_CLASSES = 20
 
@@ -41,6 +42,7 @@ class Classification:
     num_devices: int,
   ) -> None:
     """See `contract.Task`."""
+    contract.refuse_unused(config, contract.UNASKED.keys() - UNUSED)
     _check_labels(config)
     name = config.model.name
     models.check_trainable(

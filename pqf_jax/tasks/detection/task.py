@@ -19,6 +19,10 @@ from pqf_jax.tasks.detection import loss as losses
 PyTree = Any
 # The values of `config.mode` that read training images.
 TRAINING_MODES = ("compress", "plan", "train")
+SETTINGS = (
+  *("data.name", "data.image_size", "data.num_objects"),
+  "distillation.temperature",
+)
 METHODS = ("training_outputs", "find_places", "raw_outputs")
 # What a preflight assumes where the config leaves it to the data: the largest
 # side of an image of COCO, and more objects than any of its images has.
@@ -54,19 +58,7 @@ class Detection:
     """See `contract.Task`."""
     del num_devices  # norms are in evaluation mode
     name = config.model.name
-    if config.data.unlabelled:
-      raise errors.InputError(
-        f"config.data.unlabelled is {config.data.unlabelled!r}; detection "
-        "trains on annotated images only, so leave it empty"
-      )
-    contract.refuse_mirrored(config)
-    changes = data.preparation_changes(config.data)
-    if changes:
-      name, value = next(iter(changes.items()))
-      raise errors.InputError(
-        f"config.data.{name} is {value!r}; a detector resizes images itself, "
-        "so leave it out"
-      )
+    contract.refuse_unused(config, SETTINGS)
     for method in METHODS:
       if not hasattr(network, method):
         raise errors.InputError(

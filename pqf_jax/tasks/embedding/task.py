@@ -18,6 +18,7 @@ from pqf_jax.tasks.embedding import evaluation
 from pqf_jax.tasks.embedding import loss as losses
 
 PyTree = Any
+SETTINGS = ("data.length", "data.vocabulary")
 
 
 class Embedding:
@@ -51,6 +52,7 @@ class Embedding:
   ) -> None:
     """See `contract.Task`."""
     del num_devices  # there are no statistics of a batch
+    contract.refuse_unused(config, SETTINGS)
     name = config.model.name
     if not config.weights:
       raise errors.InputError(
@@ -74,7 +76,6 @@ class Embedding:
         "labels; give --config.distillation.share=1, or "
         "--config.finetune.epochs=0"
       )
-    contract.refuse_mirrored(config)
     models.check_trainable(
       name, network, template, dtype=config.dtype, norm_axis=None
     )
@@ -156,12 +157,7 @@ TASK = Embedding()
 
 
 def _evaluate_alone(variables: PyTree) -> dict[str, float]:
-  del variables
-  raise errors.InputError(
-    "the figures of embeddings compare a network with the dense one, which "
-    "config.mode=evaluate does not have; results.json of config.mode=compress "
-    "has them"
-  )
+  raise TypeError("embeddings are evaluated beside those of a dense network")
 
 
 def _longest(config: ml_collections.ConfigDict, network: models.Network) -> int:

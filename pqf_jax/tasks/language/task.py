@@ -19,6 +19,7 @@ from pqf_jax.tasks.classification import loss as losses
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
+SETTINGS = ("data.name", "data.length", "distillation.temperature")
 
 
 class Language:
@@ -47,7 +48,7 @@ class Language:
     """See `contract.Task`."""
     del num_devices  # there are no statistics of a batch
     name = config.model.name
-    contract.refuse_mirrored(config)
+    contract.refuse_unused(config, SETTINGS)
     models.check_trainable(
       name, network, template, dtype=config.dtype, norm_axis=None
     )
