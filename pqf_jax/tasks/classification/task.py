@@ -44,6 +44,7 @@ class Classification:
     """See `contract.Task`."""
     contract.refuse_unused(config, contract.UNASKED.keys() - UNUSED)
     _check_labels(config)
+    _check_mirrored(config)
     name = config.model.name
     models.check_trainable(
       name,
@@ -141,6 +142,7 @@ class Classification:
     def train_batch(size: int) -> contract.Shapes:
       if not config.distillation.share:
         return batch(size, {})
+      size *= 1 + config.distillation.mirrored
       shape = size, config.model.num_classes
       logits = jax.ShapeDtypeStruct(shape, jnp.float32)
       return batch(size, {"teacher_logits": logits})
@@ -180,6 +182,16 @@ def _check_labels(config: ml_collections.ConfigDict) -> None:
       f"config.distillation.share is {share:g}, so that the fine-tuning loss "
       "needs labels; give --config.distillation.share=1, or "
       "--config.finetune.epochs=0"
+    )
+
+
+def _check_mirrored(config: ml_collections.ConfigDict) -> None:
+  """Refuses mirror images where no teacher looks at them."""
+  if config.distillation.mirrored and not config.distillation.share:
+    raise errors.InputError(
+      "config.distillation.mirrored is True, but config.distillation.share is "
+      "0, so that no teacher looks at mirror images; give "
+      "--config.distillation.share=1, or --config.distillation.mirrored=False"
     )
 
 
