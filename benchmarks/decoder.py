@@ -1,4 +1,4 @@
-"""Every stage for a decoder whose weights no device holds whole.
+r"""Every stage for a decoder whose weights no device holds whole.
 
     python -m benchmarks.decoder [--layers 24] [--features 2048]
 
@@ -23,7 +23,7 @@ table of axes is that of all layers. The order of channels is searched as the
 paper's authors do, with few swaps, since the search itself is no matter of
 devices. For 4 host devices:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 \\
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 \
       python -m benchmarks.decoder --layers 4 --features 128
 """
 
@@ -324,7 +324,8 @@ def _held(variables: PyTree) -> dict[str, Any]:
     if "kernel" in path or "embedding" in path:
       shard_shape = leaf.sharding.shard_shape(leaf.shape)
       parts[path.removeprefix("params/")] = [
-        whole // part for whole, part in zip(leaf.shape, shard_shape)
+        whole // part
+        for whole, part in zip(leaf.shape, shard_shape, strict=True)
       ]
   return {
     "held": max(bytes_on.values()),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pqf_jax import errors
-from pqf_jax.core import trees
+from pqf_jax.core import spread, trees
 
 PyTree = Any
 
@@ -193,8 +193,7 @@ def apply_permutations(
       moved = [axis for axis in segments(carried) if axis.group in permutations]
       if moved:
         order = _order(leaf.shape[dim], moved, permutations)
-        # The method, so that NumPy leaves stay NumPy and nothing is compiled.
-        leaf = leaf.take(order, axis=dim)
+        leaf = spread.take(leaf, order, dim)
     changed[path] = leaf
   return trees.replace(variables, changed)
 
