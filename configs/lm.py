@@ -29,6 +29,7 @@ def get_config(variant: str = "8x") -> ml_collections.ConfigDict:
   config.model.features = 128
   config.model.heads = 4
   config.model.depth = 4
+  config.model.scanned = False  # one stack, for large networks
   config.data.name = "pydoc"
   config.target_bytes = BYTES[size]
   config.quantize.kmeans_steps = 100

@@ -287,7 +287,7 @@ def _rebuild(
   layer = kinds.pop()
   if layer is None or kinds or len(together[0].operands) != 2:
     return None
-  trees.check_finite(read.path, kernel)
+  trees.check_finite(read.path, kernel[read.picked])
   codebook, codes = (
     jnp.asarray(leaf)[read.picked] for leaf in (node.codebook, node.codes)
   )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pqf_jax import kmeans
-from pqf_jax.core import channels, trees, vq_array
+from pqf_jax.core import channels, spread, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.permutation import consumers, covariance, objective
 from pqf_jax.permutation import search as permutation_search
@@ -156,7 +156,7 @@ def _random_numbers(
 
 def _effort(usable: list[consumers.Consumer]) -> float:
   """Returns the entries of the Gram matrices; the time grows with them."""
-  shapes = [consumer.weights.shape for consumer in usable]
+  shapes = [consumer.shape for consumer in usable]
   return sum((size * taps) ** 2 for _, size, taps in shapes)
 
 
@@ -165,9 +165,10 @@ def _reorder(
   axes: channels.ChannelAxes,
   permutations: channels.Permutations,
 ) -> PyTree:
-  """Applies the permutations on the host, where nothing is compiled.
+  """Applies the permutations where each leaf is, if it is spread.
 
-  One leaf at a time is there, and returns to where it was.
+  Other leaves are reordered on the host, where nothing is compiled: one at a
+  time is there, and returns to where it was.
   """
   flat = trees.flatten(variables)
   moved = {}
@@ -176,8 +177,8 @@ def _reorder(
     groups = channels.group_sizes({path: leaf}, {path: row})
     own = {name: permutations[name] for name in groups & permutations.keys()}
     if own:
-      host = {path: jax.device_get(leaf)}
-      leaf = channels.apply_permutations(host, {path: row}, own)[path]
+      one = {path: leaf if spread.is_spread(leaf) else jax.device_get(leaf)}
+      leaf = channels.apply_permutations(one, {path: row}, own)[path]
     place = getattr(flat[path], "sharding", None)
     moved[path] = jax.device_put(leaf, place)
   return trees.replace(variables, moved)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import sharding
 
 from pqf_jax import errors, kmeans
-from pqf_jax.core import blocks, trees, vq_array
+from pqf_jax.core import blocks, spread, trees, vq_array
 from pqf_jax.core import plan as plans
 from pqf_jax.kmeans import batching, devices
 
@@ -152,7 +152,7 @@ class _Result(NamedTuple):
 
 
 def _check_range(path: str, kernel: trees.Array) -> None:
-  largest = float(np.abs(kernel).max(initial=0))
+  largest = float(spread.numpy_of(kernel).abs(kernel).max(initial=0))
   least, most = _LARGEST_WEIGHT
   if largest and not least <= largest <= most:
     raise errors.InputError(

@@ -1,9 +1,12 @@
 """Benchmarks make the folders of their results, before they measure."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from benchmarks import kmeans, minilm, study
 from pqf_jax.core import blocks
@@ -47,3 +50,33 @@ def test_windows_of_the_running_text_have_no_padding():
   np.testing.assert_array_equal(
     windows[:, 1:-1].ravel(), np.arange(1000, 1000 + 12 * 30)
   )
+
+
+@pytest.mark.slow
+def test_a_decoder_that_two_devices_share_goes_through_every_stage():
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "benchmarks.decoder"),
+      *("--layers", "2", "--features", "64", "--heads", "2"),
+      *("--sequences", "2", "--length", "16", "--codes", "16"),
+    ],
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  lines = [json.loads(line) for line in done.stdout.splitlines()]
+  stages = {line["stage"]: line for line in lines if "stage" in line}
+  assert [*stages][-3:] == ["restore", "fine-tune", "pack"]
+  assert {"axes_as_of_two_layers": True} in lines
+  for stage in ("quantize", "calibrate", "restore", "fine-tune"):
+    parts = stages[stage]["parts"]
+    assert parts["blocks/up/kernel/codes"] == [1, 2, 1]
+    assert parts["blocks/up/kernel/codebook"] == [1, 1, 1]
+  for stage in ("create", "permute"):
+    assert stages[stage]["held"] < 1.02 * stages[stage]["share"]

@@ -41,6 +41,19 @@ def test_sharded_kernels_are_compressed_alike(found):
   assert found["groups_sharded"] == found["groups_whole"] > 0
 
 
+def test_nothing_of_sharded_kernels_stays_on_the_host(found):
+  assert found["on_host"] == []
+
+
+def test_no_device_gathers_a_leaf_to_reorder_it(found):
+  assert found["differ_reordered"] == []
+  # An axis that is not cut, and one that is.
+  assert found["reordered"]["0"] == found["reordered"]["1"] == [1, NUM_DEVICES]
+  assert found["exchanged"]["0"] == []
+  share = 4 * 32 * 64 // NUM_DEVICES
+  assert max(found["exchanged"]["1"]) == share
+
+
 def test_every_leaf_stays_where_it_was(found):
   places = found["places"]
   # Into how many parts each axis is cut: that of C_out, whichever was.
@@ -78,9 +91,11 @@ def main() -> None:
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
   import pqf_jax
-  from pqf_jax import finetune, quantize
+  from pqf_jax import finetune, permute, quantize
   from pqf_jax.core import plan as plans
-  from pqf_jax.core import trees
+  from pqf_jax.core import spread, trees
+  from pqf_jax.discovery import discover
+  from pqf_jax.preflight import costs
 
   draw = np.random.default_rng(0)
 
@@ -146,14 +161,17 @@ def main() -> None:
     "down": {"kernel": ("model", None), "bias": ()},
   }
   mesh = Mesh(np.array(jax.devices()), ("model",))
-  sharded = jax.tree.map(
-    lambda leaf, cut: jax.device_put(
-      leaf, NamedSharding(mesh, PartitionSpec(*cut))
-    ),
-    network,
-    cuts,
-    is_leaf=lambda leaf: isinstance(leaf, np.ndarray),
-  )
+
+  def place():
+    return jax.tree.map(
+      lambda leaf, cut: jax.device_put(
+        leaf, NamedSharding(mesh, PartitionSpec(*cut))
+      ),
+      network,
+      cuts,
+    )
+
+  sharded = place()
 
   def apply(variables, x):
     hidden = x @ variables["up"]["kernel"][...] + variables["up"]["bias"]
@@ -186,6 +204,33 @@ def main() -> None:
     "groups_sharded": sum(group.accepted for group in cut.groups),
     "places": places(cut.variables),
   }
+
+  fresh = place()
+  axes = discover.discover_channels(apply, network, inputs[:2])
+  plan = plans.make_plan(rules, network)
+  permuted, _, _ = permute.permute_channels(
+    jax.random.key(0), fresh, axes, plan
+  )
+  quantize.quantize_params(jax.random.key(0), permuted, plan)
+  # Where `np.asarray` keeps what it has made of an array.
+  found["on_host"] = [
+    path
+    for tree in (fresh, permuted)
+    for path, leaf in trees.flatten(tree).items()
+    if leaf._npy_value is not None
+  ]
+  leaf, order = fresh["up"]["kernel"], draw.permutation(32)
+  wide = np.concatenate([order, order + 32])
+  found |= {"differ_reordered": [], "reordered": {}, "exchanged": {}}
+  for axis, chosen in enumerate((order, wide)):
+    taken = spread.take(leaf, chosen, axis)
+    if not np.array_equal(taken, network["up"]["kernel"].take(chosen, axis)):
+      found["differ_reordered"].append(axis)
+    found["reordered"][axis] = places({"": taken})[""]
+    program = spread._take.lower(leaf, chosen, axis, leaf.sharding).compile()
+    found["exchanged"][axis] = [
+      one.num_bytes for one in costs.find_collectives(program.as_text())
+    ]
 
   def loss_fn(variables, batch, key):
     del key

@@ -8,7 +8,7 @@ No other module reshapes a kernel.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +86,15 @@ class BlockSpec:
     ends = self._ends(len(shape))
     return tuple(n for axis, n in enumerate(shape) if axis not in ends)
 
-  def to_channels(self, kernel: trees.Array) -> jax.Array:
-    """Rearranges one layer as [C_out, C_in, taps], input channels apart."""
+  def to_channels(self, kernel: trees.Array) -> Any:
+    """Rearranges one layer as [C_out, C_in, taps], input channels apart.
+
+    A layer on the host stays there.
+    """
     ends = self._ends(kernel.ndim)
-    moved = jnp.moveaxis(kernel, ends, range(len(ends)))
+    taps = (axis for axis in range(kernel.ndim) if axis not in ends)
     c_in, c_out = self._sizes(kernel.shape)
-    return moved.reshape(c_out, c_in, -1)
+    return kernel.transpose(*ends, *taps).reshape(c_out, c_in, -1)
 
   def to_blocks(self, kernel: trees.Array) -> jax.Array:
     """Cuts one layer into its sub-vectors, [C_out, M, D]."""

@@ -8,11 +8,11 @@ import numpy as np
 from jax import tree_util
 
 from pqf_jax import errors
-from pqf_jax.core import modules
+from pqf_jax.core import modules, spread
 
 PyTree = Any
 FlatTree = dict[str, Any]
-Array = jax.Array | np.ndarray
+Array = spread.Array
 """A leaf on a device, or on the host."""
 
 
@@ -132,8 +132,9 @@ def check_finite(path: str, kernel: Array) -> None:
   Raises:
     InputError: names the variable and how many of its entries are bad.
   """
-  bad = int(np.size(kernel) - np.isfinite(kernel).sum())
-  if bad:
+  finite = spread.numpy_of(kernel).isfinite(kernel)
+  if not finite.all():
+    bad = int(finite.size - finite.sum())
     raise errors.InputError(
       f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
       "file is damaged or its training diverged: use an earlier checkpoint"

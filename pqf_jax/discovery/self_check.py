@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from pqf_jax.core import channels, modules, trees
+from pqf_jax.core import channels, modules, spread, trees
 from pqf_jax.discovery import tracing, widening
 
 PyTree = Any
@@ -188,7 +188,7 @@ def _jitter(rng: np.random.Generator, tree: PyTree) -> PyTree:
   def jitter_leaf(leaf: Any) -> Any:
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       return leaf
-    leaf = np.asarray(leaf, np.float64)
+    leaf = spread.to_host(leaf).astype(np.float64)
     num_summed = leaf.size / leaf.shape[-1] if leaf.ndim and leaf.size else 1
     # A layer of zeros only then gives outputs of about 0.1.
     ground = JITTER / np.sqrt(num_summed) * rng.uniform(0.5, 1, leaf.shape)

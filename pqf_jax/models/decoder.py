@@ -1,5 +1,7 @@
 """A decoder that predicts the next token, by default of bytes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,6 +18,7 @@ class Network(nn.Module):
   features: int
   heads: int
   depth: int
+  scanned: bool
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -33,11 +36,32 @@ class Network(nn.Module):
     embed = nn.Embed(self.vocabulary, self.features, name="tokens")
     places = nn.Embed(self.positions, self.features, name="places")
     x = embed(tokens) + places(jnp.arange(length))[None]
-    for i in range(self.depth):
-      hidden = 4 * self.features
-      x = pre_norm.Block(self.heads, hidden, True, name=f"block{i}")(x)
+    make_block = functools.partial(
+      pre_norm.Block, self.heads, 4 * self.features, True
+    )
+    if self.scanned:
+      x = _run_scanned(make_block(name="blocks"), self.depth, x)
+    else:
+      for i in range(self.depth):
+        x = make_block(name=f"block{i}")(x)
     x = nn.LayerNorm(name="norm")(x)
     return nn.Dense(self.vocabulary, name="head")(x)
+
+
+def _run_scanned(block: nn.Module, depth: int, x: jax.Array) -> jax.Array:
+  """Applies so many blocks, whose variables are stacked along a first axis.
+
+  The backward pass computes each block again, so that neither its activations
+  nor its decoded kernels are kept.
+  """
+  run = nn.scan(
+    nn.remat(lambda one, x, _: (one(x), None), prevent_cse=False),
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=depth,
+  )
+  x, _ = run(block, x, None)
+  return x
 
 
 def make(
@@ -47,6 +71,7 @@ def make(
   features: int = 128,
   heads: int = 4,
   depth: int = 4,
+  scanned: bool = False,
 ) -> Network:
   """Builds the network.
 
@@ -56,6 +81,8 @@ def make(
     features: length of a token's vector.
     heads: of the attention; they share the features.
     depth: number of blocks.
+    scanned: whether the blocks are one stack that a loop runs: less to compile,
+      and less memory in training, which computes each block twice.
 
   Raises:
     InputError: a setting has an unsupported value.
@@ -68,4 +95,4 @@ def make(
     heads=heads,
     depth=depth,
   )
-  return Network(vocabulary, positions, features, heads, depth)
+  return Network(vocabulary, positions, features, heads, depth, scanned)

@@ -2,14 +2,12 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pqf_jax.core import blocks, channels, trees
+from pqf_jax.core import blocks, channels, spread, trees
 from pqf_jax.core import plan as plans
 
 PyTree = Any
@@ -20,16 +18,23 @@ class Consumer(NamedTuple):
 
   Attributes:
     path: of the kernel.
-    weights: [rows, C, taps] float32; a channel's taps include all entries that
-      move with it.
+    shape: (rows, C, taps) of the weights; a channel's taps include all entries
+      that move with it.
     slots: channels that share a sub-vector.
     num_codes: K.
+    read: () -> the weights.
   """
 
   path: str
-  weights: np.ndarray
+  shape: tuple[int, ...]
   slots: int
   num_codes: int
+  read: Callable[[], np.ndarray]
+
+  @property
+  def weights(self) -> np.ndarray:
+    """Returns [rows, C, taps] float32, which are not kept here."""
+    return self.read()
 
 
 def find_consumers(
@@ -46,26 +51,25 @@ def find_consumers(
   """
   flat = trees.flatten(variables)
   reads = list(_reads(axes, plan, flat))
-  paths = tuple(dict.fromkeys(path for path, _ in reads))
-  for path in paths:
+  for path in dict.fromkeys(path for path, _ in reads):
     trees.check_finite(path, flat[path])
-  specs = tuple(plan[path].spec for path in paths)
-  kernels = _to_channels([flat[path] for path in paths], specs)
-  weights_of = dict(zip(paths, jax.device_get(kernels), strict=True))
   consumers: dict[str, tuple[list[Consumer], list[str]]] = {}
   for path, segments in reads:
-    spec, num_codes = plan[path].spec, plan[path].num_codes
-    slots = spec.channels // segments[0].inner
-    for group, number in _layers(segments[0], spec, flat[path].shape):
+    kernel, layer = flat[path], plan[path]
+    slots = layer.spec.channels // segments[0].inner
+    for group, number in _layers(segments[0], layer.spec, kernel.shape):
       usable, notes = consumers.setdefault(group, ([], []))
-      weights = weights_of[path][number]
+      read = functools.partial(_read, kernel, layer.spec, number)
+      weights = read()
       reasons = (
-        _why_no_order_helps(path, weights, axis, spec) for axis in segments
+        _why_no_order_helps(path, weights, axis, layer.spec)
+        for axis in segments
       )
       note = next(filter(None, reasons), "")
       if not note:
-        by_channel = _by_channel(weights, segments)
-        usable.append(Consumer(path, by_channel, slots, num_codes))
+        shape = _by_channel(weights, segments).shape
+        by_channel = functools.partial(_read_by_channel, read, segments)
+        usable.append(Consumer(path, shape, slots, layer.num_codes, by_channel))
       elif note not in notes:
         notes.append(note)
   return consumers
@@ -105,6 +109,24 @@ def _reads(
         yield path, segments
 
 
+def _read(
+  kernel: trees.Array, spec: blocks.BlockSpec, index: int
+) -> np.ndarray:
+  """Returns one layer as [C_out, C_in, taps] float32.
+
+  Of a kernel that is spread over devices no more than it comes to the host.
+  """
+  source = kernel if spread.is_spread(kernel) else np.asarray(kernel)
+  layer = spread.to_host(spec.take_layer(source, index))
+  return np.asarray(spec.to_channels(layer), np.float32)
+
+
+def _read_by_channel(
+  read: Callable[[], np.ndarray], segments: list[channels.ChannelAxis]
+) -> np.ndarray:
+  return _by_channel(read(), segments)
+
+
 def _by_channel(
   weights: np.ndarray, segments: list[channels.ChannelAxis]
 ) -> np.ndarray:
@@ -117,23 +139,6 @@ def _by_channel(
     for axis in segments
   ]
   return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-@functools.partial(jax.jit, static_argnames="specs")
-def _to_channels(
-  kernels: Sequence[jax.Array], specs: tuple[blocks.BlockSpec, ...]
-) -> list[list[jax.Array]]:
-  """Returns the layers of each as [C_out, C_in, taps] float32.
-
-  Compiled once for all.
-  """
-  return [
-    [
-      spec.to_channels(spec.take_layer(kernel, index)).astype(jnp.float32)
-      for index in range(math.prod(spec.stack_shape(kernel.shape)))
-    ]
-    for kernel, spec in zip(kernels, specs, strict=True)
-  ]
 
 
 def _why_no_order_helps(

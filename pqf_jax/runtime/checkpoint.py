@@ -8,9 +8,10 @@ A record holds `sha256` of itself and of the arrays' files, and nothing is
 restored that does not match it. The last two states of progress are kept, so
 that a damaged one costs the steps since the one before.
 
-Trees that are saved are equal on all processes, local or replicated; all
-processes save the arrays, process 0 writes the record. Restored trees are
-local, and the numbers of processes and devices may differ from the saving run.
+Arrays that are saved are equal on all processes, local or replicated, or spread
+over devices: then each process writes the parts that it has. Process 0 writes
+the record. An array is restored as its target is spread, and is local where the
+target is; the numbers of processes and devices may differ from the saving run.
 """
 
 import hashlib
@@ -54,8 +55,9 @@ class Checkpoints:
 
     Args:
       stage: name, one word.
-      target: the expected tree, of arrays or `jax.ShapeDtypeStruct`s; {}: the
-        stage has a record alone.
+      target: the expected tree, of arrays or `jax.ShapeDtypeStruct`s, whose
+        shardings over several devices the result has; {}: the stage has a
+        record alone.
       compute: () -> (tree, JSON record), called if no checkpoint exists.
 
     Raises:
@@ -82,23 +84,32 @@ class Checkpoints:
     if not jax.tree.leaves(target):
       return target, record
     # Without shardings orbax restores only to the devices of the saving run.
-    target = jax.tree.map(
+    placed = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=distributed.replicated()
+        leaf.shape,
+        leaf.dtype,
+        sharding=leaf.sharding
+        if _is_spread(leaf)
+        else distributed.replicated(),
       ),
       target,
     )
     with ocp.StandardCheckpointer() as checkpointer:
       try:
-        tree = distributed.unreplicate(
-          checkpointer.restore(self._root / name, target)
-        )
+        restored = checkpointer.restore(self._root / name, placed)
       except (ValueError, FileNotFoundError, KeyError) as error:
         raise errors.InputError(
           f"the checkpoint {self._root / name} does not fit this run "
           f"({str(error).partition(chr(10))[0]}); use another --workdir, or "
           "the settings and the version of this program that saved it"
         ) from error
+    tree = jax.tree.map(
+      lambda leaf, wanted: (
+        leaf if _is_spread(wanted) else distributed.unreplicate(leaf)
+      ),
+      restored,
+      target,
+    )
     return tree, record
 
   def save(self, name: str, tree: PyTree, record: Record) -> None:
@@ -129,7 +140,10 @@ class Checkpoints:
   def _save_arrays(self, name: str, tree: PyTree) -> None:
     # With several processes, orbax refuses arrays of a single one.
     if jax.process_count() > 1:
-      tree = distributed.replicate(tree)
+      tree = jax.tree.map(
+        lambda leaf: leaf if _is_spread(leaf) else distributed.replicate(leaf),
+        tree,
+      )
     path = self._root / name
     with files.name_full_disk(path), ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(path, tree, force=True)
@@ -221,3 +235,14 @@ class Checkpoints:
       (self._root / f"{name}.json").unlink()
       if (self._root / name).exists():
         (self._root / name).rmtree()
+
+
+def _is_spread(leaf: Any) -> bool:
+  """Returns whether an array, or a shape, is of several devices.
+
+  With several processes, those of one alone do not count.
+  """
+  place = getattr(leaf, "sharding", None)
+  if place is None or len(place.device_set) == 1:
+    return False
+  return jax.process_count() == 1 or not place.is_fully_addressable
