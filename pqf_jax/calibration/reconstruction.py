@@ -26,7 +26,9 @@ from pqf_jax.numerics import segments
 
 _SUM = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 # Of the conjugate gradients for a codebook, which start from the one before.
-_ITERATIONS = 12
+_ITERATIONS = 6
+# Of a codeword's mean curvature: the least that any direction of it counts.
+_LEAST_SHARE = 1e-4
 
 
 class InputMoments(NamedTuple):
@@ -206,17 +208,43 @@ def _fit_codebook(
   def curvature(codebook: jax.Array) -> jax.Array:
     return collect(_SUM("goi,gij->goj", _decode(codebook, codes), gram))
 
-  # Its diagonal, but for products of two sub-vectors with the same code.
-  diagonal = jnp.diagonal(gram, axis1=1, axis2=2)[:, None]
-  scale = collect(jnp.broadcast_to(diagonal, target.shape))
   fitted, _ = iterative.cg(
     curvature,
     collect(_SUM("goi,gij->goj", target, gram)),
     x0=codebook,
     maxiter=_ITERATIONS,
-    M=lambda gradient: gradient / jnp.where(scale > 0, scale, 1.0),
+    M=functools.partial(
+      _SUM, "kde,ke->kd", _inverse_curvatures(gram, codes, codebook.shape)
+    ),
   )
   return fitted
+
+
+def _inverse_curvatures(
+  gram: jax.Array, codes: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+  """Returns [K, D, D], about the inverse for each codeword alone.
+
+  Products of two sub-vectors with the same code are left out.
+  """
+  num_codes, length = shape
+  groups, _, num_blocks = codes.shape
+  places = jnp.arange(groups * num_blocks).reshape(groups, 1, num_blocks)
+  uses = jnp.zeros((num_codes, groups * num_blocks), jnp.int32)
+  uses = uses.at[codes, places].add(1).astype(jnp.float32)
+  own = jnp.diagonal(
+    gram.reshape(groups, num_blocks, length, num_blocks, length),
+    axis1=1,
+    axis2=3,
+  )
+  own = jnp.moveaxis(own, 3, 1).reshape(-1, length * length)
+  curvatures = _SUM("km,mi->ki", uses, own).reshape(-1, length, length)
+  mean = jnp.trace(curvatures, axis1=1, axis2=2) / length
+  # So that float32 keeps the inverse positive; of codewords without a use 1.
+  ridge = jnp.where(mean > 0, _LEAST_SHARE * mean, 1.0)
+  return jnp.linalg.inv(
+    curvatures + ridge[:, None, None] * jnp.eye(length)[None]
+  )
 
 
 def _decode(codebook: jax.Array, codes: jax.Array) -> jax.Array:
