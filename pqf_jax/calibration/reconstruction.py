@@ -12,6 +12,7 @@ for other layers), O = C_out / G output channels of a group, n = M * D.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,9 @@ from pqf_jax.numerics import segments
 
 _SUM = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 # Of the conjugate gradients for a codebook, which start from the one before.
-_ITERATIONS = 12
+_ITERATIONS = 6
+# Of a codeword's mean curvature: the least that any direction of it counts.
+_LEAST_SHARE = 1e-4
 
 
 class InputMoments(NamedTuple):
@@ -94,91 +97,80 @@ def reconstruct(
     rounds: how often the codes are improved after their first choice.
     damping: share of the mean of H's diagonal that is added to it.
   """
-  gram, target, upper = _prepare(moments, kernel, damping)
-  error_before = _error(gram, target, codebook, codes)
-  codes = _assign_in_order(upper, target, codebook)
-  codebook = _fit_codebook(gram, target, codebook, codes)
-  for _ in range(rounds):
-    codes = _improve_codes(gram, target, codebook, codes)
+  length = codebook.shape[1]
+  gram, target, triangle = _prepare(moments, kernel, damping, length=length)
+  before = codebook, codes
+  for matrix in (triangle, *[gram] * rounds):
+    codes = _choose_codes(matrix, target, codebook, codes)
     codebook = _fit_codebook(gram, target, codebook, codes)
-  error = _error(gram, target, codebook, codes)
-  return Reconstruction(codebook, codes, error_before, error)
+  errors = _errors(gram, target, (before, (codebook, codes)))
+  return Reconstruction(codebook, codes, *errors)
 
 
-@programs.jit
+@functools.partial(programs.jit, static_argnames="length")
 def _prepare(
-  moments: InputMoments, kernel: jax.Array, damping: float
+  moments: InputMoments, kernel: jax.Array, damping: float, *, length: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns H with damping, the kernel to quantize, and U, H^-1 = U^T U."""
-  size = kernel.shape[2]
+  """Returns H with damping, the kernel to quantize, and H's triangle.
+
+  With H = F^T F and F lower triangular, the triangle's rows of a sub-vector are
+  those of F, from the left times the transpose of F's block at the diagonal.
+  """
+  groups, _, size = kernel.shape
   mean = jnp.trace(moments.gram, axis1=1, axis2=2) / size
   # A layer whose inputs are all 0 may have any kernel.
   ridge = jnp.where(mean > 0, damping * mean, 1.0)
-  eye = jnp.eye(size)[None]
-  gram = moments.gram + ridge[:, None, None] * eye
-  factor = jax.vmap(jnp.linalg.cholesky)(gram)
+  gram = moments.gram + ridge[:, None, None] * jnp.eye(size)[None]
+  # Of the entries in reverse, since Cholesky's factor comes from the left.
+  factor = jax.vmap(jnp.linalg.cholesky)(gram[:, ::-1, ::-1])
   solve = jax.vmap(lambda lower, b: linalg.cho_solve((lower, True), b))
   # The kernel whose outputs, from the inputs of the quantized network, come
   # nearest to those of the dense one.
-  target = kernel + jnp.swapaxes(solve(factor, moments.missing), 1, 2)
-  inverse = solve(factor, jnp.broadcast_to(eye, gram.shape))
-  upper = jnp.swapaxes(jax.vmap(jnp.linalg.cholesky)(inverse), 1, 2)
-  return gram, target, upper
+  moved = solve(factor, moments.missing[:, ::-1])[:, ::-1]
+  target = kernel + jnp.swapaxes(moved, 1, 2)
+  lower = jnp.swapaxes(factor, 1, 2)[:, ::-1, ::-1]
+  rows = lower.reshape(groups, -1, length, size)
+  own = jnp.diagonal(
+    rows.reshape(groups, -1, length, size // length, length), axis1=1, axis2=3
+  )
+  triangle = _SUM("gdem,gmdn->gmen", own, rows)
+  return gram, target, triangle.reshape(gram.shape)
 
 
 @programs.jit
-def _error(
-  gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
-) -> jax.Array:
+def _errors(
+  gram: jax.Array,
+  target: jax.Array,
+  found: Sequence[tuple[jax.Array, jax.Array]],
+) -> list[jax.Array]:
+  """Returns the error of each codebook with its codes."""
+
   def square(kernel: jax.Array) -> jax.Array:
     return jnp.sum(_SUM("goi,gij->goj", kernel, gram) * kernel)
 
-  return square(target - _decode(codebook, codes)) / square(target)
+  whole = square(target)
+  return [square(target - _decode(*each)) / whole for each in found]
 
 
 @programs.jit
-def _assign_in_order(
-  upper: jax.Array, target: jax.Array, codebook: jax.Array
+def _choose_codes(
+  matrix: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
 ) -> jax.Array:
-  """Chooses the codes block after block; later blocks take up each error."""
-  groups, outputs, size = target.shape
-  length = codebook.shape[1]
-  books = jnp.broadcast_to(codebook, (groups, *codebook.shape))
+  """Chooses each code again, block after block, given the others.
 
-  def step(m: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    rest, codes = carry
-    rows = lax.dynamic_slice_in_dim(upper, m * length, length, 1)  # [G, D, n]
-    own = lax.dynamic_slice_in_dim(rows, m * length, length, 2)
-    block = lax.dynamic_slice_in_dim(rest, m * length, length, 2)
-    # Distances in the metric that is left when later blocks do their best.
-    points, centroids = _whiten(own, block), _whiten(own, books)
-    scores = _SUM("gkd,gkd->gk", centroids, centroids)[:, None] / 2
-    chosen = jnp.argmin(scores - _SUM("god,gkd->gok", points, centroids), 2)
-    missed = _whiten(own, block - codebook[chosen])
-    rest = rest - _SUM("god,gdn->gon", missed, rows)
-    return rest, lax.dynamic_update_index_in_dim(codes, chosen, m, 2)
-
-  codes = jnp.zeros((groups, outputs, size // length), jnp.int32)
-  return lax.fori_loop(0, size // length, step, (target, codes))[1]
-
-
-def _whiten(upper: jax.Array, rows: jax.Array) -> jax.Array:
-  """Multiplies rows [G, ., D] by the inverses of triangles [G, D, D]."""
-  return jax.vmap(
-    lambda triangle, x: linalg.solve_triangular(triangle, x.T, trans="T").T
-  )(upper, rows)
-
-
-@programs.jit
-def _improve_codes(
-  gram: jax.Array, target: jax.Array, codebook: jax.Array, codes: jax.Array
-) -> jax.Array:
-  """Chooses each code again, given all others of its output channel."""
+  Args:
+    matrix: [G, n, n]: H, and all others of the output channel count as they
+      are; or its triangle, and those that follow count as free to make up for
+      the error, whatever their codes are.
+    target: [G, O, n], the kernel to quantize.
+    codebook: [K, D].
+    codes: int32 [G, O, M].
+  """
   length = codebook.shape[1]
 
   def step(m: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     missing, codes = carry
-    rows = lax.dynamic_slice_in_dim(gram, m * length, length, 1)  # [G, D, n]
+    rows = lax.dynamic_slice_in_dim(matrix, m * length, length, 1)  # [G, D, n]
     own = lax.dynamic_slice_in_dim(rows, m * length, length, 2)
     before = codebook[lax.dynamic_index_in_dim(codes, m, 2, keepdims=False)]
     # With codeword c the error is c' own c - 2 c' pull, and a constant.
@@ -216,17 +208,43 @@ def _fit_codebook(
   def curvature(codebook: jax.Array) -> jax.Array:
     return collect(_SUM("goi,gij->goj", _decode(codebook, codes), gram))
 
-  # Its diagonal, but for products of two sub-vectors with the same code.
-  diagonal = jnp.diagonal(gram, axis1=1, axis2=2)[:, None]
-  scale = collect(jnp.broadcast_to(diagonal, target.shape))
   fitted, _ = iterative.cg(
     curvature,
     collect(_SUM("goi,gij->goj", target, gram)),
     x0=codebook,
     maxiter=_ITERATIONS,
-    M=lambda gradient: gradient / jnp.where(scale > 0, scale, 1.0),
+    M=functools.partial(
+      _SUM, "kde,ke->kd", _inverse_curvatures(gram, codes, codebook.shape)
+    ),
   )
   return fitted
+
+
+def _inverse_curvatures(
+  gram: jax.Array, codes: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+  """Returns [K, D, D], about the inverse for each codeword alone.
+
+  Products of two sub-vectors with the same code are left out.
+  """
+  num_codes, length = shape
+  groups, _, num_blocks = codes.shape
+  places = jnp.arange(groups * num_blocks).reshape(groups, 1, num_blocks)
+  uses = jnp.zeros((num_codes, groups * num_blocks), jnp.int32)
+  uses = uses.at[codes, places].add(1).astype(jnp.float32)
+  own = jnp.diagonal(
+    gram.reshape(groups, num_blocks, length, num_blocks, length),
+    axis1=1,
+    axis2=3,
+  )
+  own = jnp.moveaxis(own, 3, 1).reshape(-1, length * length)
+  curvatures = _SUM("km,mi->ki", uses, own).reshape(-1, length, length)
+  mean = jnp.trace(curvatures, axis1=1, axis2=2) / length
+  # So that float32 keeps the inverse positive; of codewords without a use 1.
+  ridge = jnp.where(mean > 0, _LEAST_SHARE * mean, 1.0)
+  return jnp.linalg.inv(
+    curvatures + ridge[:, None, None] * jnp.eye(length)[None]
+  )
 
 
 def _decode(codebook: jax.Array, codes: jax.Array) -> jax.Array:

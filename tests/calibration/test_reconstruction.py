@@ -72,7 +72,9 @@ def test_target_makes_up_for_other_inputs(problem):
   rng = np.random.default_rng(1)
   dense_inputs = inputs + rng.normal(size=inputs.shape)
   moments = reconstruction.input_moments(*_arrays(inputs, dense_inputs, kernel))
-  _, target, _ = reconstruction._prepare(moments, *_arrays(kernel), 1e-2)
+  _, target, _ = reconstruction._prepare(
+    moments, *_arrays(kernel), 1e-2, length=D
+  )
   for g in range(G):
     # Least squares, drawn to the dense kernel by the damping.
     gram = inputs[:, g].T @ inputs[:, g]
@@ -115,7 +117,7 @@ def test_each_code_is_the_best_given_the_others(problem):
   inputs, kernel, codebook, codes = problem
   gram = _damped(inputs)
   improved = np.array(
-    reconstruction._improve_codes(*_arrays(gram, kernel, codebook, codes))
+    reconstruction._choose_codes(*_arrays(gram, kernel, codebook, codes))
   )
   # The same sweep by trying every codeword.
   expected = codes.copy()
@@ -129,11 +131,14 @@ def test_each_code_is_the_best_given_the_others(problem):
 
 
 def test_codes_in_order_leave_the_least_error_to_later_blocks(problem):
-  inputs, kernel, codebook, _ = problem
+  inputs, kernel, codebook, codes = problem
   gram = _damped(inputs)
-  upper = np.linalg.cholesky(np.linalg.inv(gram)).transpose(0, 2, 1)
+  moments = reconstruction.input_moments(*_arrays(inputs, inputs, kernel))
+  _, _, triangle = reconstruction._prepare(
+    moments, *_arrays(kernel), DAMPING, length=D
+  )
   codes = np.array(
-    reconstruction._assign_in_order(*_arrays(upper, kernel, codebook))
+    reconstruction._choose_codes(triangle, *_arrays(kernel, codebook, codes))
   )
   # Brute force: each block takes the codeword after which the blocks that
   # follow, free to have any values, can bring the error lowest.
