@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
-from pqf_jax import errors
+from pqf_jax import errors, nvidia
 from pqf_jax.core import modules, trees, vq_array
 from pqf_jax.discovery import tracing
 from pqf_jax.inference import kernels, readers
@@ -58,11 +58,12 @@ def make_apply(
   - fused: matrix products, and 1x1 convolutions of few positions, are made
     straight from the codes (`products`); the rest is as in layer.
   - auto: fused for matrices that no cache holds, whose reading takes the time;
-    dense for the others, and for convolutions, which read a weight often.
+    dense for the others, and for convolutions, which read a weight often. On a
+    Hopper GPU such a matrix is kept in both forms: codes serve the products
+    whose rows are few enough for its kernel. On other GPUs and TPUs: dense.
 
-  On a Hopper GPU fused is faster than dense for up to 16 rows in bfloat16 (8 of
-  D = 4), and 2 to 5 times slower for all else, and so is auto: choose dense for
-  speed there (docs/inference.md).
+  On GPUs and TPUs fused saves memory; it is faster than dense only where that
+  kernel serves, and 2 to 5 times slower for all else (docs/inference.md).
 
   Inside a loop (`lax.scan`, `nn.scan`) stacked kernels stay codes as well. A
   kernel that anything else than a convolution, product, row lookup, cast or
@@ -113,7 +114,11 @@ def make_apply(
 def _choose(kernel: vq_array.VQArray) -> kernels.Kernel | jax.Array:
   shape = kernel.kernel_shape
   is_large = len(shape) == 2 and math.prod(shape) >= LARGE
-  return kernels.arrange(kernel) if is_large else kernel.decode()
+  if is_large and nvidia.is_available():
+    return kernels.arrange(kernel).replace(dense=kernel.decode())
+  if is_large and jax.default_backend() == "cpu":
+    return kernels.arrange(kernel)
+  return kernel.decode()
 
 
 def _rewrite(

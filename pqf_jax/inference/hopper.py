@@ -23,7 +23,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pqf_jax import nvidia
-from pqf_jax.core import vq_array
+from pqf_jax.core import trees, vq_array
 from pqf_jax.inference import hopper_source
 
 # Bytes of one access to shared memory by a warp. Filling more copies of the
@@ -45,8 +45,8 @@ _WARPS = 16
 
 def make_plan(
   inputs: jax.ShapeDtypeStruct | jax.Array,
-  codebook: jax.ShapeDtypeStruct | jax.Array,
-  codes: jax.ShapeDtypeStruct | jax.Array,
+  codebook: jax.ShapeDtypeStruct | trees.Array,
+  codes: jax.ShapeDtypeStruct | trees.Array,
   dtype: jax.typing.DTypeLike,
 ) -> hopper_source.Plan | None:
   """Returns how the kernel shares the work, or None if it cannot do it.

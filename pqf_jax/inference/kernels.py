@@ -26,6 +26,8 @@ class Kernel(struct.PyTreeNode):
       as a reshape (static).
     dtype: what the program casts the weights to; None: as the codebook is
       (static).
+    dense: what it decodes to, for all that codes do not make faster; None: it
+      is decoded where it is read. Axes of stacked layers as in the codebook.
   """
 
   codebook: trees.Array
@@ -37,6 +39,7 @@ class Kernel(struct.PyTreeNode):
     pytree_node=False, default=()
   )
   dtype: Any = struct.field(pytree_node=False, default=None)
+  dense: jax.Array | None = None
 
   @property
   def weights(self) -> trees.Array:
@@ -91,10 +94,11 @@ class Kernel(struct.PyTreeNode):
     Compilers would decode the kernels of all layers at once, and so hold all of
     them. XLA's CPU compiler does so in spite of `lax.optimization_barrier`.
     """
-    codes = self.codes
-    for other in others:
-      codes = codes + order.zero_after(other, codes).astype(codes.dtype)
-    dense = self.replace(codes=codes).vq.decode()
+    codes, dense = self.codes, self.dense
+    if dense is None:
+      for other in others:
+        codes = codes + order.zero_after(other, codes).astype(codes.dtype)
+      dense = self.replace(codes=codes).vq.decode()
     for change in self.then:
       dense = change(dense)
     return dense
@@ -104,7 +108,10 @@ class Kernel(struct.PyTreeNode):
 
     A product casts them by itself, or else each call would begin with it.
     """
-    return self.replace(codebook=self.weights, dtype=jnp.dtype(dtype))
+    dense = None if self.dense is None else self.dense.astype(dtype)
+    return self.replace(
+      codebook=self.weights, dtype=jnp.dtype(dtype), dense=dense
+    )
 
   def transpose(self, permutation: Sequence[int]) -> "Kernel | None":
     """Returns the kernel with its axes permuted, or None if it has to decode.
@@ -114,6 +121,8 @@ class Kernel(struct.PyTreeNode):
     """
     if self.then:
       return None
+    if self.dense is not None:
+      self = self.replace(dense=self.dense.transpose(permutation))
     if self.is_matrix:
       return self._transpose_matrix(permutation)
     stacked = self.vq.stack_axes

@@ -123,9 +123,6 @@ def product_of_joined(
   operands = inputs, jnp.asarray(codebook), jnp.asarray(joined)
   if not nvidia.is_available():
     return plain(*operands)
-  # Importing it takes 0.25 s, for which others have no use.
-  from pqf_jax.inference import hopper
-
   decoded = functools.partial(
     _decoded,
     precision=precision,
@@ -137,16 +134,52 @@ def product_of_joined(
     cuda=lambda *operands: decoded(*operands).astype(dtype),
     default=plain,
   )
-  is_bfloat16 = weight_dtype == jnp.bfloat16
-  is_few = crossover is None or num_rows <= crossover
-  plan = hopper.make_plan(*operands, dtype) if is_bfloat16 and is_few else None
-  if plan is None:
+  run = _kernel(*operands, crossover, weight_dtype, dtype)
+  if run is None:
     return by_xla(*operands)
-  kernel = functools.partial(hopper.product, dtype=dtype, plan=plan)
   return _with_gradient(
-    functools.partial(lax.platform_dependent, cuda=kernel, default=plain),
-    by_xla,
+    functools.partial(lax.platform_dependent, cuda=run, default=plain), by_xla
   )(*operands)
+
+
+def has_kernel(
+  inputs: jax.Array,
+  codebook: trees.Array,
+  joined: trees.Array,
+  *,
+  crossover: int | None = None,
+  weight_dtype: jax.typing.DTypeLike | None = None,
+  dtype: jax.typing.DTypeLike,
+) -> bool:
+  """Returns whether this process has a GPU with a kernel for such a product.
+
+  The arguments are those of `product_of_joined`.
+  """
+  weight_dtype = jnp.dtype(weight_dtype or codebook.dtype)
+  return nvidia.is_available() and bool(
+    _kernel(inputs, codebook, joined, crossover, weight_dtype, dtype)
+  )
+
+
+def _kernel(
+  inputs: jax.Array,
+  codebook: trees.Array,
+  joined: trees.Array,
+  crossover: int | None,
+  weight_dtype: jnp.dtype,
+  dtype: jax.typing.DTypeLike,
+) -> Callable[..., jax.Array] | None:
+  """Returns Hopper's kernel for these operands, or None if it cannot serve."""
+  # Importing it takes 0.25 s, for which others have no use.
+  from pqf_jax.inference import hopper
+
+  is_few = crossover is None or len(inputs) <= crossover
+  if weight_dtype != jnp.bfloat16 or not is_few:
+    return None
+  plan = hopper.make_plan(inputs, codebook, joined, dtype)
+  if plan is None:
+    return None
+  return functools.partial(hopper.product, dtype=dtype, plan=plan)
 
 
 def _decoded(

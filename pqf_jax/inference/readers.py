@@ -16,8 +16,8 @@ def matrix_product(
 ) -> jax.Array | None:
   """Returns the result of a `dot_general` of activations and a kernel, or None.
 
-  None: it contracts other axes than the kernel's inputs, has batch axes, or is
-  of other numbers than floats.
+  None: it contracts other axes than the kernel's inputs, has batch axes, is of
+  other numbers than floats, or the kernel's dense form is faster.
   """
   (place,) = (i for i, x in enumerate(operands) if kernels.is_kernel(x))
   kernel, inputs = operands[place], operands[1 - place]
@@ -32,6 +32,8 @@ def matrix_product(
   axes = [summed[axis] for axis in kernel.in_axes]
   rows = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
   outputs = _multiply(eqn, rows, kernel, crossover)
+  if outputs is None:
+    return None
   # The kernel's axes come in their own order, before or after those of rows.
   num_free = inputs.ndim - len(axes)
   order = sorted(range(len(kernel.out_axes)), key=kernel.out_axes.__getitem__)
@@ -74,7 +76,10 @@ def convolution(
   most_rows = products.most_by_tables(kernel.codebook, num_positions, crossover)
   if math.prod(rows.shape[:-1]) > most_rows:
     return None
-  outputs = jnp.moveaxis(_multiply(eqn, rows, kernel, crossover), -1, 1)
+  outputs = _multiply(eqn, rows, kernel, crossover)
+  if outputs is None:
+    return None
+  outputs = jnp.moveaxis(outputs, -1, 1)
   place = [numbers.out_spec.index(axis) for axis in range(outputs.ndim)]
   return outputs.transpose(place)
 
@@ -84,11 +89,14 @@ def rows_of_table(
 ) -> jax.Array | None:
   """Returns the rows that a gather takes of an embedding, or None.
 
-  None: it gathers something else than whole rows along the output axis.
+  None: it gathers something else than whole rows along the output axis, or
+  there is a dense form of the kernel.
   """
   del crossover
   table, indices = operands
   if not kernels.is_kernel(table) or not table.is_matrix:
+    return None
+  if table.dense is not None:
     return None
   params, numbers = eqn.params, eqn.params["dimension_numbers"]
   (num_rows, width), rank = table.layer_shape, indices.ndim - 1
@@ -140,18 +148,26 @@ def _multiply(
   inputs: jax.Array,
   kernel: kernels.Kernel,
   crossover: int | None,
-) -> jax.Array:
-  """Returns rows [..., *in] times a kernel: [..., *out]."""
+) -> jax.Array | None:
+  """Returns rows [..., *in] times a kernel: [..., *out], or None.
+
+  None: the kernel has a dense form too, and that is faster.
+  """
   num_free = inputs.ndim - len(kernel.in_axes)
   free, summed = inputs.shape[:num_free], inputs.shape[num_free:]
   shape = [kernel.layer_shape[axis] for axis in kernel.out_axes]
+  rows = inputs.reshape(math.prod(free), math.prod(summed))
+  operands = rows, kernel.codebook, kernel.codes
+  settings: dict[str, Any] = {
+    "crossover": crossover,
+    "weight_dtype": kernel.dtype,
+    "dtype": getattr(eqn.outvars[0].aval, "dtype", inputs.dtype),
+  }
+  if kernel.dense is not None and not products.has_kernel(
+    *operands, **settings
+  ):
+    return None
   outputs = products.product_of_joined(
-    inputs.reshape(math.prod(free), math.prod(summed)),
-    kernel.codebook,
-    kernel.codes,
-    crossover=crossover,
-    precision=eqn.params["precision"],
-    weight_dtype=kernel.dtype,
-    dtype=getattr(eqn.outvars[0].aval, "dtype", inputs.dtype),
+    *operands, precision=eqn.params["precision"], **settings
   )
   return outputs.reshape(*free, *shape)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from pqf_jax import nvidia
 from pqf_jax.numerics import segments
 
 TILE = 1024
@@ -79,6 +80,19 @@ def mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
   if len(devices) < 2:
     return None
   return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
+
+
+def platform_of(layers: Sequence[jax.Array]) -> str | None:
+  """Returns the platform of the devices that hold the layers, if it is known.
+
+  It is called as `lax.platform_dependent` calls it.
+  """
+  devices = set().union(*map(_devices, layers))
+  (platform,) = {device.platform for device in devices} or {None}
+  if platform != "gpu":
+    return platform
+  # A process has GPUs of one make.
+  return "cuda" if nvidia.is_available() else None
 
 
 def make_batch(layers: Sequence[jax.Array], *, num_shards: int = 1) -> Batch:

@@ -300,6 +300,7 @@ def _run(
     most_rows=int(np.diff(bounds).max()) * batching.TILE,
     num_hartigan_steps=num_last,
     num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
+    platform=batching.platform_of(layers),
   )
   batch, starts = call(
     _batch_and_starts,

@@ -53,6 +53,8 @@ class Options(NamedTuple):
     empty_rule: the rule that places the centroids of empty clusters.
     axis_name: name of the `shard_map` axis over which the tiles are spread, or
       None.
+    platform: as `lax.platform_dependent` calls it, if it is known: the steps of
+      others, whose tracing takes most of the time, are then left out.
   """
 
   most_rows: int
@@ -60,6 +62,7 @@ class Options(NamedTuple):
   num_hartigan_tiles: int = 0
   empty_rule: empty_clusters.Rule = empty_clusters.split_worst
   axis_name: str | None = None
+  platform: str | None = None
 
 
 class Prepared(NamedTuple):
@@ -193,6 +196,9 @@ def run_steps(
   """Runs all steps by the backend of the platform; arguments as in `fit`."""
   _, num_codes, length = starts.shape
   backends = backends_for(length, num_codes, options.most_rows)
+  if options.platform is not None:
+    only = backends.get(options.platform, backends["default"])
+    backends = {"default": only}
   runs = {
     platform: functools.partial(_run_steps, backend, options=options)
     for platform, backend in backends.items()
@@ -204,7 +210,7 @@ def backends_for(
   length: int, num_codes: int, most_rows: int
 ) -> dict[str, base.Backend]:
   """Returns the backend of each platform, from D, K and `Options.most_rows`."""
-  backends = {"cpu": portable.BACKEND, "default": portable.BACKEND}
+  backends = {"default": portable.BACKEND}
   if most_rows <= tpu.MOST_ROWS:
     backends["tpu"] = tpu.BACKEND
   if (

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pqf_jax.kmeans import devices
+from pqf_jax.kmeans import batching, devices
 
 FAR = 32.0
 """How much farther from the centre outliers are than all but K - 1 others. Far
@@ -63,14 +63,16 @@ def find(layers: Sequence[jax.Array], num_codes: int) -> list[Outliers | None]:
   if not all(map(_is_here, layers)):
     return [None] * len(layers)
   distances, num_far = _distances(tuple(layers))
-  found = []
-  for vectors, away, far in zip(
-    layers, distances, jax.device_get(num_far), strict=True
-  ):
-    most = _most(vectors, num_codes)
+  bounds = batching.tile_bounds([len(vectors) for vectors in layers])
+  found: list[Outliers | None] = []
+  for i, far in enumerate(jax.device_get(num_far)):
+    most = _most(layers[i], num_codes)
     # Layers without outliers, nearly all, copy no distances to the host.
-    some = far <= most
-    found.append(_outliers(vectors, np.asarray(away), most) if some else None)
+    if far > most:
+      found.append(None)
+      continue
+    away = np.asarray(distances[bounds[i] : bounds[i + 1]]).reshape(-1)
+    found.append(_outliers(layers[i], away[: len(layers[i])], most))
   return found
 
 
@@ -81,11 +83,11 @@ def any_on_a_device(
   num_far = jax.device_get(devices.on_each(mesh, _num_far, tuple(layers)))
   return any(
     (far <= _most(vectors, num_codes)).any()
-    for vectors, far in zip(layers, num_far, strict=True)
+    for vectors, far in zip(layers, num_far.T, strict=True)
   )
 
 
-def _num_far(layers: tuple[jax.Array, ...]) -> list[jax.Array]:
+def _num_far(layers: tuple[jax.Array, ...]) -> jax.Array:
   return _distances(layers)[1]
 
 
@@ -101,24 +103,41 @@ def _is_here(vectors: jax.Array) -> bool:
 
 
 @jax.jit
-def _distances(
-  layers: tuple[jax.Array, ...],
-) -> tuple[list[jax.Array], list[jax.Array]]:
-  """Returns each sub-vector's largest distance in an entry, [N] float32.
+def _distances(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+  """Returns each sub-vector's largest distance in an entry, [B, 1024] float32.
 
-  It is from the median of a sample. No floats are added up, so every platform
-  gets the same bits. Also returns how many are less than `FAR` times nearer
-  than the farthest; 0 where a distance is NaN.
+  It is from the median of a sample of its layer, and lies as in a batch. No
+  floats are added up, so every platform gets the same bits. Also returns how
+  many of a layer are less than `FAR` times nearer than the farthest, [L] int32;
+  0 where a distance is NaN.
+
+  All layers share each operation, since compilers take long for 36 of them.
   """
-  distances, num_far = [], []
-  for vectors in layers:
-    sample = vectors[:: -(-vectors.shape[0] // _NUM_SAMPLED)]
-    middle = jnp.sort(sample, axis=0)[sample.shape[0] // 2]
-    away = vectors.astype(jnp.float32) - middle.astype(jnp.float32)[None]
-    distances.append(jnp.abs(away).max(axis=1))
-    is_far = FAR * distances[-1] >= distances[-1].max()
-    num_far.append(is_far.sum(dtype=jnp.int32))
-  return distances, num_far
+  tiles, layout = batching.make_batch(layers)
+  num_layers, owners = len(layers), layout.layers
+  away = jnp.abs(tiles - _medians(layers)[owners][:, None]).max(axis=2)
+  inside = batching.mask(layout)
+  away = jnp.where(inside, away, 0)
+  largest = jax.ops.segment_max(away.max(axis=1), owners, num_layers)
+  is_far = inside & (FAR * away >= largest[owners][:, None])
+  num_far = is_far.sum(axis=1, dtype=jnp.int32)
+  return away, jax.ops.segment_sum(num_far, owners, num_layers)
+
+
+def _medians(layers: Sequence[jax.Array]) -> jax.Array:
+  """Returns the median of a sample of each layer, [L, D] float32."""
+  samples = [
+    vectors[:: -(-vectors.shape[0] // _NUM_SAMPLED)] for vectors in layers
+  ]
+  most = max(map(len, samples))
+  ends = [((0, most - len(sample)), (0, 0)) for sample in samples]
+  padded = [  # NaN comes last
+    jnp.pad(sample.astype(jnp.float32), end, constant_values=jnp.nan)
+    for sample, end in zip(samples, ends, strict=True)
+  ]
+  ordered = jnp.sort(jnp.stack(padded), axis=1)
+  middles = np.array([len(sample) // 2 for sample in samples])
+  return ordered[np.arange(len(samples)), middles]
 
 
 def _outliers(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pqf_jax import errors, inference
+from pqf_jax import errors, inference, nvidia
 from pqf_jax.core import blocks, vq_array
 from pqf_jax.inference import apply
 from tests.inference import coded
@@ -400,6 +400,40 @@ def test_auto_fuses_large_matrices_only(monkeypatch):
   held = {name: type(leaf).__name__ for name, leaf in network.variables.items()}
   assert held["large"] == "Kernel"
   assert held["small"] == held["taps"] == "ArrayImpl"
+
+
+def test_auto_is_dense_where_products_of_codes_are_slow(monkeypatch):
+  monkeypatch.setattr(apply, "LARGE", 0)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  kernel = coded.make_kernel(0, (12, 8), num_codes=5, channels=4)
+  network = inference.make_apply(lambda v, x: x, {"w": kernel})
+  np.testing.assert_array_equal(network.variables["w"], kernel.decode())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_kernels_in_both_forms_are_read_as_dense_ones(monkeypatch, axis):
+  monkeypatch.setattr(apply, "LARGE", 0)
+  monkeypatch.setattr(nvidia, "is_available", lambda: True)
+  variables = {
+    "kernel": _stack(axis, 8, 3),
+    "shared": coded.make_kernel(1, (8, 8), num_codes=5, channels=4),
+    "table": coded.make_kernel(
+      2, (9, 8), num_codes=5, spec=blocks.BlockSpec(4, (-1,), (-2,))
+    ),
+  }
+
+  def apply_fn(variables, tokens):
+    table = variables["table"][...]
+    x = _loop(axis)(variables, jnp.take(table, tokens, axis=0))
+    return x.astype(jnp.float16) @ table.astype(jnp.float16).T
+
+  network = inference.make_apply(apply_fn, variables)
+  assert all(leaf.dense is not None for leaf in network.variables.values())
+  tokens = jnp.array([0, 8, 3])
+  got = network.apply_fn(network.variables, tokens)
+  dense = inference.make_apply(apply_fn, variables, "dense")
+  want = dense.apply_fn(dense.variables, tokens)
+  np.testing.assert_array_equal(got, want)
 
 
 def test_bad_input_is_refused():

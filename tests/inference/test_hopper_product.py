@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pqf_jax import nvidia
-from pqf_jax.inference import hopper, hopper_source, products
-from tests.inference import ptx
+from pqf_jax import inference, nvidia
+from pqf_jax.inference import apply, hopper, hopper_source, products
+from tests.inference import coded, ptx
 
 needs_new_jax = pytest.mark.skipif(
   jax.__version_info__ < nvidia.FIRST_JAX, reason="the kernel needs it"
@@ -162,6 +162,29 @@ def test_it_is_compiled_for_hopper_alone(monkeypatch, num_rows, length):
       text[has_kernel, platform] = lowered.as_text()
   has_kernel = {key: "mosaic_gpu" in value for key, value in text.items()}
   assert [key for key, value in has_kernel.items() if value] == [(True, "cuda")]
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+  "num_rows, dtype, has_kernel",
+  [(1, "bfloat16", True), (17, "bfloat16", False), (1, "float32", False)],
+)
+def test_auto_has_it_for_few_rows_and_decodes_nothing(
+  monkeypatch, num_rows, dtype, has_kernel
+):
+  monkeypatch.setattr(apply, "LARGE", 0)
+  monkeypatch.setattr(nvidia, "is_available", lambda: True)
+  kernel = coded.make_kernel(0, (64, 64), num_codes=256, channels=8)
+  network = inference.make_apply(
+    lambda variables, x: x @ variables["w"][...].astype(x.dtype), {"w": kernel}
+  )
+  traced = network.apply_fn.trace(
+    network.variables, jax.ShapeDtypeStruct((num_rows, 64), dtype)
+  )
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert ("mosaic_gpu" in text) == has_kernel
+  assert ("dot_general" in text) == (not has_kernel)
+  assert "gather" not in text
 
 
 @needs_new_jax
