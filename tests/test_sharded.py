@@ -47,11 +47,13 @@ def test_nothing_of_sharded_kernels_stays_on_the_host(found):
 
 def test_no_device_gathers_a_leaf_to_reorder_it(found):
   assert found["differ_reordered"] == []
-  # An axis that is not cut, and one that is.
-  assert found["reordered"]["0"] == found["reordered"]["1"] == [1, NUM_DEVICES]
-  assert found["exchanged"]["0"] == []
   share = 4 * 32 * 64 // NUM_DEVICES
-  assert max(found["exchanged"]["1"]) == share
+  for layers, tail in ((1, ""), (3, ", an order a layer")):
+    stack = [1] * (layers > 1)
+    for case in ("whole axis", "cut axis"):
+      assert found["reordered"][case + tail] == [*stack, 1, NUM_DEVICES]
+    assert found["exchanged"]["whole axis" + tail] == []
+    assert max(found["exchanged"]["cut axis" + tail]) == layers * share
 
 
 def test_every_leaf_stays_where_it_was(found):
@@ -219,16 +221,28 @@ def main() -> None:
     for path, leaf in trees.flatten(tree).items()
     if leaf._npy_value is not None
   ]
-  leaf, order = fresh["up"]["kernel"], draw.permutation(32)
-  wide = np.concatenate([order, order + 32])
+  leaf = fresh["up"]["kernel"]
+  stack = jax.device_put(
+    draw.normal(size=(3, *leaf.shape)).astype(np.float32),
+    NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec)),
+  )
+  orders = np.stack([draw.permutation(32) for _ in stack])
+  wide = np.concatenate([orders, orders + 32], 1)
   found |= {"differ_reordered": [], "reordered": {}, "exchanged": {}}
-  for axis, chosen in enumerate((order, wide)):
-    taken = spread.take(leaf, chosen, axis)
-    if not np.array_equal(taken, network["up"]["kernel"].take(chosen, axis)):
-      found["differ_reordered"].append(axis)
-    found["reordered"][axis] = places({"": taken})[""]
-    program = spread._take.lower(leaf, chosen, axis, leaf.sharding).compile()
-    found["exchanged"][axis] = [
+  cases = {
+    "whole axis": (leaf, orders[0], 0),
+    "cut axis": (leaf, wide[0], 1),
+    "whole axis, an order a layer": (stack, orders[:, :, None], 1),
+    "cut axis, an order a layer": (stack, wide[:, None], 2),
+  }
+  for case, (array, order, axis) in cases.items():
+    take = np.take if order.ndim == 1 else np.take_along_axis
+    taken = spread.take(array, order, axis)
+    if not np.array_equal(taken, take(np.asarray(array), order, axis)):
+      found["differ_reordered"].append(case)
+    found["reordered"][case] = places({"": taken})[""]
+    program = spread._take.lower(array, order, axis, array.sharding).compile()
+    found["exchanged"][case] = [
       one.num_bytes for one in costs.find_collectives(program.as_text())
     ]
 

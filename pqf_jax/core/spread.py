@@ -39,8 +39,7 @@ def take(leaf: Array, order: np.ndarray, axis: int) -> Array:
 
   The order is [n], or has as many axes as the leaf, of its lengths or 1, where
   it differs along them. The leaf stays where it is. A device that has a part of
-  this axis gets instead a part of another axis for the time, if there is one that
-  can be cut.
+  this axis gets instead a part of another one for the time, if one can be cut.
   """
   if is_spread(leaf):
     place = leaf.sharding
