@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from pqf_jax import finetune
+from pqf_jax.discovery import small_maps
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -77,7 +78,7 @@ def make_teacher(
       image.
   """
 
-  @jax.jit
+  @small_maps.jit
   def logits(variables: PyTree, images: jax.Array) -> jax.Array:
     views = (images, jnp.flip(images, 2)) if mirrored else (images,)
     found = [apply_fn(variables, preprocess(x), train=False) for x in views]
