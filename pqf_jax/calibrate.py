@@ -291,15 +291,19 @@ def _rebuild(
   codebook, codes = (
     jnp.asarray(leaf)[read.picked] for leaf in (node.codebook, node.codes)
   )
+  codebook = codebook.astype(jnp.float32)
   vectors = node.spec.to_blocks(kernel[read.picked].astype(jnp.float32))
-  rows = vectors.reshape(layer.groups, vectors.shape[0] // layer.groups, -1)
+  seen = _find_seen(layer, together, read, vectors.shape[2])
+  rows = vectors[..., seen].reshape(
+    layer.groups, vectors.shape[0] // layer.groups, -1
+  )
   inputs, masks = run.inputs(together, read)
-  gathered = _add_moments(layer, inputs, masks, rows)
+  gathered = _add_moments(layer, inputs, masks, rows, tuple(seen))
   _check_finite(read.path, gathered)
   result = reconstruction.reconstruct(
     gathered,
     rows,
-    codebook.astype(jnp.float32),
+    codebook[:, seen],
     codes.astype(jnp.int32).reshape(layer.groups, -1, vectors.shape[1]),
     rounds=rounds,
     damping=damping,
@@ -307,7 +311,11 @@ def _rebuild(
   before, after = float(result.error_before), float(result.error)
   # No better, or not a number: the layer keeps what k-means chose.
   if after < before:
-    chosen = (result.codebook, result.codes.reshape(codes.shape))
+    chosen_codes = result.codes.reshape(codes.shape)
+    if len(seen) < vectors.shape[2]:
+      # Inputs of another size may see the rest.
+      codebook = reconstruction.mean_vectors(vectors, chosen_codes, codebook)
+    chosen = (codebook.at[:, seen].set(result.codebook), chosen_codes)
     codebook, codes = (
       jnp.asarray(leaf).at[read.picked].set(new.astype(leaf.dtype))
       for leaf, new in zip((node.codebook, node.codes), chosen, strict=True)
@@ -316,28 +324,54 @@ def _rebuild(
   return LayerError(read.layer, before, min(before, after))
 
 
+def _find_seen(
+  layer: layers.Layer,
+  together: Sequence[streams.Operation],
+  read: layers.Read,
+  length: int,
+) -> list[int]:
+  """Returns the entries of sub-vectors that see inputs, not padding alone.
+
+  On a map of one place 8 of 9 taps of a kernel see nothing; if none sees
+  anything, all are returned.
+  """
+  taps = np.any(
+    [
+      layer.find_seeing(
+        tracing.shape_of(operation.eqn.invars[1 - read.operand])
+      )
+      for operation in together
+    ],
+    axis=0,
+  )
+  entries = np.resize(taps, length)  # a row for each channel
+  return np.flatnonzero(entries if entries.any() else ~entries).tolist()
+
+
 def _add_moments(
   layer: layers.Layer,
   pairs: Sequence[streams.Pair],
   masks: Sequence[jax.Array],
   kernel: jax.Array,
+  seen: tuple[int, ...],
 ) -> reconstruction.InputMoments:
   """Adds up the moments of a layer's inputs over the batches."""
   wanted = max(_ROWS_PER_ENTRY * kernel.shape[2], _LEAST_ROWS) // len(pairs)
   key = jax.random.key(0)
   parts = (
     _batch_moments(
-      layer, wanted, jax.random.fold_in(key, i), pair, mask, kernel
+      layer, wanted, seen, jax.random.fold_in(key, i), pair, mask, kernel
     )
     for i, (pair, mask) in enumerate(zip(pairs, masks, strict=True))
   )
   return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
 
 
-@functools.partial(programs.jit, static_argnames=("layer", "wanted"))
+@functools.partial(programs.jit, static_argnames=("layer", "wanted", "seen"))
 def _batch_moments(
   layer: layers.Layer,
   wanted: int,
+  seen: tuple[int, ...],
   key: jax.Array,
   pair: streams.Pair,
   mask: jax.Array,
@@ -361,9 +395,13 @@ def _batch_moments(
     # Not as a product: padding may be NaN.
     is_counted = counts[:, None, None] > 0
     rows, others = (jnp.where(is_counted, x, 0) for x in (rows, others))
-  return reconstruction.input_moments(
-    rows.astype(jnp.float32), others.astype(jnp.float32), kernel
+  rows, others = (
+    x.astype(jnp.float32)
+    .reshape(*x.shape[:2], kernel.shape[2] // len(seen), -1)[..., list(seen)]
+    .reshape(*x.shape[:2], -1)
+    for x in (rows, others)
   )
+  return reconstruction.input_moments(rows, others, kernel)
 
 
 def _check_masks(

@@ -461,3 +461,30 @@ def test_a_transposed_convolution_without_overlap_is_rebuilt():
   assert after < 0.5 * before
   found = layers["kernel"]
   np.testing.assert_allclose([found.before, found.after], [before, after], 0.02)
+
+
+def test_taps_that_see_padding_alone_follow_the_kernel(case):
+  model, variables, quantized, batches = case
+  pixels = [(batch[:, :1, :1],) for (batch,) in batches]
+  found, layers = calibrate.calibrate_params(
+    model.apply, variables, quantized, pixels
+  )
+  layer = layers["params/conv/kernel"]
+  assert layer.after < 0.5 * layer.before
+  node = found["params"]["conv"]["kernel"]
+  vectors, codebook, codes = map(
+    np.asarray,
+    (
+      node.spec.to_blocks(variables["params"]["conv"]["kernel"]),
+      node.codebook,
+      node.codes,
+    ),
+  )
+  # Only the middle one of nine taps, in each of a sub-vector's two channels,
+  # sees the map's one place.
+  unseen = np.delete(np.arange(18), [4, 13])
+  for code in np.unique(codes):
+    mean = vectors[codes == code].mean(0)
+    np.testing.assert_allclose(
+      codebook[code, unseen].astype(np.float32), mean[unseen], atol=1e-2
+    )

@@ -1,5 +1,6 @@
 """Recognizes the equations of a program that read kernels, norms and biases."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pqf_jax.calibration import streams
@@ -200,6 +202,11 @@ class Product(NamedTuple):
     one_tap = jnp.eye(self.taps, dtype=rows.dtype)[None, :, None]
     return (rows * one_tap).reshape(-1, 1, rows.shape[2] * self.taps)
 
+  def find_seeing(self, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns bool [taps]: all; see `Convolution.find_seeing`."""
+    del shape
+    return np.ones(self.taps, bool)
+
 
 class Convolution(NamedTuple):
   """A convolution; its fields are parameters of `lax.conv_general_dilated`.
@@ -230,6 +237,26 @@ class Convolution(NamedTuple):
     size = x.shape[1] // self.groups * windows.shape[2]
     return rows.reshape(-1, self.groups, size)
 
+  def find_seeing(self, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns bool [taps], which of them see more than padding.
+
+    Args:
+      shape: of the inputs.
+    """
+    axes = [
+      _find_seeing(shape[axis], *along)
+      for axis, *along in zip(
+        self.lhs_spec[2:],
+        self.sizes,
+        self.window_strides,
+        self.padding,
+        self.lhs_dilation,
+        self.rhs_dilation,
+        strict=True,
+      )
+    ]
+    return functools.reduce(np.multiply.outer, axes, np.ones((), bool)).ravel()
+
   def _windows(self, x: jax.Array) -> jax.Array:
     """Returns what each tap sees, [images, channels, taps, ...], by slices."""
     padding = [
@@ -259,6 +286,23 @@ class Convolution(NamedTuple):
       for starts in offsets
     ]
     return jnp.stack(taps, 2)
+
+
+def _find_seeing(
+  length: int,
+  size: int,
+  stride: int,
+  padding: tuple[int, int],
+  dilation: int,
+  gap: int,
+) -> np.ndarray:
+  """Returns bool [size], `Convolution.find_seeing` along one axis."""
+  spread = (length - 1) * dilation + 1
+  room = sum(padding) + spread - (size - 1) * gap
+  windows = np.arange(0, room, stride) - padding[0]
+  places = windows + gap * np.arange(size)[:, None]
+  is_input = (places >= 0) & (places < spread) & (places % dilation == 0)
+  return is_input.any(1)
 
 
 Layer = Product | Convolution

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from pqf_jax.discovery import tracing
+from pqf_jax.discovery import small_maps, tracing
 
 # For each matrix product XLA compiles dozens of its own kernels to choose from,
 # and times those of NVIDIA's libraries. Without that ResNet-18 on an H200 takes
@@ -22,9 +22,17 @@ def evaluate(eqn: tracing.Equation, operands: list[Any]) -> list[Any]:
   """Returns the results of an equation that calls no program."""
   if eqn.primitive.name not in _SEARCHED:
     return list(tracing.evaluate(eqn, operands, eqn.params))
-  return [_product(eqn.primitive, tuple(eqn.params.items()))(*operands)]
+  options = tuple(small_maps.compiler_options([eqn]).items())
+  return [
+    _product(eqn.primitive, tuple(eqn.params.items()), options)(*operands)
+  ]
 
 
 @functools.lru_cache(maxsize=256)
-def _product(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Any:
-  return jit(functools.partial(primitive.bind, **dict(params)))
+def _product(
+  primitive: Any,
+  params: tuple[tuple[str, Any], ...],
+  options: tuple[tuple[str, str], ...],
+) -> Any:
+  bind = functools.partial(primitive.bind, **dict(params))
+  return jax.jit(bind, compiler_options=_OPTIONS | dict(options))

@@ -107,6 +107,26 @@ def reconstruct(
   return Reconstruction(codebook, codes, *errors)
 
 
+@programs.jit
+def mean_vectors(
+  vectors: jax.Array, codes: jax.Array, codebook: jax.Array
+) -> jax.Array:
+  """Returns the mean of the sub-vectors of each code, [K, D].
+
+  Args:
+    vectors: [C_out, M, D].
+    codes: [C_out, M].
+    codebook: [K, D], what codewords stay that no code uses.
+  """
+  num_codes, length = codebook.shape
+  rows = vectors.reshape(-1, length)
+  ones = jnp.ones((len(rows), 1), rows.dtype)
+  sums, counts = (
+    segments.segment_sum(x, codes.reshape(-1), num_codes) for x in (rows, ones)
+  )
+  return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), codebook)
+
+
 @functools.partial(programs.jit, static_argnames="length")
 def _prepare(
   moments: InputMoments, kernel: jax.Array, damping: float, *, length: int
@@ -214,20 +234,19 @@ def _fit_codebook(
     x0=codebook,
     maxiter=_ITERATIONS,
     M=functools.partial(
-      _SUM, "kde,ke->kd", _inverse_curvatures(gram, codes, codebook.shape)
+      _SUM, "kde,ke->kd", _inverse_curvatures(gram, codes, num_codes, length)
     ),
   )
   return fitted
 
 
 def _inverse_curvatures(
-  gram: jax.Array, codes: jax.Array, shape: tuple[int, int]
+  gram: jax.Array, codes: jax.Array, num_codes: int, length: int
 ) -> jax.Array:
   """Returns [K, D, D], about the inverse for each codeword alone.
 
   Products of two sub-vectors with the same code are left out.
   """
-  num_codes, length = shape
   groups, _, num_blocks = codes.shape
   places = jnp.arange(groups * num_blocks).reshape(groups, 1, num_blocks)
   uses = jnp.zeros((num_codes, groups * num_blocks), jnp.int32)

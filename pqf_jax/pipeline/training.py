@@ -16,6 +16,7 @@ import optax
 
 from pqf_jax import errors, finetune
 from pqf_jax.core import trees
+from pqf_jax.discovery import small_maps
 from pqf_jax.runtime import checkpoint, distributed, preemption, progress
 
 PyTree = Any
@@ -141,6 +142,8 @@ def fit(
     microbatches=schedule.settings.microbatches,
     ema_decay=schedule.settings.ema_decay,
   )
+  # The outer program, which is what is compiled, donates the state as well.
+  take_step = small_maps.jit(step_fn, donate_argnums=0)
   state = finetune.init_state(
     variables, optimizer, frozen, averaged=bool(schedule.settings.ema_decay)
   )
@@ -162,7 +165,7 @@ def fit(
     ) as bar,
   ):
     for step, batch in enumerate(batches(first), start=first + 1):
-      state, metrics = step_fn(state, batch)
+      state, metrics = take_step(state, batch)
       meter.step(step, metrics["loss"])
       bar.advance(loss=metrics["loss"])
       if schedule.evaluation_is_due(step):

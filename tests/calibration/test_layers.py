@@ -53,6 +53,32 @@ def test_rows_times_kernel_is_the_convolution(kernel, groups, options):
   )
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"padding": ((1, 1), (1, 1))},
+    {"padding": ((1, 1), (1, 1)), "window_strides": (2, 2)},
+    {"padding": ((4, 2), (2, 5)), "window_strides": (3, 1)},
+    {"padding": ((4, 4), (3, 3)), "rhs_dilation": (3, 2)},
+    {"padding": ((2, 0), (3, 3)), "lhs_dilation": (2, 3)},
+  ],
+)
+def test_taps_that_see_padding_alone(side, options):
+  x = jnp.ones((2, side, side, 4))
+  options = {"window_strides": (1, 1)} | options
+  eqn = _only_equation(
+    lambda x, w: lax.conv_general_dilated(
+      x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+    ),
+    x,
+    jnp.ones((3, 3, 4, 6)),
+  )
+  layer = layers.find_layer(eqn, 1, blocks.BlockSpec(1))
+  rows = np.asarray(layer.input_rows(x)).reshape(-1, 4, 9)
+  np.testing.assert_array_equal(layer.find_seeing(x.shape), rows.any((0, 1)))
+
+
 @pytest.mark.parametrize(
   ("contracted", "in_axes", "out_axes"),
   [

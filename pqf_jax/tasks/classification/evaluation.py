@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pqf_jax import errors
+from pqf_jax.discovery import small_maps
 from pqf_jax.tasks.classification.loss import (
   ApplyFn,
   Batch,
@@ -54,7 +55,7 @@ def make_evaluate(
     also has `mask` float32 [B], 0 for padding. It raises `InputError` where
     logits are NaN or infinite, which have no largest.
   """
-  count = jax.jit(make_count(apply_fn, preprocess))
+  count = small_maps.jit(make_count(apply_fn, preprocess))
 
   def evaluate(variables: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     # One device value a batch, read at the end: no sync between batches.

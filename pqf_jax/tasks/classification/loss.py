@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from pqf_jax import finetune
+from pqf_jax.discovery import small_maps
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -78,7 +79,7 @@ def make_teacher(
       teacher than either, is the target of both.
   """
 
-  @jax.jit
+  @small_maps.jit
   def teach(variables: PyTree, batch: Batch) -> Batch:
     seen = _beside_mirror_images(batch) if mirrored else {}
     images = {**batch, **seen}["image"]
