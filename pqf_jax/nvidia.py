@@ -12,6 +12,10 @@ FIRST_JAX = (0, 11)
 NUM_PROCESSORS = 132
 SHARED_BYTES = 232448 - 4096
 
+NO_TRIALS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+"""`compiler_options` of programs that take longer to compile than to run: XLA
+then does not try several kernels for a product, its own and NVIDIA's."""
+
 
 @functools.cache
 def is_available() -> bool:

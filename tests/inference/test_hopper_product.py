@@ -203,7 +203,14 @@ def test_examples_of_vmap_have_it_and_gradients_do_not(monkeypatch):
   assert "mosaic_gpu" not in lower(jax.grad(lambda x: run(x).sum()), inputs)
 
 
+@pytest.fixture
+def on_cpu():
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    yield
+
+
 # Beside a GPU the CPU's program keeps its bits, and gradients go another way.
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("num_rows", [1, 20])
 def test_other_platforms_do_as_before(monkeypatch, num_rows):
   inputs, codebook, codes = _case(num_rows, 6, 8, 16, 8)

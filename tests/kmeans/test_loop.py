@@ -1,15 +1,37 @@
-"""Memory of the programs of k-means, as the compiler plans it."""
+"""The programs of k-means: their memory, as the compiler plans it, and bits."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pqf_jax.kmeans import annealing, batching, loop
+from tests.kmeans import cases
 
 
 def _temporary(function, *arguments, **settings):
   compiled = function.lower(*arguments, **settings).compile()
   return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_programs_of_one_platform_have_the_bits_of_those_of_all(
+  monkeypatch, platform
+):
+  vectors = jnp.asarray(cases.normal(cases.N, cases.D))
+  results = []
+  for known in (None, platform):
+    monkeypatch.setattr(batching, "platform_of", lambda layers, it=known: it)
+    results.append(cases.annealed(jax.random.key(0), vectors))
+  cases.assert_same(*results)
+
+
+def test_the_platform_is_known_of_arrays_on_devices():
+  vectors = cases.normal(8, 4)
+  assert batching.platform_of([vectors]) is None
+  assert batching.platform_of([jnp.asarray(vectors)]) == jax.default_backend()
+  seen = []
+  jax.eval_shape(lambda x: seen.append(batching.platform_of([x])), vectors)
+  assert seen == [None]
 
 
 @pytest.mark.parametrize(
