@@ -1,5 +1,6 @@
 """Resolves and checks what the stages of one run share, before any work."""
 
+import inspect
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -251,12 +252,20 @@ def build_network(
   """Returns the network of the config, and its variables as shapes.
 
   Raises:
-    InputError: no such model, or a network that does not take the inputs of the
-      task or whose norms cannot be folded.
+    InputError: no such model, settings that it does not take, or a network that
+      does not take the inputs of the task or whose norms cannot be folded.
   """
   arguments = dict(config.model)
   name = arguments.pop("name")
-  network = models.get_model(name).make(**arguments)
+  make = models.get_model(name).make
+  try:
+    inspect.signature(make).bind(**arguments)
+  except TypeError as error:
+    raise errors.InputError(
+      f"model {name!r} does not take the settings of config.model "
+      f"{sorted(arguments)}: {error}; take a recipe of this model"
+    ) from error
+  network = make(**arguments)
   sample = tasks.get(config.task).sample(config)
   try:
     template = jax.eval_shape(network.init, jax.random.key(0), *sample)

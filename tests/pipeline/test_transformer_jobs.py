@@ -153,6 +153,15 @@ def test_what_a_task_does_not_use_is_refused(recipe):
     assert not is_refused or f"config.{name} is {value!r}" in str(found.value)
 
 
+def test_settings_of_another_model_are_refused():
+  config = minilm.get_config()
+  config.model.name = "decoder"
+  with pytest.raises(
+    errors.InputError, match="'decoder' does not take .*'hidden'"
+  ):
+    jobs.build_network(config)
+
+
 def test_a_folder_beside_the_text_of_python_is_refused():
   config = lm.get_config()
   config.data.dir = "texts"
