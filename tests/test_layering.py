@@ -27,7 +27,12 @@ ALLOWED = {
   "kmeans": ("numerics", "nvidia"),
   "permute": ("core", "permutation", "kmeans", "runtime.threads"),
   "quantize": ("core", "kmeans"),
-  "calibration": ("core", "discovery.tracing", "numerics"),
+  "calibration": (
+    "core",
+    "discovery.small_maps",
+    "discovery.tracing",
+    "numerics",
+  ),
   "calibrate": (
     "calibration",
     "core",
@@ -56,6 +61,7 @@ ALLOWED = {
   "tasks": (
     "core",
     "data",
+    "discovery.small_maps",
     "finetune",
     "models.contract",
     "models.mask_rcnn",
