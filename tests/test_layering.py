@@ -27,7 +27,13 @@ ALLOWED = {
   "kmeans": ("numerics", "nvidia"),
   "permute": ("core", "permutation", "kmeans", "runtime.threads"),
   "quantize": ("core", "kmeans"),
-  "calibration": ("core", "discovery.masks", "discovery.tracing", "numerics"),
+  "calibration": (
+    "core",
+    "discovery.masks",
+    "discovery.small_maps",
+    "discovery.tracing",
+    "numerics",
+  ),
   "calibrate": (
     "calibration",
     "core",
@@ -57,6 +63,7 @@ ALLOWED = {
   "tasks": (
     "core",
     "data",
+    "discovery.small_maps",
     "finetune",
     "models.contract",
     "models.mask_rcnn",
