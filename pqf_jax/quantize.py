@@ -260,7 +260,15 @@ def _quantize(
     code_dtype = vq_array.code_dtype(chosen[0].num_codes)
     found = {}
     for batch, results in zip(one.batches, fits, strict=True):
-      codes = _to_codes([r.codes for r in results], specs, shapes, code_dtype)
+      codes = [result.codes for result in results]
+      codes = devices.on_one(
+        batching.platform_of(codes),
+        _to_codes,
+        codes,
+        specs=specs,
+        shapes=shapes,
+        dtype=code_dtype,
+      )
       # One transfer for all layers; it also waits for them.
       lost = jax.device_get([(r.distortion, r.variance) for r in results])
       for i, layer in enumerate(batch):
@@ -282,7 +290,9 @@ def _fit(
 ) -> list[kmeans.KMeansResult]:
   """Runs k-means on one batch, which is put on a device, or stays."""
   keys, kernels = jax.device_put((keys, kernels), device)
-  return kmeans.kmeans_of_layers(keys, _to_vectors(kernels, specs), **settings)
+  platform = batching.platform_of(kernels)
+  vectors = devices.on_one(platform, _to_vectors, kernels, specs=specs)
+  return kmeans.kmeans_of_layers(keys, vectors, **settings)
 
 
 def _fit_together(

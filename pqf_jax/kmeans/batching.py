@@ -57,7 +57,7 @@ class Batch(NamedTuple):
   layout: Layout
 
 
-def _devices(vectors: jax.Array) -> set[jax.Device]:
+def _devices(vectors: jax.Array | np.ndarray) -> set[jax.Device]:
   """Returns the devices that hold `vectors`; none while jax traces."""
   if isinstance(vectors, jax.core.Tracer) or not isinstance(vectors, jax.Array):
     return set()
@@ -82,7 +82,7 @@ def mesh_of(layers: Sequence[jax.Array]) -> Mesh | None:
   return Mesh(sorted(devices, key=lambda device: device.id), ("devices",))
 
 
-def platform_of(layers: Sequence[jax.Array]) -> str | None:
+def platform_of(layers: Sequence[jax.Array | np.ndarray]) -> str | None:
   """Returns the platform of the devices that hold the layers, if it is known.
 
   It is called as `lax.platform_dependent` calls it.

@@ -38,8 +38,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -289,7 +289,8 @@ def _run(
 ) -> list[KMeansResult]:
   """Runs k-means on layers in the order of their tiles."""
   num_shards = 1 if mesh is None or apart else mesh.size
-  call = _call
+  platform = batching.platform_of(layers)
+  call = functools.partial(devices.on_one, platform)
   if mesh is not None and apart:
     call = functools.partial(devices.on_each, mesh)
   counts = tuple(vectors.shape[-2] for vectors in layers)
@@ -300,7 +301,7 @@ def _run(
     most_rows=int(np.diff(bounds).max()) * batching.TILE,
     num_hartigan_steps=num_last,
     num_hartigan_tiles=bounds[sum(m.assigns_by_hartigan for m in methods)],
-    platform=batching.platform_of(layers),
+    platform=platform,
   )
   batch, starts = call(
     _batch_and_starts,
@@ -336,12 +337,6 @@ def _run(
     apart=apart,
   )
   return call(_results, fitted, counts=counts, num_shards=num_shards)
-
-
-def _call(
-  function: Callable[..., Any], *arguments: Any, **settings: Any
-) -> Any:
-  return function(*arguments, **settings)
 
 
 def random_rows(

@@ -15,7 +15,6 @@ exact products.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -464,27 +463,14 @@ _PROGRAMS: tuple[tuple[Callable[..., Any], Any, Any], ...] = (
 
 
 @functools.cache
-def _without_trials(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Returns one of the programs, compiled in less time for a GPU."""
-  return jax.jit(
-    inspect.unwrap(function),
-    static_argnames="options",
-    compiler_options=nvidia.NO_TRIALS,
-  )
-
-
-@functools.cache
 def _programs(
   mesh: Mesh | None, options: Options, apart: bool
 ) -> tuple[Callable[..., Any], ...]:
   """Returns the three programs, for all devices of `mesh` if any."""
   if mesh is None:
-    # Where the platform is unknown a program of the caller may call these, and
-    # such programs cannot have options of their own.
-    on_gpu = options.platform == "cuda"
     return tuple(
       functools.partial(
-        _without_trials(function) if on_gpu else function, options=options
+        devices.on_one, options.platform, function, options=options
       )
       for function, *_ in _PROGRAMS
     )

@@ -62,7 +62,8 @@ def find(layers: Sequence[jax.Array], num_codes: int) -> list[Outliers | None]:
   """
   if not all(map(_is_here, layers)):
     return [None] * len(layers)
-  distances, num_far = _distances(tuple(layers))
+  platform = batching.platform_of(layers)
+  distances, num_far = devices.on_one(platform, _distances, tuple(layers))
   bounds = batching.tile_bounds([len(vectors) for vectors in layers])
   found: list[Outliers | None] = []
   for i, far in enumerate(jax.device_get(num_far)):
