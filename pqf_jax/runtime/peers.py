@@ -151,23 +151,25 @@ def _connect() -> tuple[list[str], dict[int, socket.socket]]:
     with socket.create_server(
       (_own_address(hosts), 0), backlog=len(hosts)
     ) as listener:
-      offer = *listener.getsockname(), token
-      distributed.gather_lists([offer])
+      address = listener.getsockname()
+      distributed.gather_lists([(*address, token)])
       arrived = distributed.gather_lists([])
       links = _accept(listener, token, len(arrived))
+    lost = {*range(1, len(hosts))} - links.keys()
+    if lost:
+      progress.say(
+        f"process(es) {', '.join(map(str, sorted(lost)))} cannot reach process "
+        f"0 at {address[0]}:{address[1]}; if one fails, the others end after "
+        "100 s"
+      )
   else:
     ((*address, token),) = distributed.gather_lists([])
     with contextlib.suppress(OSError):
-      links[0] = socket.create_connection(tuple(address), CONNECT_SECONDS)
-      links[0].settimeout(None)
-      links[0].sendall(f"{token} {own}\n".encode())
-    arrived = distributed.gather_lists([own] if links else [])
-  lost = {*range(1, len(hosts))} - {*arrived}
-  if lost:
-    progress.say(
-      f"process(es) {', '.join(map(str, sorted(lost)))} cannot reach process 0 "
-      f"at {offer[0]}:{offer[1]}; if one fails, the others end after 100 s"
-    )
+      link = socket.create_connection(tuple(address), CONNECT_SECONDS)
+      link.sendall(f"{token} {own}\n".encode())
+      link.settimeout(None)
+      links[0] = link
+    distributed.gather_lists([own] if links else [])
   return hosts, links
 
 
@@ -176,14 +178,18 @@ def _accept(
 ) -> dict[int, socket.socket]:
   """Returns {process: link} of so many that have connected; drops strangers."""
   links: dict[int, socket.socket] = {}
+  listener.settimeout(CONNECT_SECONDS)
   while len(links) < count:
-    link, _ = listener.accept()
+    try:
+      link, _ = listener.accept()
+    except TimeoutError:
+      break
     link.settimeout(CONNECT_SECONDS)
     try:
       # Without a buffer, which would swallow what follows.
       with link.makefile("rb", buffering=0) as lines:
-        given, _, process = lines.readline(256).decode().partition(" ")
-      if not secrets.compare_digest(given, token):
+        given, _, process = lines.readline(256).partition(b" ")
+      if not secrets.compare_digest(given, token.encode()):
         raise ValueError("a stranger")
       links[int(process)] = link
       link.settimeout(None)

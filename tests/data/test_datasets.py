@@ -180,6 +180,11 @@ def test_digits_in_another_size():
   )
 
 
+def test_digits_of_a_folder_are_refused():
+  with pytest.raises(errors.InputError, match="data.dir is '/mine', but"):
+    data.get_dataset("digits", data_dir="/mine")
+
+
 def test_digits_are_the_same_in_every_run(digits):
   again = data.get_dataset("digits")
   for one, other in ((digits.train, again.train), (digits.test, again.test)):

@@ -140,7 +140,6 @@ ACCEPTED = {
   "seed": ("a seed", ("0", "2147483647")),
   "distributed_timeout": ("as long as it takes", ("2147483647",)),
   "compilation_cache_megabytes": ("as many as it takes", ("2147483647",)),
-  "data.dir": ("not read: digits come with scikit-learn", DIGITS_DIR),
   "data.image_size": ("the usual size; one pixel is an image", ("0", "1")),
   "data.resize": ("not resized; as is usual", ("0", "-1")),
   "data.crop": ("as is usual", ("0",)),
@@ -175,6 +174,7 @@ ACCEPTED = {
 # What they name must be read or built before they can be refused, or their
 # values depend on other settings.
 NEED_MORE = {
+  "data.dir",
   "compilation_cache",
   "data.unlabelled",
   "weights",

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from pqf_jax.runtime import peers
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,6 +25,7 @@ from pqf_jax import errors
 from pqf_jax.runtime import distributed, peers
 distributed.start("on", timeout_seconds=60)
 index = jax.process_index()
+exec(sys.argv[3])
 try:
   with peers.end_together():
     pathlib.Path(sys.argv[1], str(index)).touch()
@@ -36,7 +39,7 @@ except errors.Preempted:
 WAIT = "distributed.barrier('never reached by all')"
 
 
-def _run(folder, action, disturb=lambda processes: None):
+def _run(folder, action, disturb=lambda processes: None, before=""):
   """Runs the action in all processes; returns statuses and what they tell."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -49,7 +52,7 @@ def _run(folder, action, disturb=lambda processes: None):
   }
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", PROCESS, str(folder), action],
+      [sys.executable, "-c", PROCESS, str(folder), action, before],
       env=shared | {"JAX_PROCESS_ID": str(index)},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -118,3 +121,27 @@ def test_a_stopped_process_only_costs_time(tmp_path):
 def test_processes_may_end_one_after_the_other(tmp_path, action, code):
   codes, told = _run(tmp_path, f"time.sleep(index)\n{action}")
   assert codes == [code] * COUNT and "error" not in "".join(told)
+
+
+def test_a_process_that_cannot_connect_works_on(tmp_path):
+  refusing = (
+    "def refuse(*args): raise ConnectionRefusedError\n"
+    "if index == 2: peers.socket.create_connection = refuse"
+  )
+  codes, told = _run(tmp_path, "distributed.barrier('a')", before=refusing)
+  assert codes == [0] * COUNT
+  assert "process(es) 2 cannot reach process 0 at 127.0.0.1:" in told[0]
+
+
+def test_strangers_are_dropped():
+  with socket.create_server(("127.0.0.1", 0)) as listener:
+    links = []
+    for hello in (b"\xff\xfe 1\n", b"caf\xc3\xa9 1\n", b"\n", b"right 2\n"):
+      links.append(socket.create_connection(listener.getsockname()))
+      links[-1].sendall(hello)
+    found = peers._accept(listener, "right", 1)
+    assert found.keys() == {2}
+    links[-1].sendall(b"more")
+    assert found[2].recv(9) == b"more"
+    for link in (*links, *found.values()):
+      link.close()

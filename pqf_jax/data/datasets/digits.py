@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from sklearn import datasets, model_selection
 
+from pqf_jax import errors
 from pqf_jax.data import sources, transforms
 
 IMAGE_SIZE = 32
@@ -19,8 +20,16 @@ MEAN, STD = 0.3057, 0.3235
 
 
 def load(data_dir: str | None, image_size: int | None) -> sources.ImageDataset:
-  """Opens 1,437 training and 360 test images; `data_dir` is not needed."""
-  del data_dir
+  """Opens 1,437 training and 360 test images, which come with scikit-learn.
+
+  Raises:
+    InputError: `data_dir` is given.
+  """
+  if data_dir:
+    raise errors.InputError(
+      f"config.data.dir is {data_dir!r}, but config.data.name 'digits', which "
+      "come with scikit-learn; give the name of the data there, or no folder"
+    )
   size = image_size or IMAGE_SIZE
   ink, labels = datasets.load_digits(return_X_y=True)
   pixels = np.rint(ink * (255 / MAX_INK)).astype(np.uint8).reshape(-1, 8, 8)
