@@ -33,6 +33,7 @@ ALLOWED = {
     "discovery.small_maps",
     "discovery.tracing",
     "numerics",
+    "nvidia",
   ),
   "calibrate": (
     "calibration",

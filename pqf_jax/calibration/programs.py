@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 
+from pqf_jax import nvidia
 from pqf_jax.discovery import small_maps, tracing
 
-# For each matrix product XLA compiles dozens of its own kernels to choose from,
-# and times those of NVIDIA's libraries. Without that ResNet-18 on an H200 takes
-# 59 s, of which 6 s are not compilation; with it, more than 160 s. Other
-# platforms do not look at these options.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+# ResNet-18 on an H200 takes 59 s, of which 6 s are not compilation; with XLA's
+# trials more than 160 s. Other platforms do not look at these options.
+_OPTIONS = nvidia.NO_TRIALS
 _SEARCHED = frozenset(["conv_general_dilated", "dot_general"])
 
 # `jax.jit` of programs that no other program calls.
