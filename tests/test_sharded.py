@@ -54,6 +54,12 @@ def test_no_device_gathers_a_leaf_to_reorder_it(found):
   assert max(found["exchanged"]["1"]) == share
 
 
+def test_a_stack_is_reordered_in_its_place_layer_by_layer(found):
+  assert found["moved"] == [[1, 1, NUM_DEVICES], True, True]
+  layer = 4 * 32 * 64 // NUM_DEVICES
+  assert found["in_place"] < 8 * layer  # that is all of the stack's share
+
+
 def test_every_leaf_stays_where_it_was(found):
   places = found["places"]
   # Into how many parts each axis is cut: that of C_out, whichever was.
@@ -111,7 +117,7 @@ def main() -> None:
     ]
 
   # Each kernel is a batch.
-  quantize._MOST_WEIGHTS = 32 * 32
+  quantize._MOST_WEIGHTS, quantize._MOST_OF_SPREAD = 32 * 32, 32 * 64
   compiled, rounds = [], []
   monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: (
@@ -221,6 +227,20 @@ def main() -> None:
   ]
   leaf, order = fresh["up"]["kernel"], draw.permutation(32)
   wide = np.concatenate([order, order + 32])
+  stack = jax.device_put(
+    np.stack([network["up"]["kernel"]] * 8),
+    NamedSharding(mesh, PartitionSpec(None, None, "model")),
+  )
+  in_place = spread._take_in_place.lower(
+    stack, draw.permutation(64), 2, stack.sharding
+  ).compile()
+  found["in_place"] = in_place.memory_analysis().temp_size_in_bytes
+  moved = spread.take(stack, np.arange(64)[::-1], 2, donate=True)
+  found["moved"] = [
+    places({"": moved})[""],
+    stack.is_deleted(),
+    all((np.asarray(moved) == network["up"]["kernel"][:, ::-1]).ravel()),
+  ]
   found |= {"differ_reordered": [], "reordered": {}, "exchanged": {}}
   for axis, chosen in enumerate((order, wide)):
     taken = spread.take(leaf, chosen, axis)

@@ -165,12 +165,18 @@ def _check_apart(
 
 
 def apply_permutations(
-  variables: PyTree, axes: ChannelAxes, permutations: Permutations
+  variables: PyTree,
+  axes: ChannelAxes,
+  permutations: Permutations,
+  *,
+  donate: bool = False,
 ) -> PyTree:
   """Reorders the channels of every group; exact, without arithmetic.
 
   Groups without a permutation keep their order. If `axes` are the tied axes of
   a network (`discover_channels`), the new variables give the same function.
+  Leaves that are spread over devices stay there; `donate` lets their results
+  take their memory.
 
   Raises:
     InputError: see `group_sizes`; or an array is not a permutation of its
@@ -193,7 +199,8 @@ def apply_permutations(
       moved = [axis for axis in segments(carried) if axis.group in permutations]
       if moved:
         order = _order(leaf.shape[dim], moved, permutations)
-        leaf = spread.take(leaf, order, dim)
+        own = leaf is not flat[path]
+        leaf = spread.take(leaf, order, dim, donate=donate or own)
     changed[path] = leaf
   return trees.replace(variables, changed)
 
