@@ -43,7 +43,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import monitoring
@@ -75,7 +74,7 @@ def main() -> None:
   report.share = _num_bytes(shapes) / mesh.size
 
   with report.stage("create") as results:
-    results |= {"variables": _create(network, shapes, tokens, mesh)}
+    results |= {"variables": _create(network, shapes, mesh)}
   dense = results["variables"]
   report.say(
     devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
@@ -96,6 +95,7 @@ def main() -> None:
       dense,
       axes,
       plan,
+      donate=True,
       search=functools.partial(
         search.search_like_authors, num_swaps=options.swaps
       ),
@@ -166,13 +166,8 @@ def _network(options: argparse.Namespace, layers: int) -> decoder.Network:
   )
 
 
-def _create(
-  network: decoder.Network, shapes: PyTree, tokens: jax.Array, mesh: Mesh
-) -> PyTree:
-  """Returns random weights, each made where it stays.
-
-  Biases are random too, since no network that was trained has zeros.
-  """
+def _create(network: decoder.Network, shapes: PyTree, mesh: Mesh) -> PyTree:
+  """Returns random weights, each made by itself where it stays."""
 
   def place(leaf: Any) -> NamedSharding:
     """Cuts the longest axis but that of the layers, if it can be cut."""
@@ -185,13 +180,19 @@ def _create(
       spec[sizes.index(max(sizes))] = "model"
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  def init(key: jax.Array) -> PyTree:
-    return jax.tree.map(
-      lambda leaf: jnp.where(leaf == 0, 0.01, leaf), network.init(key, tokens)
-    )
+  def draw(number: int, path: str, leaf: Any) -> jax.Array:
+    mean = 1.0 if path.endswith("scale") else 0.0
+    deviation = network.features**-0.5
 
-  return jax.jit(init, out_shardings=jax.tree.map(place, shapes))(
-    jax.random.key(0)
+    def normal(key: jax.Array) -> jax.Array:
+      return mean + deviation * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    key = jax.random.fold_in(jax.random.key(0), number)
+    return jax.jit(normal, out_shardings=place(leaf))(key)
+
+  flat = trees.flatten(shapes)
+  return trees.replace(
+    shapes, {path: draw(i, path, flat[path]) for i, path in enumerate(flat)}
   )
 
 

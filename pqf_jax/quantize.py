@@ -6,6 +6,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ PyTree = Any
 # Weights of the layers that share a batch; a single layer may have more. 25
 # million need about 1 GB on the device.
 _MOST_WEIGHTS = 1 << 25
+# The same where each device has its share of a network, beside which there is
+# room for one batch of so many.
+_MOST_OF_SPREAD = 1 << 24
 _TINY = float(np.finfo(np.float32).tiny)
 # Of a kernel's largest weight: beyond, float32 loses squares or small weights.
 _LARGEST_WEIGHT = 1e-15, 1e12
@@ -69,7 +73,8 @@ def quantize_params(
     annealed: False runs plain k-means (Lloyd), for comparison.
     mesh: devices of this process that share the work, with the same result: a
       layer of more than 2^25 weights is spread over them. None: the devices
-      over which the kernels are spread, or else one.
+      over which the kernels are spread, or else one. Spread kernels leave room
+      for one batch at a time, of up to 2^24 weights.
     on_layer: called once for each layer, for progress.
 
   Returns:
@@ -92,12 +97,17 @@ def quantize_params(
     ]
     for path, layer in plan.items()
   }
+  are_spread = False
   if mesh is None:
     mesh = batching.mesh_of([flat[path] for path in plan])
+    are_spread = mesh is not None
   elif mesh.size == 1:
     mesh = None
+  most = _MOST_OF_SPREAD if are_spread else _MOST_WEIGHTS
   home = None if mesh is None else mesh.devices.flat[0]
-  run = functools.partial(_quantize, key, flat, plan, annealed, home)
+  run = functools.partial(
+    _quantize, key, flat, plan, annealed, home, are_spread
+  )
   results: dict[tuple[str, int], _Result] = {}
   nodes: dict[str, vq_array.VQArray] = {}
   summaries: dict[str, LayerSummary] = {}
@@ -115,12 +125,12 @@ def quantize_params(
   # A large layer is alone in its batch. One at a time: devices that communicate
   # must all get their programs in the same order.
   small = []
-  for batch in _batches(layers, plan):
-    if mesh is not None and batch[0].size > _MOST_WEIGHTS:
+  for batch in _batches(layers, plan, most):
+    if mesh is not None and batch[0].size > most:
       keep(run(_Round([batch], mesh, threading.Lock(), is_spread=True)))
     else:
       small.append(batch)
-  rounds = list(_rounds(small, flat, plan, mesh))
+  rounds = list(_rounds(small, flat, plan, mesh, one_at_a_time=are_spread))
   with futures.ThreadPoolExecutor(max(1, len(rounds))) as pool:
     submitted = [pool.submit(run, one) for one in rounds]
     for future in futures.as_completed(submitted):
@@ -152,7 +162,7 @@ class _Result(NamedTuple):
 
 
 def _check_range(path: str, kernel: trees.Array) -> None:
-  largest = float(spread.numpy_of(kernel).abs(kernel).max(initial=0))
+  largest = float(spread.reduce(_largest, kernel))
   least, most = _LARGEST_WEIGHT
   if largest and not least <= largest <= most:
     raise errors.InputError(
@@ -161,10 +171,14 @@ def _check_range(path: str, kernel: trees.Array) -> None:
     )
 
 
+def _largest(numpy: ModuleType, kernel: trees.Array) -> Any:
+  return numpy.abs(kernel).max(initial=0)
+
+
 def _batches(
-  layers: Mapping[str, list[_Layer]], plan: plans.CompressionPlan
+  layers: Mapping[str, list[_Layer]], plan: plans.CompressionPlan, most: int
 ) -> Iterator[list[_Layer]]:
-  """Yields layers of equal (D, K, steps), up to `_MOST_WEIGHTS` together."""
+  """Yields layers of equal (D, K, steps), of so many weights together."""
   kinds: dict[tuple[int, int, int], list[_Layer]] = {}
   for path, layer in plan.items():
     _, _, length = layer.spec.layout(layers[path][0].shape)
@@ -174,7 +188,7 @@ def _batches(
     batch: list[_Layer] = []
     size = 0
     for one in kind_layers:
-      if batch and size + one.size > _MOST_WEIGHTS:
+      if batch and size + one.size > most:
         yield batch
         batch, size = [], 0
       batch.append(one)
@@ -188,8 +202,9 @@ class _Round(NamedTuple):
   Attributes:
     batches: at most one for each device.
     mesh: the devices; None: the one where the kernels are.
-    turn: held while it runs by each of the rounds of one program, so that few
-      kernels are on a device at a time.
+    turn: held while it runs, by each of the rounds of one program or, where
+      kernels are spread over devices, by each; so that few kernels are on a
+      device at a time.
     is_spread: whether all devices share the only batch.
   """
 
@@ -204,6 +219,8 @@ def _rounds(
   flat: Mapping[str, trees.Array],
   plan: plans.CompressionPlan,
   mesh: sharding.Mesh | None,
+  *,
+  one_at_a_time: bool,
 ) -> Iterator[_Round]:
   """Divides batches among the devices of the mesh."""
   alike: dict[Any, list[list[_Layer]]] = {}
@@ -212,13 +229,16 @@ def _rounds(
       (plan[one.path], one.shape, flat[one.path].dtype) for one in batch
     )
     alike.setdefault(tuple(shapes), []).append(batch)
+  turn = threading.Lock()
   for number, some in enumerate(alike.values()):
-    turn = threading.Lock()
+    if not one_at_a_time:
+      turn = threading.Lock()
     if mesh is None:
       yield from (_Round([batch], None, turn) for batch in some)
       continue
-    # Each kind begins on another device, so that single batches part too.
-    order = np.roll(mesh.devices.reshape(-1), -number)
+    order = mesh.devices.reshape(-1)
+    if len(some) == 1:  # on another device for each kind
+      order = np.roll(order, -number)
     used = sharding.Mesh(order[: len(some)], ("devices",))
     for first in range(0, len(some), used.size):
       yield _Round(some[first : first + used.size], used, turn)
@@ -230,9 +250,13 @@ def _quantize(
   plan: plans.CompressionPlan,
   annealed: bool,
   home: jax.Device | None,
+  to_host: bool,
   one: _Round,
 ) -> dict[tuple[str, int], _Result]:
-  """Quantizes layers of equal (D, K, steps); the results are on `home`."""
+  """Quantizes layers of equal (D, K, steps); the results are on `home`.
+
+  Or on the host, where no single device should hold those of all.
+  """
   chosen = [plan[layer.path] for layer in one.batches[0]]
   specs = tuple(layer.spec for layer in chosen)
   settings: dict[str, Any] = {
@@ -244,7 +268,7 @@ def _quantize(
 
   def load(batch: list[_Layer]) -> _Loaded:
     kernels = (
-      spec.take_layer(flat[layer.path], layer.place)
+      spread.own(spec.take_layer(flat[layer.path], layer.place))
       for layer, spec in zip(batch, specs, strict=True)
     )
     return _keys(key, batch, specs), tuple(kernels)
@@ -274,7 +298,7 @@ def _quantize(
       for i, layer in enumerate(batch):
         codebook = results[i].codebook.astype(flat[layer.path].dtype)
         found[layer.path, layer.place] = _Result(codebook, codes[i], *lost[i])
-  return found
+    return jax.device_get(found) if to_host else found
 
 
 _Loaded = tuple[jax.Array, tuple[trees.Array, ...]]
@@ -309,6 +333,7 @@ def _fit_together(
     spare = [loaded[0]] * (mesh.size - len(loaded))
     keys, kernels = devices.stack([*loaded, *spare], mesh)
     vectors = devices.on_each(mesh, _to_vectors, kernels, specs=specs)
+    del kernels  # their memory serves k-means
     results = kmeans.kmeans_on_each_device(keys, vectors, mesh=mesh, **settings)
   if results is None:
     return [
@@ -339,7 +364,7 @@ def _join(
 
   def stack(leaves: list[jax.Array]) -> jax.Array:
     if not spec.stack_axes:
-      return leaves[0]
+      return jnp.asarray(leaves[0])
     shape = spec.stack_shape(kernel.shape)
     return jnp.stack(leaves).reshape(*shape, *leaves[0].shape)
 

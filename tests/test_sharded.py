@@ -48,12 +48,17 @@ def test_nothing_of_sharded_kernels_stays_on_the_host(found):
 def test_no_device_gathers_a_leaf_to_reorder_it(found):
   assert found["differ_reordered"] == []
   share = 4 * 32 * 64 // NUM_DEVICES
-  for layers, tail in ((1, ""), (3, ", an order a layer")):
-    stack = [1] * (layers > 1)
+  for stack, tail in (([], ""), ([1], ", an order a layer")):
     for case in ("whole axis", "cut axis"):
       assert found["reordered"][case + tail] == [*stack, 1, NUM_DEVICES]
     assert found["exchanged"]["whole axis" + tail] == []
-    assert max(found["exchanged"]["cut axis" + tail]) == layers * share
+    assert max(found["exchanged"]["cut axis" + tail]) == share
+
+
+def test_a_stack_is_reordered_in_its_place_layer_by_layer(found):
+  assert found["moved"] == [[1, 1, NUM_DEVICES], True, True]
+  layer = 4 * 32 * 64 // NUM_DEVICES
+  assert found["in_place"] < 8 * layer  # that is all of the stack's share
 
 
 def test_every_leaf_stays_where_it_was(found):
@@ -113,7 +118,7 @@ def main() -> None:
     ]
 
   # Each kernel is a batch.
-  quantize._MOST_WEIGHTS = 32 * 32
+  quantize._MOST_WEIGHTS, quantize._MOST_OF_SPREAD = 32 * 32, 32 * 64
   compiled, rounds = [], []
   monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: (
@@ -223,7 +228,7 @@ def main() -> None:
   ]
   leaf = fresh["up"]["kernel"]
   stack = jax.device_put(
-    draw.normal(size=(3, *leaf.shape)).astype(np.float32),
+    draw.normal(size=(8, *leaf.shape)).astype(np.float32),
     NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec)),
   )
   orders = np.stack([draw.permutation(32) for _ in stack])
@@ -245,6 +250,16 @@ def main() -> None:
     found["exchanged"][case] = [
       one.num_bytes for one in costs.find_collectives(program.as_text())
     ]
+
+  in_place = spread._take_in_place.lower(stack, wide[0], 2, stack.sharding)
+  reordered = np.asarray(stack).take(wide[0], 2)
+  moved = spread.take(stack, wide[0], 2, donate=True)
+  found["in_place"] = in_place.compile().memory_analysis().temp_size_in_bytes
+  found["moved"] = [
+    places({"": moved})[""],
+    stack.is_deleted(),
+    np.array_equal(moved, reordered),
+  ]
 
   def loss_fn(variables, batch, key):
     del key

@@ -1,6 +1,7 @@
 """Variable trees as flat mappings from a path such as `params/conv1/kernel`."""
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -132,10 +133,17 @@ def check_finite(path: str, kernel: Array) -> None:
   Raises:
     InputError: names the variable and how many of its entries are bad.
   """
-  finite = spread.numpy_of(kernel).isfinite(kernel)
-  if not finite.all():
-    bad = int(finite.size - finite.sum())
+  if not spread.reduce(_are_finite, kernel):
+    bad = int(spread.reduce(_count_bad, kernel))
     raise errors.InputError(
       f"{path} has {bad} NaN or infinite weights of {np.size(kernel)}; the "
       "file is damaged or its training diverged: use an earlier checkpoint"
     )
+
+
+def _are_finite(numpy: ModuleType, kernel: Array) -> Any:
+  return numpy.isfinite(kernel).all()
+
+
+def _count_bad(numpy: ModuleType, kernel: Array) -> Any:
+  return (~numpy.isfinite(kernel)).sum()
