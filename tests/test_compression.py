@@ -191,7 +191,12 @@ def test_rules_can_be_chosen_for_a_target(variables, compressed, monkeypatch):
     key=jax.random.key(0),
     target_ratio=3,
   )
-  assert asked == {"target_ratio": 3, "target_bytes": None, "batches": []}
+  assert asked == {
+    "target_ratio": 3,
+    "target_bytes": None,
+    "batches": [],
+    "mask_fn": None,
+  }
   assert result.plan == compressed.plan
 
 
