@@ -57,9 +57,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     config.rules = tuple((*rule[:3], 50) for rule in config.rules)
     config.train.epochs = 7
     config.train.batch_size = 64
-    config.finetune_from = "calibrated"
-    config.finetune.epochs = 2
-    config.finetune.learning_rate = 2e-4
     config.finetune.batch_size = 64
   target_bytes = {
     "digits": (1_422_888, 886_312),
