@@ -216,7 +216,7 @@ def test_commands_name_recipes_and_settings_that_exist(page):
       config = recipe(name).get_config(*filter(None, [variant]))
       assert isinstance(config, ml_collections.ConfigDict)
   known = settings.flatten(recipe("resnet18").get_config().to_dict())
-  for name in ("mask_rcnn", "minilm"):
+  for name in ("mask_rcnn", "minilm", "lm"):
     known |= settings.flatten(recipe(name).get_config().to_dict())
   for name in re.findall(r"--config\.([a-z][\w.]*)=", text):
     assert name in known, name
