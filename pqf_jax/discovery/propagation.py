@@ -46,7 +46,7 @@ class Propagation:
       literal = isinstance(atom, jax_core.Literal)
       return self._constant(atom) if literal else values[atom]
 
-    for eqn in body.eqns:
+    for eqn in tracing.live_equations(program):
       results = self._apply(eqn, [read(atom) for atom in eqn.invars])
       values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in body.outvars]

@@ -57,6 +57,25 @@ def program_body(program: Jaxpr) -> Jaxpr:
   return getattr(program, "jaxpr", program)
 
 
+def live_equations(program: Jaxpr) -> list[Equation]:
+  """Returns the equations whose results are read, or that have effects.
+
+  Tracing keeps the others, such as a slice of which only the shape is used.
+  """
+  body = program_body(program)
+  wanted = {*_variables(body.outvars)}
+  kept = []
+  for eqn in reversed(body.eqns):
+    if eqn.effects or not wanted.isdisjoint(eqn.outvars):
+      kept.append(eqn)
+      wanted.update(_variables(eqn.invars))
+  return kept[::-1]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+  return [atom for atom in atoms if not isinstance(atom, jax_core.Literal)]
+
+
 def program_constants(program: Jaxpr) -> dict[Any, Any]:
   """Returns {variable: value} of the constants of a program."""
   variables = program_body(program).constvars

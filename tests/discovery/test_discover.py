@@ -295,6 +295,18 @@ def test_groups_come_in_the_order_of_the_network_and_are_named_by_it():
   assert list(axes) == [f"params/{name}/kernel" for name in ("z", "a", "out")]
 
 
+def test_a_slice_of_which_only_the_shape_is_read_cuts_nothing():
+  params = draw(a=(2, 5), out=(5, 2))
+
+  def run(p: Params, x: jax.Array) -> jax.Array:
+    x = jnp.tanh(x @ p["a"])
+    # As `nn.make_causal_mask(x[..., 0])`.
+    return x @ p["out"] + jnp.ones_like(x[..., 0])[:, None]
+
+  axes = discover.discover_channels(run, params, INPUT)
+  assert channels.group_sizes(params, axes) == {"a": 5}
+
+
 def test_names_stay_different():
   params = draw(first=(3, 4), second=(4, 5), third=(5, 2))
 
