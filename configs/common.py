@@ -258,14 +258,15 @@ def choose_recipe(
     config.storage.codebook = "int8"
     config.storage.rest = "float16"
     config.finetune_from = "quantized"
-    config.finetune.epochs = 5 if mirrored else 8
+    config.finetune.epochs = 8
     config.distillation.share = 1.0
     config.distillation.temperature = 4.0
-    config.distillation.mirrored = mirrored
-    if mirrored:
-      config.finetune.batch_size //= 2
     config.finetune.learning_rate = 5e-4
     config.finetune.ema_decay = 0.998
+    config.distillation.mirrored = mirrored
+    if mirrored:  # with their mirror images as many in a step as without
+      config.finetune.epochs = 5
+      config.finetune.batch_size //= 2
   return config
 
 

@@ -1,8 +1,9 @@
-"""Runs a test's own `main` in a process that has several devices."""
+"""Processes of this host that have several devices, or make up one job."""
 
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -36,3 +37,18 @@ def run(module: str, num_devices: int, **environment: str) -> Any:
   )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
+
+
+def job(num_processes: int) -> list[dict[str, str]]:
+  """Returns the variables that make so many processes one job, for each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  return [
+    {
+      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+      "JAX_NUM_PROCESSES": str(num_processes),
+      "JAX_PROCESS_ID": str(index),
+    }
+    for index in range(num_processes)
+  ]

@@ -240,10 +240,10 @@ def apply_permutations(
       for axis in segments(carried):
         if any(name in permutations for _, name in axis.groups(leaf.shape)):
           alike[axis.stacked].append(axis)
-      for stacked, moved in alike.items():
+      for moved in alike.values():
         orders = _orders(leaf.shape, dim, moved, permutations)
         own = leaf is not flat[path]
-        leaf = _take(leaf, (*stacked, dim), orders, donate or own)
+        leaf = spread.take(leaf, orders, dim, donate=donate or own)
     changed[path] = leaf
   return trees.replace(variables, changed)
 
@@ -254,11 +254,12 @@ def _orders(
   moved: list[ChannelAxis],
   permutations: Permutations,
 ) -> np.ndarray:
-  """Returns [*stack, length]: which old entry of an axis each new one is.
+  """Returns which old entry of an axis each new one is, for `spread.take`.
 
   The segments that move have the same stacked axes.
   """
-  stack = [shape[stacked] for stacked in moved[0].stacked]
+  stacked = moved[0].stacked
+  stack = [shape[axis] for axis in stacked]
   orders = np.tile(np.arange(shape[dim]), (*stack, 1))
   for axis in moved:
     for index, name in axis.groups(shape):
@@ -266,21 +267,8 @@ def _orders(
         part = orders[index][axis.start : axis.stop]
         split = part.reshape(axis.outer, len(permutations[name]), axis.inner)
         part[:] = split[:, permutations[name]].reshape(-1)
-  return orders
-
-
-def _take(
-  leaf: trees.Array, dims: tuple[int, ...], orders: np.ndarray, donate: bool
-) -> trees.Array:
-  """Reorders the last of the axes `dims` for each index of the others."""
-  if len(dims) == 1:  # five times as fast
-    return spread.take(leaf, orders, dims[0], donate=donate)
-  if spread.is_spread(leaf):
-    others = [dim for dim in range(leaf.ndim) if dim not in dims]
-    along = np.expand_dims(orders.transpose(np.argsort(dims)), others)
-    return spread.take(leaf, along, dims[-1], donate=donate)
-  # Methods only, so that NumPy leaves stay NumPy and nothing is compiled.
-  moved = (*dims, *(dim for dim in range(leaf.ndim) if dim not in dims))
-  stack = np.indices(orders.shape, sparse=True)[:-1]
-  taken = leaf.transpose(moved)[(*stack, orders)]
-  return taken.transpose([moved.index(dim) for dim in range(leaf.ndim)])
+  if not stacked:
+    return orders
+  others = {*range(len(shape))} - {*stacked, dim}
+  in_place = orders.transpose(np.argsort((*stacked, dim)))
+  return np.expand_dims(in_place, sorted(others))

@@ -74,10 +74,15 @@ def take(
     if isinstance(place, NamedSharding) and _is_auto(place):
       program = _take_in_place if donate else _take
       return program(leaf, order, axis, place)
-    on_host = np.take if order.ndim == 1 else np.take_along_axis
-    return jax.device_put(on_host(to_host(leaf), order, axis), place)
-  # The method, so that NumPy leaves stay NumPy and nothing is compiled.
-  return leaf.take(order, axis=axis)
+    return jax.device_put(_take_entries(to_host(leaf), order, axis), place)
+  return _take_entries(leaf, order, axis)
+
+
+def _take_entries(leaf: Array, order: np.ndarray, axis: int) -> Array:
+  # NumPy leaves stay NumPy, and nothing is compiled.
+  numpy = jnp if isinstance(leaf, jax.Array) else np
+  take = numpy.take if order.ndim == 1 else numpy.take_along_axis
+  return take(leaf, order, axis)
 
 
 def _is_auto(place: NamedSharding) -> bool:

@@ -121,10 +121,15 @@ class Kernel(struct.PyTreeNode):
     """
     if self.then:
       return None
-    if self.dense is not None:
-      self = self.replace(dense=self.dense.transpose(permutation))
-    if self.is_matrix:
-      return self._transpose_matrix(permutation)
+    transpose = (
+      self._transpose_matrix if self.is_matrix else self._transpose_stack
+    )
+    moved = transpose(permutation)
+    if moved is None or self.dense is None:
+      return moved
+    return moved.replace(dense=self.dense.transpose(permutation))
+
+  def _transpose_stack(self, permutation: Sequence[int]) -> "Kernel | None":
     stacked = self.vq.stack_axes
     places = tuple(permutation.index(axis) for axis in stacked)
     others = [axis for axis in permutation if axis not in stacked]

@@ -227,6 +227,7 @@ def test_weights_leave_the_backbone_alone(own, tmp_path):
       "num_classes is 0, but task 'detection' does not count",
     ),
     ({"data.unlabelled": "more"}, "distillation.share is 0, so that"),
+    ({"distillation.mirrored": True}, "mirrored is True, but .*share is 0"),
     ({"data.unlabelled": "nope"}, "unlabelled is '.*nope', which is no folder"),
   ],
 )

@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from pqf_jax import pack
 from pqf_jax.packing import header
+from tests import host_devices
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +46,6 @@ def _start(
 
   One process is a cluster too, whose devices exchange as those of several do.
   """
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
   shared = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(devices),
@@ -58,12 +55,7 @@ def _start(
     "PYTHONPATH": str(ROOT),
   }
   processes = []
-  for index in range(count):
-    own = {
-      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-      "JAX_NUM_PROCESSES": str(count),
-      "JAX_PROCESS_ID": str(index),
-    }
+  for index, own in enumerate(host_devices.job(count)):
     is_last = index == count - 1
     folder = (is_last and last_workdir) or workdir
     more = [*settings, *(last if is_last else ())]

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from pqf_jax.runtime import peers
+from tests import host_devices
 
 pytestmark = pytest.mark.slow
 
@@ -41,24 +42,16 @@ WAIT = "distributed.barrier('never reached by all')"
 
 def _run(folder, action, disturb=lambda processes: None, before=""):
   """Runs the action in all processes; returns statuses and what they tell."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  shared = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-    "JAX_NUM_PROCESSES": str(COUNT),
-    "PYTHONPATH": str(ROOT),
-  }
+  shared = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", PROCESS, str(folder), action, before],
-      env=shared | {"JAX_PROCESS_ID": str(index)},
+      env=shared | own,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for index in range(COUNT)
+    for own in host_devices.job(COUNT)
   ]
   deadline = time.monotonic() + 120
   while len(list(folder.iterdir())) < COUNT:

@@ -3,35 +3,31 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
+
+from tests import host_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _run(folder, *, processes, devices):
   """Returns what each process of `main` prints."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
   shared = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-    "JAX_NUM_PROCESSES": str(processes),
   }
   started = [
     subprocess.Popen(
       [sys.executable, "-m", "tests.runtime.test_spread_checkpoint", folder],
       cwd=ROOT,
-      env=shared | {"JAX_PROCESS_ID": str(index)},
+      env=shared | own,
       stdout=subprocess.PIPE,
       text=True,
     )
-    for index in range(processes)
+    for own in host_devices.job(processes)
   ]
   printed = [one.communicate(timeout=120)[0] for one in started]
   return [json.loads(text.splitlines()[-1]) for text in printed]

@@ -95,8 +95,8 @@ def make_teacher(
 
 def _beside_mirror_images(batch: Batch) -> dict[str, jax.Array]:
   """Returns a batch twice as large; see `make_teacher`."""
-  # One after the other, so that both are on the same device.
   twice = {name: jnp.repeat(field, 2, axis=0) for name, field in batch.items()}
-  image = twice["image"]
-  is_mirror = jnp.arange(len(image)).reshape(-1, 1, 1, 1) % 2 > 0
-  return {**twice, "image": jnp.where(is_mirror, jnp.flip(image, 2), image)}
+  image = batch["image"]
+  # One after the other, so that both are on the same device.
+  pairs = jnp.stack((image, jnp.flip(image, 2)), axis=1)
+  return {**twice, "image": pairs.reshape(-1, *image.shape[1:])}
