@@ -11,4 +11,7 @@ rules          states which axes each primitive ties, and which it blocks
 axis_factors   holds axes as sums and products of factors, which may be tied
 self_check     permutes the groups at random and compares the outputs
 widening       runs the program in float64
+samples        checks the inputs that a program is run with
+masks          tells what of padded inputs counts
+small_maps     finds convolutions that a CPU needs other compiler options for
 """
